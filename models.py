@@ -1,0 +1,516 @@
+"""The networks of the distillation papers, under the names and parameter keys that the field uses.
+
+    model = create_model("resnet8x4", num_classes=100)
+    load_weights(model, "student.pt")       # RepDistiller's, mdistiller's, torchvision-style or bare files
+    logits = model(images)                  # (B, 3, 32, 32) float -> (B, num_classes)
+
+Keys and shapes are those of RepDistiller and mdistiller, so their checkpoints load here and ours load there.
+All networks take 32 x 32 images, except MobileNetV1 (ImageNet, 224 x 224).
+"""
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def conv3x3(inp, out, stride=1, groups=1):
+    return nn.Conv2d(inp, out, 3, stride, padding=1, groups=groups, bias=False)
+
+
+def conv1x1(inp, out, stride=1, groups=1):
+    return nn.Conv2d(inp, out, 1, stride, groups=groups, bias=False)
+
+
+def conv_bn(conv):
+    """A convolution and its batch norm."""
+    return [conv, nn.BatchNorm2d(conv.out_channels)]
+
+
+def conv_bn_relu(conv):
+    return [*conv_bn(conv), nn.ReLU(inplace=True)]
+
+
+def pool(x):
+    """Global average over the map: (B, C, H, W) -> (B, C)."""
+    return F.adaptive_avg_pool2d(x, 1).flatten(1)
+
+
+def shuffle(x, groups):
+    """Interleaves the channels of `groups` groups."""
+    return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
+
+
+def he_init(model):
+    """Convolutions N(0, 2 / (k k out)), their biases 0; batch norms are 1 and 0 already."""
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+
+
+# ---------------------------------------------------------------- ResNet for CIFAR (He et al. 2016, section 4.2)
+
+
+class BasicBlock(nn.Module):
+    """conv-BN-ReLU-conv-BN, plus the shortcut, ReLU."""
+
+    def __init__(self, inp, out, stride):
+        super().__init__()
+        self.conv1, self.bn1 = conv_bn(conv3x3(inp, out, stride))
+        self.conv2, self.bn2 = conv_bn(conv3x3(out, out))
+        project = stride != 1 or inp != out     # "option B": a 1x1 convolution where the shape changes
+        self.downsample = nn.Sequential(*conv_bn(conv1x1(inp, out, stride))) if project else None
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = self.bn2(self.conv2(y))
+        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class ResNet(nn.Module):
+    """depth = 6n + 2; `widths` are the stem's and the three stages' channels."""
+
+    def __init__(self, depth, widths, num_classes):
+        super().__init__()
+        blocks = (depth - 2) // 6
+        self.conv1, self.bn1 = conv_bn(conv3x3(3, widths[0]))
+        self.layer1 = self._stage(blocks, widths[0], widths[1], 1)
+        self.layer2 = self._stage(blocks, widths[1], widths[2], 2)
+        self.layer3 = self._stage(blocks, widths[2], widths[3], 2)
+        self.fc = nn.Linear(widths[3], num_classes)
+        he_init(self)
+
+    @staticmethod
+    def _stage(blocks, inp, out, stride):
+        return nn.Sequential(BasicBlock(inp, out, stride), *(BasicBlock(out, out, 1) for _ in range(blocks - 1)))
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        for stage in (self.layer1, self.layer2, self.layer3):
+            x = stage(x)
+        return self.fc(pool(x))
+
+
+# ---------------------------------------------------------------- ResNet18/34/50, ImageNet's shape with a CIFAR stem
+
+
+class WideBlock(nn.Module):
+    """BasicBlock (expansion 1) or Bottleneck (expansion 4, the stride in the 3x3), keys as in the CIFAR ResNet18."""
+
+    def __init__(self, inp, width, stride, expansion):
+        super().__init__()
+        out = width * expansion
+        if expansion == 1:
+            convs = [conv3x3(inp, out, stride), conv3x3(out, out)]
+        else:
+            convs = [conv1x1(inp, width), conv3x3(width, width, stride), conv1x1(width, out)]
+        self.depth = len(convs)
+        for i, conv in enumerate(convs, 1):
+            setattr(self, f"conv{i}", conv)
+            setattr(self, f"bn{i}", nn.BatchNorm2d(conv.out_channels))
+        project = stride != 1 or inp != out
+        self.shortcut = nn.Sequential(*(conv_bn(conv1x1(inp, out, stride)) if project else []))
+
+    def forward(self, x):
+        y = x
+        for i in range(1, self.depth + 1):
+            y = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(y))
+            if i < self.depth:
+                y = F.relu(y, inplace=True)
+        return F.relu(y + self.shortcut(x))
+
+
+class WideStageResNet(nn.Module):
+    def __init__(self, blocks, expansion, num_classes):
+        super().__init__()
+        self.conv1, self.bn1 = conv_bn(conv3x3(3, 64))
+        inp = 64
+        for i, (width, stride) in enumerate(zip((64, 128, 256, 512), (1, 2, 2, 2))):
+            stage = []
+            for j in range(blocks[i]):
+                stage.append(WideBlock(inp, width, stride if j == 0 else 1, expansion))
+                inp = width * expansion
+            setattr(self, f"layer{i + 1}", nn.Sequential(*stage))
+        self.linear = nn.Linear(inp, num_classes)
+        he_init(self)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+        return self.linear(pool(x))
+
+
+# ---------------------------------------------------------------- Wide ResNet (Zagoruyko and Komodakis 2016)
+
+
+class PreActBlock(nn.Module):
+    """BN-ReLU-conv-BN-ReLU-conv. Where the width changes, both branches start from the activated input."""
+
+    def __init__(self, inp, out, stride):
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(inp), conv3x3(inp, out, stride)
+        self.bn2, self.conv2 = nn.BatchNorm2d(out), conv3x3(out, out)
+        self.convShortcut = conv1x1(inp, out, stride) if inp != out else None
+
+    def forward(self, x):
+        y = F.relu(self.bn1(x))
+        shortcut = x if self.convShortcut is None else self.convShortcut(y)
+        return shortcut + self.conv2(F.relu(self.bn2(self.conv1(y)), inplace=True))
+
+
+class WideResNet(nn.Module):
+    """depth = 6n + 4, widths 16, 16k, 32k, 64k."""
+
+    def __init__(self, depth, k, num_classes):
+        super().__init__()
+        blocks = (depth - 4) // 6
+        self.conv1 = conv3x3(3, 16)
+        inp = 16
+        for i, (width, stride) in enumerate(zip((16 * k, 32 * k, 64 * k), (1, 2, 2)), 1):
+            units = [PreActBlock(inp if j == 0 else width, width, stride if j == 0 else 1) for j in range(blocks)]
+            stage = nn.Module()
+            stage.layer = nn.Sequential(*units)     # the field's key is block1.layer.0...
+            setattr(self, f"block{i}", stage)
+            inp = width
+        self.bn1 = nn.BatchNorm2d(inp)
+        self.fc = nn.Linear(inp, num_classes)
+        he_init(self)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, x):
+        x = self.conv1(x)
+        for block in (self.block1, self.block2, self.block3):
+            x = block.layer(x)
+        return self.fc(pool(F.relu(self.bn1(x))))
+
+
+# ---------------------------------------------------------------- VGG with batch norm (Simonyan and Zisserman 2015)
+
+
+class VGG(nn.Module):
+    """Five blocks of 3x3 convolutions with bias; `convs` of them in each block; one linear layer."""
+
+    def __init__(self, convs, num_classes):
+        super().__init__()
+        inp = 3
+        for i, (n, width) in enumerate(zip(convs, (64, 128, 256, 512, 512))):
+            layers = []
+            for _ in range(n):
+                layers += conv_bn_relu(nn.Conv2d(inp, width, 3, padding=1))
+                inp = width
+            setattr(self, f"block{i}", nn.Sequential(*layers[:-1]))     # the last ReLU stands in forward
+        self.classifier = nn.Linear(inp, num_classes)
+        he_init(self)
+        nn.init.normal_(self.classifier.weight, std=0.01)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, x):
+        large = x.shape[-1] == 64       # the field's nets pool once more before the last block on 64 x 64 images
+        for i, block in enumerate((self.block0, self.block1, self.block2, self.block3, self.block4)):
+            x = F.relu(block(x))
+            if i < 3 or (i == 3 and large):
+                x = F.max_pool2d(x, 2)
+        return self.classifier(pool(x))
+
+
+# ---------------------------------------------------------------- MobileNetV2 at half width (Sandler et al. 2018)
+
+
+class InvertedResidual(nn.Module):
+    def __init__(self, inp, out, stride, expand):
+        super().__init__()
+        mid = inp * expand
+        self.residual = stride == 1 and inp == out
+        self.conv = nn.Sequential(*conv_bn_relu(conv1x1(inp, mid)), *conv_bn_relu(conv3x3(mid, mid, stride, mid)),
+                                  *conv_bn(conv1x1(mid, out)))
+
+    def forward(self, x):
+        return x + self.conv(x) if self.residual else self.conv(x)
+
+
+class MobileNetV2(nn.Module):
+    """The CIFAR form of the distillation papers (`mobile_half`): width 0.5, ReLU, a stem of stride 2."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv1 = nn.Sequential(*conv_bn_relu(conv3x3(3, 16, 2)))
+        self.blocks = nn.ModuleList()
+        inp = 16
+        for expand, width, n, stride in ((1, 8, 1, 1), (6, 12, 2, 1), (6, 16, 3, 2), (6, 32, 4, 2), (6, 48, 3, 1),
+                                         (6, 80, 3, 2), (6, 160, 1, 1)):
+            units = []
+            for j in range(n):
+                units.append(InvertedResidual(inp, width, stride if j == 0 else 1, expand))
+                inp = width
+            self.blocks.append(nn.Sequential(*units))
+        self.conv2 = nn.Sequential(*conv_bn_relu(conv1x1(inp, 1280)))       # not halved
+        self.classifier = nn.Sequential(nn.Linear(1280, num_classes))
+        he_init(self)
+        nn.init.normal_(self.classifier[0].weight, std=0.01)
+        nn.init.zeros_(self.classifier[0].bias)
+
+    def forward(self, x):
+        x = self.conv1(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.classifier(pool(self.conv2(x)))
+
+
+# ---------------------------------------------------------------- ShuffleNet V1 and V2 (Zhang et al., Ma et al. 2018)
+
+
+class ShuffleUnitV1(nn.Module):
+    """1x1 grouped, shuffle, 3x3 depthwise, 1x1 grouped; a unit of stride 2 concatenates the pooled input."""
+
+    def __init__(self, inp, out, stride, groups):
+        super().__init__()
+        self.stride = stride
+        out -= inp if stride == 2 else 0
+        mid = out // 4
+        self.groups = 1 if inp == 24 else groups        # the stem's 24 channels are not grouped
+        self.conv1, self.bn1 = conv_bn(conv1x1(inp, mid, groups=self.groups))
+        self.conv2, self.bn2 = conv_bn(conv3x3(mid, mid, stride, mid))
+        self.conv3, self.bn3 = conv_bn(conv1x1(mid, out, groups=groups))
+
+    def forward(self, x):
+        y = shuffle(F.relu(self.bn1(self.conv1(x)), inplace=True), self.groups)
+        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
+        y = self.bn3(self.conv3(y))
+        if self.stride == 2:
+            return F.relu(torch.cat([y, F.avg_pool2d(x, 3, 2, 1)], 1))
+        return F.relu(y + x)
+
+
+class ShuffleV1(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv1, self.bn1 = conv_bn(conv1x1(3, 24))
+        self.layer1 = self._stage(24, 240, 4)
+        self.layer2 = self._stage(240, 480, 8)
+        self.layer3 = self._stage(480, 960, 4)
+        self.linear = nn.Linear(960, num_classes)
+
+    @staticmethod
+    def _stage(inp, out, n):
+        return nn.Sequential(ShuffleUnitV1(inp, out, 2, 3), *(ShuffleUnitV1(out, out, 1, 3) for _ in range(n - 1)))
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        for stage in (self.layer1, self.layer2, self.layer3):
+            x = stage(x)
+        return self.linear(pool(x))
+
+
+class ShuffleUnitV2(nn.Module):
+    """Half of the channels pass, half go through 1x1, 3x3 depthwise, 1x1; then a shuffle in two groups."""
+
+    def __init__(self, width):
+        super().__init__()
+        half = width // 2
+        self.conv1, self.bn1 = conv_bn(conv1x1(half, half))
+        self.conv2, self.bn2 = conv_bn(conv3x3(half, half, 1, half))
+        self.conv3, self.bn3 = conv_bn(conv1x1(half, half))
+
+    def forward(self, x):
+        kept, y = x.chunk(2, 1)
+        y = F.relu(self.bn1(self.conv1(y)), inplace=True)
+        y = F.relu(self.bn3(self.conv3(self.bn2(self.conv2(y)))))
+        return shuffle(torch.cat([kept, y], 1), 2)
+
+
+class ShuffleDownV2(nn.Module):
+    """Both branches see the whole input at stride 2."""
+
+    def __init__(self, inp, out):
+        super().__init__()
+        half = out // 2
+        self.conv1, self.bn1 = conv_bn(conv3x3(inp, inp, 2, inp))
+        self.conv2, self.bn2 = conv_bn(conv1x1(inp, half))
+        self.conv3, self.bn3 = conv_bn(conv1x1(inp, half))
+        self.conv4, self.bn4 = conv_bn(conv3x3(half, half, 2, half))
+        self.conv5, self.bn5 = conv_bn(conv1x1(half, half))
+
+    def forward(self, x):
+        left = F.relu(self.bn2(self.conv2(self.bn1(self.conv1(x)))))
+        right = F.relu(self.bn3(self.conv3(x)), inplace=True)
+        right = F.relu(self.bn5(self.conv5(self.bn4(self.conv4(right)))))
+        return shuffle(torch.cat([left, right], 1), 2)
+
+
+class ShuffleV2(nn.Module):
+    """Size 1: 116, 232, 464 channels, 1024 before the classifier."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv1, self.bn1 = conv_bn(conv1x1(3, 24))
+        self.layer1 = self._stage(24, 116, 3)
+        self.layer2 = self._stage(116, 232, 7)
+        self.layer3 = self._stage(232, 464, 3)
+        self.conv2, self.bn2 = conv_bn(conv1x1(464, 1024))
+        self.linear = nn.Linear(1024, num_classes)
+
+    @staticmethod
+    def _stage(inp, out, n):
+        return nn.Sequential(ShuffleDownV2(inp, out), *(ShuffleUnitV2(out) for _ in range(n)))
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        for stage in (self.layer1, self.layer2, self.layer3):
+            x = stage(x)
+        return self.linear(pool(F.relu(self.bn2(self.conv2(x)))))
+
+
+# ---------------------------------------------------------------- MobileNetV1 for ImageNet (Howard et al. 2017)
+
+
+class MobileNetV1(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        units, inp = [nn.Sequential(*conv_bn_relu(conv3x3(3, 32, 2)))], 32
+        for out, stride in ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2),
+                            (1024, 1)):
+            units.append(nn.Sequential(*conv_bn_relu(conv3x3(inp, inp, stride, inp)),
+                                       *conv_bn_relu(conv1x1(inp, out))))
+            inp = out
+        self.model = nn.Sequential(*units)
+        self.fc = nn.Linear(1024, num_classes)
+
+    def forward(self, x):
+        return self.fc(pool(self.model(x)))
+
+
+# ---------------------------------------------------------------- names and files
+
+NARROW, WIDE = (16, 16, 32, 64), (32, 64, 128, 256)
+
+MODELS = {
+    **{f"resnet{d}": lambda n, d=d: ResNet(d, NARROW, n) for d in (8, 14, 20, 32, 44, 56, 110)},
+    "resnet8x4": lambda n: ResNet(8, WIDE, n),
+    "resnet32x4": lambda n: ResNet(32, WIDE, n),
+    "ResNet18": lambda n: WideStageResNet((2, 2, 2, 2), 1, n),
+    "ResNet34": lambda n: WideStageResNet((3, 4, 6, 3), 1, n),
+    "ResNet50": lambda n: WideStageResNet((3, 4, 6, 3), 4, n),
+    **{f"wrn_{d}_{k}": lambda n, d=d, k=k: WideResNet(d, k, n) for d in (16, 40) for k in (1, 2)},
+    "vgg8": lambda n: VGG((1, 1, 1, 1, 1), n),
+    "vgg11": lambda n: VGG((1, 1, 2, 2, 2), n),
+    "vgg13": lambda n: VGG((2, 2, 2, 2, 2), n),
+    "vgg16": lambda n: VGG((2, 2, 3, 3, 3), n),
+    "vgg19": lambda n: VGG((2, 2, 4, 4, 4), n),
+    "MobileNetV2": MobileNetV2,
+    "ShuffleV1": ShuffleV1,
+    "ShuffleV2": ShuffleV2,
+    "MobileNetV1": MobileNetV1,
+}
+
+
+def create_model(name, num_classes=100):
+    """The network `name`, initialised as in its papers' code; `model.name` keeps the name.
+
+    Raises ValueError that lists the names. Draws from torch's global generator.
+    """
+    if name not in MODELS:
+        raise ValueError(f"unknown network {name!r}; known: {', '.join(MODELS)}")
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    model = MODELS[name](num_classes)
+    model.name = name
+    return model
+
+
+def read_checkpoint(path):
+    """What a checkpoint file holds, read on the CPU without running any code from it.
+
+    Raises ValueError, one line with the path, when it is no readable checkpoint or holds more than data.
+    """
+    try:
+        # RepDistiller's *_last.pth keeps its command line in a Namespace: plain data, so it may pass
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path} is a folder, not a checkpoint file") from None
+    except PermissionError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except Exception as error:      # torch raises a dozen types for damaged files
+        if "Unsupported global" in str(error) or "GLOBAL" in str(error):
+            raise ValueError(f"{path} holds Python objects beside tensors; not loaded, as they could run code") from None
+        raise ValueError(f"{path} is not a PyTorch checkpoint, or it is damaged") from None
+
+
+def split_checkpoint(content):
+    """(state_dict, facts): the weights in any of the field's wrappings, and what else the file says.
+
+    Unwraps {"model": ...} and {"state_dict": ...}, strips `module.`, `_orig_mod.` and `student.`, and drops the
+    `teacher.` half of a distiller. (None, {}) where there are no weights.
+    """
+    facts = {}
+    while isinstance(content, dict) and not any(isinstance(v, torch.Tensor) for v in content.values()):
+        key = next((k for k in ("model", "state_dict") if isinstance(content.get(k), dict)), None)
+        if key is None:
+            return None, {}
+        facts |= {k: v for k, v in content.items() if k != key}
+        content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(k, str) for k in content):
+        return None, {}
+
+    state = {}
+    distiller = any("student." in key for key in content)
+    for key, value in content.items():
+        parts = key.split(".")
+        inside = not distiller
+        while parts[0] in ("module", "_orig_mod", "student"):
+            inside |= parts.pop(0) == "student"
+        if inside and isinstance(value, torch.Tensor):
+            state[".".join(parts)] = value
+    return state, facts
+
+
+def load_weights(model, path):
+    """Loads any of the field's checkpoint files into `model`; returns what else the file says, a dict.
+
+    Formats: see `split_checkpoint`; float16 weights are cast to the model's. Always weights_only, always strict;
+    only `num_batches_tracked`, which old files lack, may be missing. Raises ValueError, one line that names the
+    file, the network and the first keys that differ; the model is then untouched.
+    """
+    name = getattr(model, "name", type(model).__name__)
+    state, facts = split_checkpoint(read_checkpoint(path))
+    if not state:
+        raise ValueError(f"{path} holds no weights for {name}")
+
+    want = model.state_dict()
+    state = {k: want[k] for k in want if k.endswith("num_batches_tracked")} | state
+    missing = [k for k in want if k not in state]
+    unexpected = [k for k in state if k not in want]
+    reshaped = [k for k in want if k in state and want[k].shape != state[k].shape]
+    head = list(want)[-2:]      # every network ends with its classifier's weight and bias
+    if not missing and not unexpected and reshaped and set(reshaped) <= set(head):
+        raise ValueError(f"{path} is for {len(state[reshaped[0]])} classes, this {name} is for {model_classes(model)}")
+    if missing or unexpected or reshaped:
+        differ = ([f"{k} is missing" for k in missing] + [f"{k} is not in {name}" for k in unexpected]
+                  + [f"{k} is {tuple(state[k].shape)}, not {tuple(want[k].shape)}" for k in reshaped])
+        guess = guess_network(state)
+        raise ValueError(f"{path} is not a {name}" + (f" but a {guess}" if guess else "") + f": {'; '.join(differ[:3])}"
+                         + (f"; and {len(differ) - 3} more" if len(differ) > 3 else ""))
+    model.load_state_dict(state)
+    return facts
+
+
+def model_classes(model):
+    """The number of classes: rows of the last linear layer."""
+    return [m for m in model.modules() if isinstance(m, nn.Linear)][-1].out_features
+
+
+def guess_network(state):
+    """The name in MODELS whose keys and shapes, but for the class count, a state_dict has; None if there is none."""
+    shapes = {k: v.shape[1:] for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    for name in MODELS:
+        with torch.device("meta"):
+            model = create_model(name)
+        if shapes == {k: v.shape[1:] for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}:
+            return name
+    return None

@@ -1,0 +1,210 @@
+"""The papers' CIFAR-100 hyper-parameters and published accuracies, pair by pair.
+
+`recipe(teacher, student, method, zscore)` gives every number of a run. Two sources differ here and there, and both are
+rows: "authors" (the default) is what the names of the authors' training logs say, "released" is what their released code
+runs when no value is given. What could not be settled is marked unsure, with the reason in `UNSURE`.
+
+Common to all: SGD, momentum 0.9, weight decay 5e-4 on every parameter, batch 64 (the last batch of 16 too), learning
+rate x 0.1 after epochs 150, 180 and 210.
+"""
+
+EPOCHS, STAGES, BATCH_SIZE, MOMENTUM, WEIGHT_DECAY = 240, (150, 180, 210), 64, 0.9, 5e-4
+METHODS = ("none", "kd", "dkd", "mlkd", "ctkd", "ttm", "wttm")
+SOURCES = ("authors", "released")
+
+# fmt: off
+# (tau, lambda_KD[, beta]) from the logs' names; lambda multiplies DKD's alpha (1) and beta. DKD's beta without Z from the
+# released configurations, None where there is none. MLKD: (tau, lambda, learning rate, epochs).
+PAIRS = {
+    # teacher, student              lr    KD+Z      DKD   DKD+Z        MLKD+Z               CTKD+Z
+    ("resnet32x4", "resnet8x4"):   (0.05, (2, 9),   8,    (2,  9, 8),  (2, 9, 0.025, 480),  (2, 9)),
+    ("vgg13", "vgg8"):             (0.05, (3, 9),   6,    (2, 15, 2),  (2, 6, 0.010, 480),  (2, 9)),
+    ("wrn_40_2", "wrn_40_1"):      (0.05, (2, 9),   6,    (2, 12, 2),  (2, 9, 0.025, 480),  (2, 9)),
+    ("wrn_40_2", "wrn_16_2"):      (0.05, (2, 9),   6,    (2, 12, 2),  (2, 9, 0.025, 480),  (2, 9)),
+    ("resnet56", "resnet20"):      (0.05, (2, 9),   2,    (3, 18, 2),  (2, 9, 0.025, 480),  (2, 9)),
+    ("resnet110", "resnet32"):     (0.05, (2, 9),   2,    (2, 15, 2),  (2, 9, 0.025, 480),  (2, 9)),
+    ("resnet110", "resnet20"):     (0.05, (4, 12),  None, (2, 15, 2),  (2, 9, 0.025, 480),  (2, 9)),
+    ("resnet32x4", "ShuffleV2"):   (0.01, (2, 9),   8,    (2,  9, 8),  (2, 6, 0.010, 960),  (2, 9)),
+    ("resnet32x4", "wrn_16_2"):    (0.05, (3, 9),   None, (2,  9, 2),  (2, 9, 0.025, 480),  (2, 9)),
+    ("resnet32x4", "wrn_40_2"):    (0.05, (3, 9),   None, (2,  9, 8),  (2, 9, 0.025, 480),  (2, 9)),
+    ("wrn_40_2", "resnet8x4"):     (0.05, (2, 9),   None, (2, 18, 2),  (2, 9, 0.025, 480),  (2, 9)),
+    ("wrn_40_2", "MobileNetV2"):   (0.01, (3, 9),   None, (2, 15, 2),  (2, 9, 0.005, 480),  (2, 9)),
+    ("vgg13", "MobileNetV2"):      (0.01, (3, 9),   6,    (3,  9, 2),  (2, 6, 0.010, 480),  (2, 9)),
+    ("ResNet50", "MobileNetV2"):   (0.01, (3, 1),   8,    (2, 15, 2),  (2, 9, 0.010, 480),  (2, 9)),
+}
+
+# Published top-1, %. The papers' Z rows lie near the best epoch on the test split, not the last.
+ALONE = {
+    "wrn_40_2": 75.61, "resnet56": 72.34, "resnet110": 74.31, "resnet32x4": 79.42, "vgg13": 74.64, "ResNet50": 79.34,
+    "wrn_16_2": 73.26, "wrn_40_1": 71.98, "resnet20": 69.06, "resnet32": 71.14, "resnet8x4": 72.50, "vgg8": 70.36,
+    "MobileNetV2": 64.60, "ShuffleV1": 70.50, "ShuffleV2": 71.82,
+}
+COLUMNS = ("kd", "kd-z", "ctkd", "ctkd-z", "dkd", "dkd-z", "mlkd", "mlkd-z", "ttm", "wttm")
+PUBLISHED = {
+    # teacher, student              KD     KD+Z   CTKD   CTKD+Z  DKD    DKD+Z  MLKD   MLKD+Z  TTM    WTTM
+    ("resnet32x4", "resnet8x4"):   (73.33, 76.62, 73.39, 76.67,  76.32, 77.01, 77.08, 78.28,  76.17, 76.06),
+    ("vgg13", "vgg8"):             (72.98, 74.36, 73.52, 74.47,  74.68, 74.81, 75.18, 75.22,  74.33, 74.44),
+    ("wrn_40_2", "wrn_40_1"):      (73.54, 74.37, 73.93, 74.58,  74.81, 74.89, 75.35, 75.56,  74.32, 74.58),
+    ("wrn_40_2", "wrn_16_2"):      (74.92, 76.11, 75.45, 76.08,  76.24, 76.39, 76.63, 76.95,  76.23, 76.37),
+    ("resnet56", "resnet20"):      (70.66, 71.43, 71.19, 71.34,  71.97, 72.32, 72.19, 72.33,  71.83, 71.92),
+    ("resnet110", "resnet32"):     (73.08, 74.17, 73.52, 74.01,  74.11, 74.29, 74.11, 74.32,  73.97, 74.13),
+    ("resnet110", "resnet20"):     (70.67, 71.48, 70.99, 71.39,  71.06, 71.85, 71.89, 72.27,  71.46, 71.67),
+    ("resnet32x4", "ShuffleV2"):   (74.45, 75.56, 75.37, 76.18,  77.07, 77.37, 78.44, 78.76,  76.57, 76.55),
+    ("resnet32x4", "wrn_16_2"):    (74.90, 75.26, 74.57, 75.16,  75.70, 76.19, 76.52, 77.53,  None,  None),
+    ("resnet32x4", "wrn_40_2"):    (77.70, 77.92, 77.66, 77.99,  78.46, 78.95, 79.26, 79.66,  None,  None),
+    ("wrn_40_2", "resnet8x4"):     (73.97, 77.11, 74.61, 77.03,  75.56, 76.75, 77.33, 77.68,  None,  None),
+    ("wrn_40_2", "MobileNetV2"):   (68.36, 69.23, 68.34, 69.53,  69.28, 70.01, 70.78, 71.61,  None,  None),
+    ("vgg13", "MobileNetV2"):      (67.37, 68.61, 68.50, 68.98,  69.71, 69.98, 70.57, 70.94,  68.98, 69.16),
+    ("ResNet50", "MobileNetV2"):   (67.35, 69.02, 68.67, 69.36,  70.35, 70.45, 71.04, 71.19,  69.24, 69.59),
+}
+# Last epoch of the authors' published logs, the number that a last-epoch result compares with; the mean where a log
+# holds two runs; None where there is no log. No baseline has one.
+LOGGED = {
+    # teacher, student              KD+Z   CTKD+Z  DKD+Z  MLKD+Z
+    ("resnet32x4", "resnet8x4"):   (76.28, 76.09,  76.93, 78.17),
+    ("vgg13", "vgg8"):             (74.50, 74.50,  74.53, 74.79),
+    ("wrn_40_2", "wrn_40_1"):      (74.20, 74.50,  74.60, 74.97),
+    ("wrn_40_2", "wrn_16_2"):      (75.59, 75.69,  76.05, 76.54),
+    ("resnet56", "resnet20"):      (71.37, 70.94,  71.82, None),
+    ("resnet110", "resnet32"):     (74.01, 73.72,  73.80, 73.88),
+    ("resnet110", "resnet20"):     (71.22, 71.22,  71.37, 71.92),
+    ("resnet32x4", "ShuffleV2"):   (75.58, 76.46,  76.92, 77.89),
+    ("resnet32x4", "wrn_16_2"):    (75.82, 74.72,  75.68, 77.19),
+    ("resnet32x4", "wrn_40_2"):    (77.98, 78.40,  78.79, 79.27),
+    ("wrn_40_2", "resnet8x4"):     (76.69, 76.62,  76.72, 77.47),
+    ("wrn_40_2", "MobileNetV2"):   (69.35, 69.91,  70.11, None),
+    ("vgg13", "MobileNetV2"):      (69.09, 69.08,  69.88, 70.54),
+    ("ResNet50", "MobileNetV2"):   (69.03, 69.78,  70.77, 71.31),
+}
+# fmt: on
+
+LOGGED_COLUMNS = ("kd-z", "ctkd-z", "dkd-z", "mlkd-z")
+ANY = ("*", "*")        # stands for every pair in UNSURE
+UNSURE = {
+    (("resnet32x4", "ShuffleV2"), "kd-z"): "its log begins with a loss of 1.67, which a weight of 9 does not give: "
+                                           "the weight was probably about 1",
+    (("resnet56", "resnet20"), "mlkd-z"): "published without a log: 2, 9 is the code's default",
+    (("wrn_40_2", "MobileNetV2"), "mlkd-z"): "published without a log: 2, 9 is the code's default",
+    (ANY, "mlkd-z"): "which reading of the method was run is open: the first temperature 2 or 4, the cross-entropy "
+                     "weight 0.1 or 1, the relations standardized or not",
+    (ANY, "ctkd-z"): "start 2 and span 40 fit the logged temperatures; the released script has 1 and 20",
+    (ANY, "ttm"): "not published per pair: exponent 0.1, weight 45 are those of vgg13 -> vgg8",
+    (ANY, "wttm"): "not published per pair: exponent 0.2, weight 4 are those of vgg13 -> vgg8 with CRD",
+    (ANY, "dkd"): "pairs without a released configuration take its default, beta 8",
+}
+
+
+def key(method, zscore):
+    """The name of a method in the tables: "kd" or "kd-z"."""
+    return f"{method}-z" if zscore else method
+
+
+def learning_rate(student):
+    """0.01 for the MobileNets and ShuffleNets, 0.05 for the rest: the field's rule for a student of any pair."""
+    return 0.01 if student.startswith(("MobileNet", "Shuffle")) else 0.05
+
+
+def unsure(teacher, student, method, zscore=False):
+    """Why a row's numbers are in doubt, a list of reasons, empty where they are not."""
+    name, pair = key(method, zscore), (teacher, student)
+    if name == "dkd" and PAIRS.get(pair, (None, None, None))[2] is not None:
+        return []
+    return [UNSURE[p, name] for p in (pair, ANY) if (p, name) in UNSURE]
+
+
+def recipe(teacher, student, method, zscore=False, source="authors"):
+    """Every number of one run, a dict. A pair that no paper has takes temperature 2 and weight 9, and "known" is False.
+
+    base_temp: tau, the temperature of every method. kd_weight: lambda_KD. alpha, beta: DKD's, before the weight that
+    multiplies both with Z. warmup: epochs of DKD's ramp. span: CTKD's range of temperatures above base_temp.
+    epochs: at full length; stages: those epochs after which the learning rate is divided by ten.
+    """
+    lr = learning_rate(student)
+    unknown = (lr, (2, 9), None, (2, 9, 8), (2, 9, min(lr, 0.025), 480), (2, 9))
+    lr, kd_z, beta, dkd_z, mlkd_z, ctkd_z = PAIRS.get((teacher, student), unknown)
+    r = {"known": (teacher, student) in PAIRS, "lr": lr, "epochs": EPOCHS, "stages": STAGES, "batch_size": BATCH_SIZE,
+         "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY, "base_temp": 4.0, "kd_weight": 0.9, "ce_weight": 0.1}
+    released = source == "released"
+    if method == "none":
+        return r | {"known": student in ALONE, "base_temp": None, "kd_weight": 0.0, "ce_weight": 1.0}
+    if method == "kd":
+        # the published baseline is mdistiller's 4, 0.1, 0.9; the released code's defaults without its flag are 2, 0.1, 9
+        temp, weight = (2, 9) if released else kd_z if zscore else (4, 0.9)
+    elif method == "dkd":
+        temp, weight = (2, 9) if released and zscore else dkd_z[:2] if zscore else (4, 1)
+        r |= {"ce_weight": 1.0, "alpha": 1.0, "warmup": 20,
+              "beta": float(dkd_z[2] if zscore and not released else 8 if beta is None else beta)}
+    elif method == "mlkd":
+        temp, weight = (2, 9) if released else mlkd_z[:2] if zscore else (4, 0.9)
+        r |= {"lr": mlkd_z[2], "epochs": mlkd_z[3], "zscore_relations": zscore and not released}
+    elif method == "ctkd":
+        temp, weight = (1, 9) if released and zscore else ctkd_z if zscore else (1, 0.9)
+        r |= {"span": 40.0 if zscore and not released else 20.0, "ramp": 10}
+    elif method in ("ttm", "wttm"):
+        temp, weight = (10, 45) if method == "ttm" else (5, 4)      # temperature = 1 / exponent
+        r |= {"ce_weight": 1.0}
+    else:
+        raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+    return r | {"base_temp": float(temp), "kd_weight": float(weight)}
+
+
+def published(teacher, student, method, zscore=False):
+    """The published top-1 (%) of a row, of the student alone for "none"; None where there is none."""
+    if method == "none":
+        return ALONE.get(student)
+    row = dict(zip(COLUMNS, PUBLISHED.get((teacher, student), ())))
+    return row.get(key(method, zscore))
+
+
+def logged(teacher, student, method, zscore=False):
+    """The last epoch's top-1 (%) of the authors' log; None where there is none."""
+    return dict(zip(LOGGED_COLUMNS, LOGGED.get((teacher, student), ()))).get(key(method, zscore))
+
+
+def table():
+    """The recipes and the published accuracies as text, what `--list` prints."""
+    def numbers(values):
+        return ", ".join("-" if v is None else f"{v:g}" for v in values)
+
+    lines = ["Recipes (authors): temperature, KD weight[, beta][, learning rate, epochs]. ? = unsure, see below.", ""]
+    head = ("teacher -> student", "lr", "KD", "KD+Z", "DKD", "DKD+Z", "MLKD", "MLKD+Z", "CTKD", "CTKD+Z", "TTM", "WTTM")
+    rows = [head]
+    for teacher, student in PAIRS:
+        row = [f"{teacher} -> {student}", f"{recipe(teacher, student, 'kd')['lr']:g}"]
+        for name in ("kd", "kd-z", "dkd", "dkd-z", "mlkd", "mlkd-z", "ctkd", "ctkd-z", "ttm", "wttm"):
+            method, zscore = name.removesuffix("-z"), name.endswith("-z")
+            r = recipe(teacher, student, method, zscore)
+            values = [r["base_temp"], r["kd_weight"]]
+            if method == "dkd":
+                values.append(r["beta"])
+            if method == "mlkd":
+                values += [r["lr"], r["epochs"]]
+            row.append(numbers(values) + "?" * bool(unsure(teacher, student, method, zscore)))
+        rows.append(row)
+    row = ["any pair, released code", ""]
+    for name in ("kd", "kd-z", "dkd", "dkd-z", "mlkd", "mlkd-z", "ctkd", "ctkd-z"):
+        r = recipe("", "", name.removesuffix("-z"), name.endswith("-z"), "released")
+        row.append(numbers([r["base_temp"], r["kd_weight"]]) + (", as left" if "dkd" in name else ""))
+    rows.append(row + ["", ""])
+    lines += _aligned(rows)
+
+    lines += ["", "Cross-entropy weight: 0.1 for KD, MLKD and CTKD, 1 for DKD, TTM, WTTM and none. (The final losses of the "
+              "KD+Z logs suggest 0.1 in some, 1 in others.)", "With Z the weight multiplies DKD's alpha (1) and beta.", "MLKD+Z, authors: relations standardized; released: raw. CTKD's temperature lies "
+              "between the given one and it + 20 (+ 40 with Z, authors).", "", "Unsure:"]
+    for (pair, name), reason in UNSURE.items():
+        lines.append(f"  {name.upper().replace('-Z', '+Z')}, {'all pairs' if pair == ANY else ' -> '.join(pair)}: {reason}")
+
+    lines += ["", "Published CIFAR-100 top-1, %; in brackets the last epoch of the authors' log.", ""]
+    rows = [("teacher -> student", "teacher", "alone", *(c.upper().replace("-Z", "+Z") for c in COLUMNS))]
+    for pair, accuracies in PUBLISHED.items():
+        row = [" -> ".join(pair), *(f"{ALONE[name]:.2f}" for name in pair)]
+        for name, value in zip(COLUMNS, accuracies):
+            last = logged(*pair, name.removesuffix("-z"), name.endswith("-z"))
+            row.append("-" if value is None else f"{value:.2f}" + (f" ({last:.2f})" if last else ""))
+        rows.append(row)
+    return "\n".join(lines + _aligned(rows))
+
+
+def _aligned(rows):
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]

@@ -1,0 +1,305 @@
+"""A run's folder: resolved configuration, log, atomic checkpoint, resume; and the flags that the scripts share.
+
+    runs/resnet32x4-resnet8x4-kd-z-seed0/
+      config.json    every resolved value, versions, device, git commit, command line
+      log.jsonl      one row an epoch
+      last.pt        all that resuming needs, replaced atomically; previous.pt is the one before
+      student.pt     {"model": state_dict, ...facts}, loads with weights_only
+      result.json    last and best accuracy, epochs, minutes, images per second, peak memory
+"""
+
+import difflib
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import torch
+
+from models import read_checkpoint
+
+
+class RunError(click.ClickException):
+    """A problem that its message explains in one line; the command ends with exit code 1."""
+
+
+class Run:
+    """One run's folder. `recipe` (a flat dict) says what is computed; `facts` say with what and where."""
+
+    def __init__(self, folder, recipe, facts):
+        self.folder, self.recipe, self.facts = Path(folder), recipe, facts
+
+    def open(self):
+        """The state of the last checkpoint, or None for a new run. The log is cut back to that checkpoint.
+
+        RunError when the folder holds a run of another recipe; nothing is overwritten then.
+        """
+        config = self.folder / "config.json"
+        if not config.exists():
+            if (self.folder / "last.pt").exists():
+                raise RunError(f"{self.folder} holds a checkpoint without its config.json; choose another --out")
+            self._write("config.json", json.dumps({"recipe": self.recipe, "facts": self.facts}, indent=2))
+            return None
+        try:
+            before = json.loads(config.read_text())
+            recipe, facts = before["recipe"], before["facts"]
+        except (ValueError, KeyError, TypeError):
+            raise RunError(f"{config} is not a run's configuration; choose another --out") from None
+        now = json.loads(json.dumps(self.recipe))
+        differ = [f"{k} was {recipe.get(k)}, now {now.get(k)}" for k in recipe | now if recipe.get(k) != now.get(k)]
+        if differ:
+            raise RunError(f"{self.folder} holds a run of another recipe ({'; '.join(differ)}); choose another --out, "
+                           "or remove the folder")
+        notices = [f"{k} was {facts.get(k)}, now {v}" for k, v in self.facts.items()
+                   if k not in ("command",) and facts.get(k) != v]
+        if notices and not self.finished():
+            click.echo(f"notice: this run began with other facts: {'; '.join(notices)}")
+        state = self._load()
+        self._cut_log(state["epoch"] if state else 0)
+        return state
+
+    def _load(self):
+        for name in ("last.pt", "previous.pt"):
+            path = self.folder / name
+            if path.exists():
+                try:
+                    return read_checkpoint(path)
+                except ValueError as error:
+                    click.echo(f"notice: {error}; going on from the checkpoint before it")
+        return None
+
+    def _cut_log(self, epochs):
+        path = self.folder / "log.jsonl"
+        rows = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                break               # a kill in the middle of a write leaves half a row, at the end
+            if row["epoch"] <= epochs:
+                rows.append(line + "\n")
+        self._write("log.jsonl", "".join(rows))
+
+    def log(self, row):
+        """Appends one epoch's row to log.jsonl."""
+        with open(self.folder / "log.jsonl", "a") as file:
+            file.write(json.dumps(rounded(row)) + "\n")
+
+    def save(self, state):
+        """Replaces last.pt in one step; the one before stays as previous.pt."""
+        last = self.folder / "last.pt"
+        partial = write_checkpoint(last.with_suffix(".partial"), state)
+        if last.exists():
+            os.replace(last, self.folder / "previous.pt")
+        os.replace(partial, last)
+
+    def finish(self, result, student):
+        """student.pt and, last of all, result.json."""
+        os.replace(write_checkpoint(self.folder / "student.partial", student), self.folder / "student.pt")
+        self._write("result.json", json.dumps(rounded(result), indent=2))
+
+    def finished(self):
+        """The result of a run that is over, else None."""
+        path = self.folder / "result.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def _write(self, name, text):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.folder / f"{name}.partial"
+        partial.write_text(text)
+        os.replace(partial, self.folder / name)
+
+
+def write_checkpoint(path, content):
+    """torch.save, flushed to the disk; a failed write leaves no file."""
+    try:
+        with open(path, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        Path(path).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def rounded(value):
+    """Floats to 6 significant digits, inside dicts and lists; what is not finite becomes None, as JSON has no word."""
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+class Stop:
+    """`with Stop() as stop:` turns Ctrl-C and SIGTERM into `stop.asked`, for a loop to leave between two steps.
+
+    The second signal interrupts at once.
+    """
+
+    def __enter__(self):
+        self.asked, self.before = False, {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self.before[number] = signal.signal(number, self._ask)
+            except ValueError:      # not the main thread
+                pass
+        return self
+
+    def _ask(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class Progress:
+    """A line that moves on a terminal, one plain row an epoch elsewhere, and the projected time after some seconds."""
+
+    def __init__(self, images, epochs, done, device, advice=""):
+        self.images, self.epochs, self.device, self.advice = images, epochs, device, advice
+        self.left = images * epochs - done      # images still to be trained on
+        self.seen, self.begun, self.printed, self.projected = 0, None, 0.0, False
+
+    def step(self, epoch, images):
+        now = time.monotonic()
+        if self.begun is None:                  # the first step is warm-up, not speed
+            self.begun = now
+            self.left -= images
+            return
+        self.seen += images
+        elapsed = now - self.begun
+        if not self.projected and elapsed >= 5:
+            self.projected = True
+            remaining = self.left * elapsed / self.seen
+            line = (f"about {duration(remaining)} for the {self.left:,} images to go ({self.seen / elapsed:,.0f} images/s "
+                    f"on {self.device.type}), evaluation aside")
+            self.print(line + (f": {self.advice}" if self.advice and remaining > 86400 else ""))
+        if sys.stdout.isatty() and now - self.printed >= 0.5:
+            self.printed = now
+            share = 1 - (self.left - self.seen) / (self.images * self.epochs)
+            click.echo(f"\r\033[Kepoch {epoch + 1}/{self.epochs}  {share:.0%}  {self.seen / max(elapsed, 1e-9):,.0f} images/s  "
+                       f"{duration((self.left - self.seen) * elapsed / self.seen)} left", nl=False)
+
+    def print(self, line):
+        click.echo(("\r\033[K" if sys.stdout.isatty() else "") + line)
+
+
+# ---------------------------------------------------------------- where and with what
+
+
+def pick_device(name=None):
+    """torch.device of "cuda", "mps" or "cpu", the best there is for None. RunError when it is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = name or next(k for k, v in there.items() if v)
+    if not there[name]:
+        have = " and ".join(k for k, v in there.items() if v)
+        raise RunError(f"--device {name}: PyTorch finds none here; leave the flag out, it finds {have}")
+    return torch.device(name)
+
+
+def collect_facts(device):
+    """Versions, device, commit and command line, for config.json."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except OSError:
+        commit = None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}"
+    return {"python": platform.python_version(), "torch": torch.__version__, "device": name,
+            "threads": torch.get_num_threads(), "commit": commit, "command": " ".join(sys.argv)}
+
+
+def set_deterministic():
+    """Deterministic algorithms only, on CUDA too; slower. To be called before the first CUDA operation."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def peak_memory(device):
+    """Peak memory in MiB: of the allocator on CUDA, of the process elsewhere; None where it cannot be known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource     # not on Windows
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def duration(seconds):
+    """Seconds as people say them: 45 s, 12 min, 3.2 h, 4.1 days."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.{0 if unit == 'min' else 1}f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+# ---------------------------------------------------------------- flags that the scripts share
+
+
+def check_name(flag, name, known):
+    """Raises a usage error that lists the known names, the nearest first."""
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        rest = [k for k in known if k not in near]
+        raise click.UsageError(f"{flag} {name}: no such network; known, the nearest first: {', '.join(near + rest)}")
+
+
+class Finite(click.FloatRange):
+    """A finite number in a range; click's own takes nan."""
+
+    def convert(self, value, param, ctx):
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
+POSITIVE, WEIGHT, COUNT = Finite(min=0, min_open=True), Finite(min=0), click.IntRange(min=1)
+
+SHARED = [
+    click.option("--teacher", metavar="NAME", help="Teacher network."),
+    click.option("--student", metavar="NAME", help="Student network, or the one to train alone with --method none."),
+    click.option("--zscore/--no-zscore", default=False, help="Standardize the logits of both sides.  [default: off]"),
+    click.option("--base-temp", type=POSITIVE, metavar="TAU", help="Temperature of the method.  [default: recipe]"),
+    click.option("--kd-weight", type=WEIGHT, metavar="W", help="lambda_KD.  [default: recipe]"),
+    click.option("--ce-weight", type=WEIGHT, metavar="W", help="lambda_CE.  [default: recipe]"),
+    click.option("--epochs", type=COUNT, help="Length; the schedule scales with it.  [default: recipe]"),
+    click.option("--batch-size", type=COUNT, help="Images per step.  [default: recipe]"),
+    click.option("--lr", type=POSITIVE, help="Learning rate at the start.  [default: recipe]"),
+    click.option("--weight-decay", type=WEIGHT, help="[default: recipe]"),
+    click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="First seed."),
+    click.option("--seeds", type=COUNT, default=1, show_default=True, help="Number of seeds to run, one by one."),
+    click.option("--val-from-train", type=click.IntRange(min=0), default=0, metavar="N",
+                 help="Hold N training images out and evaluate on them, for choosing numbers; no test image is used."),
+    click.option("--teacher-checkpoint", metavar="FILE", help="The teacher's weights."),
+    click.option("--out", metavar="DIR", default="runs", show_default=True, help="Folder for the runs' folders."),
+    click.option("--device", type=click.Choice(["cuda", "mps", "cpu"]), help="[default: the best there is]"),
+    click.option("--precision", type=click.Choice(["fp32", "bf16"]),
+                 help="bf16 is autocast, losses in float32.  [default: bf16 on cuda, else fp32]"),
+    click.option("--deterministic", is_flag=True, help="Deterministic CUDA kernels; slower."),
+    click.option("--list", "list_recipes", is_flag=True, help="Print all recipes and published numbers, and exit."),
+    click.option("--dry-run", is_flag=True, help="Walk the whole path in seconds: made data, two batches, a temporary folder."),
+    click.option("--eval", "eval_file", metavar="FILE", help="Evaluate a checkpoint of any supported format, and exit."),
+]
+
+
+def shared_flags(command):
+    """Decorator: gives a click command the flags of SHARED, in that order."""
+    for option in reversed(SHARED):
+        command = option(command)
+    return command

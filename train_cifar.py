@@ -1,0 +1,367 @@
+"""Logit standardization in knowledge distillation on CIFAR-100.
+
+\b
+  python train_cifar.py --teacher resnet32x4 --student resnet8x4 --zscore     the paper's KD+Z
+  python train_cifar.py --teacher resnet32x4 --student resnet8x4              KD, the baseline
+  python train_cifar.py --method none --student resnet32x4                    a network alone: a teacher
+  python train_cifar.py --teacher ... --student ... --zscore --seeds 3        mean and standard deviation
+  python train_cifar.py --eval FILE --student resnet56                        evaluate a checkpoint
+  python train_cifar.py --list                                                recipes and published numbers
+
+A flag that is left out takes the pair's recipe. A run that was stopped goes on when the same command is given again.
+The last epoch is the result; the best epoch, chosen on the test split, stands beside it.
+"""
+
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import torch
+import torch.nn.functional as F
+
+import recipes
+import run as runs
+from data import crop_and_flip, epoch_draws, evaluate, load_data, normalise, synthetic, top_k_hits, Data
+from models import MODELS, create_model, load_weights, read_checkpoint, split_checkpoint
+from run import Progress, Run, RunError, Stop
+from teacher import ARCHIVE_URL, CHECKPOINTS, Teacher, find_teacher, load_teacher
+from zscore_kd import METHODS, distillation_loss
+
+ADVICE = ("take a CUDA GPU, or a short run of small networks, for instance --student resnet8 --epochs 12 "
+          "--train-images 10000")
+
+
+# ---------------------------------------------------------------- training
+
+
+def learning_rate(step, steps_per_epoch, recipe):
+    """The learning rate of a step: x 0.1 after each of the recipe's stages, which scale with --epochs."""
+    passed = sum(step * recipe["full_epochs"] >= stage * recipe["epochs"] * steps_per_epoch for stage in recipe["stages"])
+    return recipe["lr"] * 0.1**passed
+
+
+def train(recipe, data, teacher, run, device, *, save_every=60, until=None):
+    """One run (Algorithm 2), from its last checkpoint if there is one. Returns its result, a dict.
+
+    teacher: a Teacher, None for method none. save_every: seconds between saves inside an epoch; every epoch saves too.
+    until: leave after so many epochs, as a kill would; returns None.
+    """
+    torch.manual_seed(recipe["seed"])
+    student = create_model(recipe["student"], data.num_classes).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(student.parameters(), lr=recipe["lr"], momentum=recipe["momentum"],
+                                weight_decay=recipe["weight_decay"])
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe["precision"] == "bf16")
+
+    def predict(images):
+        with autocast:
+            return student(images).float()
+
+    def step(images, target, teacher_logits):
+        student_logits = predict(images)                                                # Algorithm 2, line 2: z_n
+        ce = F.cross_entropy(student_logits, target)                                    # lines 5 and 6: L_CE
+        kd = torch.zeros_like(ce)
+        if teacher_logits is not None:
+            kd = distillation_loss(recipe["method"], student_logits, teacher_logits, target, recipe["base_temp"],
+                                   zscore=recipe["zscore"])                             # lines 3, 4 and 6: tau^2 L_KD
+        loss = recipe["ce_weight"] * ce + recipe["kd_weight"] * kd                      # line 6
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        hits = top_k_hits(student_logits.detach(), target)
+        return torch.stack([*(len(target) * x.detach() for x in (loss, ce, kd)), *hits]), student_logits.detach()
+
+    state = run.open() or {"epoch": 0, "step": 0, "seconds": 0.0, "sums": torch.zeros(5), "best": {"top1": -1.0}}
+    if "model" in state:
+        student.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        click.echo(f"going on from epoch {state['epoch']}, step {state['step']} ({run.folder})")
+    first_step, sums, best, seconds = state["step"], state["sums"].to(device), state["best"], state["seconds"]
+    begun = saved = time.monotonic()
+
+    def save(epoch, step):
+        run.save({"epoch": epoch, "step": step, "seconds": seconds + time.monotonic() - begun, "sums": sums.cpu(),
+                  "best": best, "model": student.state_dict(), "optimizer": optimizer.state_dict()})
+
+    n, batch = len(data.train.targets), recipe["batch_size"]
+    steps = -(-n // batch)                                                              # the last batch is smaller
+    progress = Progress(n, recipe["epochs"], state["epoch"] * n + first_step * batch, device, ADVICE)
+    with Stop() as stop:
+        for epoch in range(state["epoch"], recipe["epochs"]):
+            epoch_begun, first = time.monotonic(), first_step
+            student.train()
+            order, views = (torch.from_numpy(x).to(device) for x in epoch_draws(recipe["seed"], epoch, n))
+            for i in range(first_step, steps):                                          # Algorithm 2, line 1
+                chosen = order[i * batch:(i + 1) * batch]
+                target = data.train.targets[chosen]
+                images = normalise(crop_and_flip(data.train.images[chosen], views[i * batch:(i + 1) * batch]))
+                teacher_logits = teacher.answers(images) if teacher else None           # line 2: v_n
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(epoch * steps + i, steps, recipe)
+                losses, student_logits = step(images, target, teacher_logits)
+                sums += losses
+
+                progress.step(epoch, len(target))
+                due = time.monotonic() - saved >= save_every or stop.asked
+                if due or device.type == "cpu" or i % 64 == 63 or i == steps - 1:       # on a GPU looking waits for it
+                    check_finite(losses, epoch, i, student_logits, teacher_logits, run)
+                if due and i < steps - 1:
+                    save(epoch, i + 1)
+                    saved = time.monotonic()
+                if stop.asked:
+                    break
+            if stop.asked and i < steps - 1:
+                break
+
+            spent = time.monotonic() - epoch_begun
+            student.eval()
+            scores = evaluate(predict, data.eval)
+            loss, ce, kd, top1, top5 = (sums / n).tolist()
+            row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], "loss": loss, "ce": ce, "kd": kd,
+                   "train_top1": 100 * top1, "train_top5": 100 * top5,
+                   **{f"{data.eval_name}_{k}": v for k, v in scores.items()},
+                   "img_s": (n - first * batch) / spent, "seconds": time.monotonic() - epoch_begun}
+            if scores["top1"] > best["top1"]:
+                best = {"top1": scores["top1"], "top5": scores["top5"], "epoch": epoch + 1}
+            first_step, sums = 0, torch.zeros_like(sums)
+            run.log(row)
+            save(epoch + 1, 0)
+            saved = time.monotonic()
+            progress.print(epoch_line(row, best, data.eval_name, recipe["epochs"]))
+            if epoch + 1 == until:
+                return None
+            if stop.asked:
+                break
+    if stop.asked and epoch + 1 < recipe["epochs"]:
+        raise RunError(f"stopped and saved in {run.folder}; the same command goes on from here")
+
+    minutes = (seconds + time.monotonic() - begun) / 60
+    result = {"last": {k: row[f"{data.eval_name}_{k}"] for k in ("top1", "top5")}, "best": best,
+              "best_chosen_on": data.eval_name, "epochs": recipe["epochs"], "minutes": minutes,
+              "img_s": n * recipe["epochs"] / (60 * minutes), "peak_memory_mib": runs.peak_memory(device)}
+    facts = {k: recipe[k] for k in ("student", "teacher", "method", "zscore", "base_temp", "epochs", "seed", "data")}
+    weights = {k: v.contiguous() for k, v in student.state_dict().items()}
+    run.finish(result, {"model": weights, **facts, "num_classes": data.num_classes, **result["last"]})
+    return result
+
+
+def check_finite(losses, epoch, step, student_logits, teacher_logits, run):
+    """RunError when the sum of losses is not finite; the last checkpoint, made before, is kept."""
+    if torch.isfinite(losses[0]):
+        return
+    ranges = [f"{name} logits in [{x.min():.4g}, {x.max():.4g}]"
+              for name, x in (("student", student_logits), ("teacher", teacher_logits)) if x is not None]
+    raise RunError(f"the loss became {losses[0].item()} in epoch {epoch + 1}, step {step + 1} ({', '.join(ranges)}); the last "
+                   f"checkpoint in {run.folder} is kept. Try a smaller --lr or --kd-weight, in another --out")
+
+
+def epoch_line(row, best, name, epochs):
+    return (f"epoch {row['epoch']:3d}/{epochs}  lr {row['lr']:.5g}  loss {row['loss']:8.4f}  train {row['train_top1']:6.2f}  "
+            f"{name} top-1 {row[f'{name}_top1']:6.2f}  top-5 {row[f'{name}_top5']:6.2f}  (best {best['top1']:.2f})  "
+            f"{row['img_s']:,.0f} images/s  {row['seconds']:.0f} s")
+
+
+# ---------------------------------------------------------------- the command
+
+
+def resolve(flags, device):
+    """The run's recipe: the pair's, with the flags that were given. Returns (recipe, lines to print)."""
+    teacher, student, method, zscore = (flags[k] for k in ("teacher", "student", "method", "zscore"))
+    found = recipes.recipe(teacher, student, method, zscore, flags["recipe"])
+    lines = [f"unsure: {reason}" for reason in recipes.unsure(teacher, student, method, zscore)]
+    if not found.pop("known"):
+        what = f"{student} alone" if method == "none" else f"{teacher} -> {student}"
+        lines.append(f"no published recipe for {what}: taking learning rate {found['lr']:g}"
+                     + (f", base temperature {found['base_temp']:g}, weight {found['kd_weight']:g}" if teacher else ""))
+    given = {k: flags[k] for k in ("base_temp", "kd_weight", "ce_weight", "epochs", "batch_size", "lr", "weight_decay")
+             if flags[k] is not None}
+    if given.get("batch_size", found["batch_size"]) != found["batch_size"] and "lr" not in given:
+        scaled = found["lr"] * given["batch_size"] / found["batch_size"]
+        lines.append(f"warning: the recipe's learning rate {found['lr']:g} is for batches of {found['batch_size']}; for "
+                     f"{given['batch_size']} give --lr too (linear rule: {scaled:g})")
+    recipe = {"teacher": teacher, "student": student, "method": method, "zscore": zscore, "data": flags["data"],
+              **found, "full_epochs": found["epochs"], **given,
+              "precision": flags["precision"] or ("bf16" if device.type == "cuda" else "fp32"),
+              "deterministic": flags["deterministic"], "train_images": flags["train_images"],
+              "val_from_train": flags["val_from_train"]}
+    return recipe, lines
+
+
+def run_name(recipe):
+    """The folder's name: resnet32x4-resnet8x4-kd-z-seed0."""
+    pair = [recipe["teacher"]] if recipe["teacher"] else []
+    data = [] if recipe["data"] == "cifar100" else [recipe["data"]]
+    return "-".join([*pair, recipe["student"], recipes.key(recipe["method"], recipe["zscore"]), *data,
+                     f"seed{recipe['seed']}"])
+
+
+def get_teacher(recipe, flags, device):
+    """The Teacher of a recipe, trained here first where there is none."""
+    name, precision = recipe["teacher"], recipe["precision"]
+    if flags["dry_run"] and flags["teacher_checkpoint"] is None:
+        return Teacher(create_model(name), device, precision)
+    if recipe["data"] == "synthetic" and flags["teacher_checkpoint"] is None:
+        path, source = None, "no teacher is published for the synthetic set"
+    else:
+        path, source = find_teacher(name, flags["teacher_checkpoint"], flags["teacher_url"], click.echo)
+    if path is None:
+        click.echo(f"{source}; training {name} here first")
+        path = train_teacher(recipe, flags, device)
+        source = f"trained here, {path}"
+    return load_teacher(name, path, source, device, precision)
+
+
+def train_teacher(recipe, flags, device):
+    """Trains recipe["teacher"] alone by its own recipe, keeps it, and returns its file."""
+    alone = {**dict.fromkeys(flags), "teacher": None, "student": recipe["teacher"], "method": "none", "zscore": False,
+             "recipe": "authors", "data": recipe["data"], "deterministic": flags["deterministic"], "val_from_train": 0,
+             "precision": recipe["precision"], "epochs": flags["epochs"] if recipe["data"] == "synthetic" else None}
+    teacher_recipe, _ = resolve(alone, device)
+    data = load_data(recipe["data"], flags["data_dir"], device)
+    folder = distil(teacher_recipe | {"seed": 0}, data, None, flags, device)[1]
+    if recipe["data"] == "synthetic":
+        return folder / "student.pt"
+    try:
+        CHECKPOINTS.mkdir(exist_ok=True)
+        partial = shutil.copyfile(folder / "student.pt", CHECKPOINTS / f"{recipe['teacher']}.pt.{os.getpid()}.part")
+        return os.replace(partial, CHECKPOINTS / f"{recipe['teacher']}.pt") or CHECKPOINTS / f"{recipe['teacher']}.pt"
+    except OSError:
+        return folder / "student.pt"
+
+
+def distil(recipe, data, teacher, flags, device, until=None):
+    """One run in its folder: printed, trained or found finished. Returns (result, folder)."""
+    if teacher:
+        recipe = recipe | {"teacher_sha256": teacher.sha256}
+    run = Run(Path(flags["out"]) / run_name(recipe), recipe, runs.collect_facts(device))
+    shown = ("lr", "epochs", "batch_size", "weight_decay", "ce_weight", "kd_weight", "base_temp", "precision", "train_images",
+             "val_from_train")
+    click.echo(f"{run.folder}: {recipes.key(recipe['method'], recipe['zscore'])}, "
+               + ", ".join(f"{k} {recipe[k]}" for k in shown if recipe[k]))
+    if run.finished():
+        run.open()      # refuses another recipe
+        result = run.finished()
+        click.echo("finished before")
+    else:
+        if recipe["batch_size"] > len(data.train.targets):
+            raise click.UsageError(f"--batch-size {recipe['batch_size']}: there are {len(data.train.targets)} training images")
+        result = train(recipe, data, teacher, run, device, save_every=flags["save_every"], until=until)
+    if result:
+        click.echo(summary(recipe, result))
+    return result, run.folder
+
+
+def summary(recipe, result):
+    names = (recipe["teacher"], recipe["student"], recipe["method"], recipe["zscore"])
+    line = (f"{run_name(recipe)}: last epoch {result['last']['top1']:.2f} top-1, {result['last']['top5']:.2f} top-5; best "
+            f"{result['best']['top1']:.2f} (epoch {result['best']['epoch']}, chosen on {result['best_chosen_on']})")
+    published, logged = recipes.published(*names), recipes.logged(*names)
+    if recipe["data"] == "cifar100" and published:
+        line += f"; published {published:.2f}" + (f", last epoch of the authors' log {logged:.2f}" if logged else "")
+    return line + f"; {runs.duration(60 * result['minutes'])}"
+
+
+def seeds_table(results):
+    """Each seed's row, then mean and standard deviation (of a sample, n - 1)."""
+    lines = ["seed    last    best (chosen on test)"]
+    lines += [f"{seed:4d}  {r['last']['top1']:6.2f}  {r['best']['top1']:6.2f}" for seed, r in results.items()]
+    last, best = ([r[k]["top1"] for r in results.values()] for k in ("last", "best"))
+    lines.append("mean  " + "  ".join(f"{statistics.mean(x):.2f} ± {statistics.stdev(x):.2f}" for x in (last, best))
+                 + f"  (n = {len(last)})")
+    return "\n".join(lines)
+
+
+def evaluate_file(flags, device, data=None):
+    """--eval: prints loss, top-1 and top-5 of a checkpoint on a data set, by default the one of the flags."""
+    path = flags["eval_file"]
+    name = flags["student"] or split_checkpoint(read_checkpoint(path))[1].get("student")
+    if not name:
+        raise click.UsageError(f"{path} does not say which network it holds: name it with --student")
+    network = create_model(name)
+    load_weights(network, path)
+    data = data or load_data(flags["data"], flags["data_dir"], device, val_from_train=flags["val_from_train"])
+    scores = evaluate(Teacher(network, device, flags["precision"] or "fp32").answers, data.eval)
+    click.echo(f"{name}: {scores['top1']:.2f} top-1, {scores['top5']:.2f} top-5 (%), loss {scores['loss']:.4f} on the "
+               f"{len(data.eval.targets)} {data.eval_name} images of {flags['data']} ({path})")
+
+
+def dry_run(recipe, flags, device):
+    """The whole path on made data: train one epoch of two batches, save, leave, resume, evaluate, result."""
+    size = 2 * recipe["batch_size"]
+    data = Data(synthetic(size, 1), synthetic(size, 2), synthetic(size, 2), "test")
+    data = Data(*(type(s)(*(x.to(device) for x in s)) for s in data[:3]), *data[3:])
+    recipe |= {"data": "synthetic", "epochs": 2, "train_images": None, "val_from_train": 0, "seed": flags["seed"]}
+    teacher = get_teacher(recipe, flags, device) if recipe["teacher"] else None
+    with tempfile.TemporaryDirectory() as folder:
+        flags = flags | {"out": folder}
+        distil(recipe, data, teacher, flags, device, until=1)
+        distil(recipe, data, teacher, flags, device)
+        student = str(Path(folder, run_name(recipe), "student.pt"))
+        evaluate_file(flags | {"eval_file": student, "student": None, "data": "synthetic"}, device, data)
+    click.echo("dry run: all is well")
+
+
+def check_usage(flags):
+    """Usage errors that click cannot see by itself."""
+    if flags["method"] == "none":
+        if flags["zscore"]:
+            raise click.UsageError("--zscore needs a method that distils: --method none has no teacher's logits to standardize")
+        flags["teacher"] = flags["teacher_checkpoint"] = None
+    for flag in ("teacher", "student"):
+        if flags[flag] is not None:
+            runs.check_name(f"--{flag}", flags[flag], list(MODELS))
+    if flags["eval_file"] is None and flags["student"] is None:
+        raise click.UsageError("name a --student" + ("" if flags["method"] == "none" else " and a --teacher") + "; --list shows the pairs")
+    if flags["eval_file"] is None and flags["method"] != "none" and flags["teacher"] is None:
+        raise click.UsageError("name a --teacher (or train the student alone: --method none)")
+
+
+@click.command(help=__doc__)
+@click.option("--method", type=click.Choice(["none", *METHODS]), default="kd", show_default=True,
+              help="Distillation method; none trains the student alone.")
+@runs.shared_flags
+@click.option("--recipe", type=click.Choice(recipes.SOURCES), default="authors", show_default=True,
+              help="Whose numbers: the authors' logs, or the defaults of their released code.")
+@click.option("--data", type=click.Choice(["cifar100", "synthetic"]), default="cifar100", show_default=True)
+@click.option("--data-dir", default="data", show_default=True, metavar="DIR", help="Folder of cifar-100-python.")
+@click.option("--train-images", type=runs.COUNT, metavar="N", help="Train on the first N images of a fixed shuffle.")
+@click.option("--teacher-url", default=ARCHIVE_URL, envvar="TEACHER_URL", metavar="URL",
+              help="Archive of mdistiller's teachers, or a mirror of it (also TEACHER_URL).")
+@click.option("--save-every", type=runs.POSITIVE, default=60, show_default=True, help="Seconds between saves in an epoch.")
+def main(**flags):
+    if flags["list_recipes"]:
+        click.echo(recipes.table())
+        return
+    check_usage(flags)
+    try:
+        if flags["deterministic"]:
+            runs.set_deterministic()
+        device = runs.pick_device(flags["device"])
+        if flags["eval_file"]:
+            evaluate_file(flags, device)
+            return
+        recipe, lines = resolve(flags, device)
+        for line in lines:
+            click.echo(line)
+        if flags["dry_run"]:
+            dry_run(recipe, flags, device)
+            return
+        data = load_data(recipe["data"], flags["data_dir"], device, train_images=recipe["train_images"],
+                         val_from_train=recipe["val_from_train"])
+        teacher = None
+        if recipe["teacher"]:
+            teacher = get_teacher(recipe, flags, device)
+            click.echo(teacher.check(data.test, recipes.ALONE.get(recipe["teacher"]) if recipe["data"] == "cifar100" else None)[1])
+        seeds = range(flags["seed"], flags["seed"] + flags["seeds"])
+        results = {seed: distil(recipe | {"seed": seed}, data, teacher, flags, device)[0] for seed in seeds}
+        if len(seeds) > 1:
+            click.echo(seeds_table(results))
+    except ValueError as error:     # the rooms' own, one line each
+        raise RunError(str(error)) from None
+
+
+if __name__ == "__main__":
+    main()
