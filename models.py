@@ -446,17 +446,17 @@ def split_checkpoint(content):
     """(state_dict, facts): the weights in any of the field's wrappings, and what else the file says.
 
     Unwraps {"model": ...} and {"state_dict": ...}, strips `module.`, `_orig_mod.` and `student.`, and drops the
-    `teacher.` half of a distiller. (None, {}) where there are no weights.
+    `teacher.` half of a distiller. The state_dict is empty where there are no weights.
     """
     facts = {}
-    while isinstance(content, dict) and not any(isinstance(v, torch.Tensor) for v in content.values()):
+    while isinstance(content, dict):
         key = next((k for k in ("model", "state_dict") if isinstance(content.get(k), dict)), None)
         if key is None:
-            return None, {}
+            break
         facts |= {k: v for k, v in content.items() if k != key}
         content = content[key]
     if not isinstance(content, dict) or not all(isinstance(k, str) for k in content):
-        return None, {}
+        return {}, facts
 
     state = {}
     distiller = any("student." in key for key in content)
