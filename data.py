@@ -21,6 +21,7 @@ from torchvision.datasets import CIFAR100
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)      # of pixels in [0, 1]; as in the field's code
 PAD = 4                                                             # pixels of black on each side before the crop
 VIEWS = (2 * PAD + 1) ** 2 * 2                                      # 81 crops x 2 flips = 162 views of an image
+SYNTHETIC_SIZES = 10_000, 2_000                                     # training and test images
 HELD_OUT_KEY = 2**64 - 1                                            # draws of this seed are the same for every run
 
 CIFAR100_CLASSES = tuple("""
@@ -116,7 +117,7 @@ def load_data(name, data_dir, device, *, train_images=None, val_from_train=0):
     train_images: train on the first so many of the rest. Both in one fixed shuffle, the same for every seed.
     Raises ValueError, one line that says what to do, for missing or damaged data and for numbers that do not fit.
     """
-    train, test = (synthetic(10_000, 1), synthetic(2_000, 2)) if name == "synthetic" else read_cifar100(data_dir)
+    train, test = tuple(map(synthetic, SYNTHETIC_SIZES, (1, 2))) if name == "synthetic" else read_cifar100(data_dir)
     shuffle = torch.from_numpy(epoch_draws(HELD_OUT_KEY, 0, len(train.targets))[0])
     rest = len(shuffle) - val_from_train
     if rest < 1:
@@ -169,6 +170,7 @@ def _download_cifar100(dataset, folder):
         socket.setdefaulttimeout(timeout)
 
 
+@functools.cache
 def synthetic(n, part, seed=0):
     """n made images, 32 x 32, of 100 classes in 20 families of five. `part` draws the images, `seed` the classes.
 

@@ -218,9 +218,11 @@ def train_teacher(recipe, flags, device):
     """Trains recipe["teacher"] alone by its own recipe, keeps it, and returns its file."""
     alone = {**dict.fromkeys(flags), "teacher": None, "student": recipe["teacher"], "method": "none", "zscore": False,
              "recipe": "authors", "data": recipe["data"], "deterministic": flags["deterministic"], "val_from_train": 0,
-             "precision": recipe["precision"], "epochs": flags["epochs"] if recipe["data"] == "synthetic" else None}
+             "precision": recipe["precision"]}
+    if recipe["data"] == "synthetic":       # made data: the teacher's training is as short as the run's
+        alone |= {k: flags[k] for k in ("epochs", "train_images")}
     teacher_recipe, _ = resolve(alone, device)
-    data = load_data(recipe["data"], flags["data_dir"], device)
+    data = load_data(recipe["data"], flags["data_dir"], device, train_images=alone["train_images"])
     folder = distil(teacher_recipe | {"seed": 0}, data, None, flags, device)[1]
     if recipe["data"] == "synthetic":
         return folder / "student.pt"

@@ -1,0 +1,113 @@
+"""A run's folder: atomic checkpoints, a log cut back to them, another recipe refused."""
+
+import json
+
+import click
+import pytest
+import torch
+
+import run as runs
+from run import Run, RunError, duration, pick_device, rounded, write_checkpoint
+
+RECIPE, FACTS = {"student": "resnet8", "lr": 0.05, "stages": (150, 180)}, {"torch": "2.15", "command": "x"}
+
+
+def opened(folder, recipe=RECIPE, facts=FACTS):
+    run = Run(folder, recipe, facts)
+    return run, run.open()
+
+
+def test_a_new_run_writes_its_configuration(tmp_path):
+    _, state = opened(tmp_path / "a")
+    assert state is None
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert config == {"recipe": {"student": "resnet8", "lr": 0.05, "stages": [150, 180]}, "facts": FACTS}
+
+
+def test_another_recipe_is_refused_and_nothing_is_touched(tmp_path):
+    run, _ = opened(tmp_path)
+    run.log({"epoch": 1})
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(RunError, match="another recipe .lr was 0.05, now 0.1; beta was None, now 2.*another --out"):
+        opened(tmp_path, RECIPE | {"lr": 0.1, "beta": 2})
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_other_facts_are_a_notice(tmp_path, capsys):
+    opened(tmp_path)
+    opened(tmp_path, facts={"torch": "2.16", "command": "y"})
+    assert "torch was 2.15, now 2.16" in capsys.readouterr().out
+
+
+def test_the_log_is_cut_back_to_the_checkpoint(tmp_path):
+    run, _ = opened(tmp_path)
+    for epoch in (1, 2, 3):
+        run.log({"epoch": epoch, "loss": 1 / 3})
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"epoch": 4, "lo')                 # killed in the middle of a write
+    run.save({"epoch": 2})
+    assert opened(tmp_path)[1] == {"epoch": 2}
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert rows == [{"epoch": 1, "loss": 0.333333}, {"epoch": 2, "loss": 0.333333}]
+
+
+def test_a_damaged_checkpoint_costs_one_save(tmp_path, capsys):
+    run, _ = opened(tmp_path)
+    run.save({"epoch": 1})
+    run.save({"epoch": 2})
+    (tmp_path / "last.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:100])
+    assert opened(tmp_path)[1] == {"epoch": 1}
+    assert "last.pt is damaged" in capsys.readouterr().out
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
+    run, _ = opened(tmp_path)
+    run.save({"epoch": 1})
+    (tmp_path / "last.pt").rename(tmp_path / "previous.pt")
+    assert opened(tmp_path)[1] == {"epoch": 1}
+
+
+def test_a_failed_write_leaves_no_file_and_the_last_checkpoint(tmp_path):
+    run, _ = opened(tmp_path)
+    run.save({"epoch": 1})
+    with pytest.raises(Exception, match="pickle"):
+        run.save({"epoch": 2, "x": lambda: None})
+    assert opened(tmp_path)[1] == {"epoch": 1}
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_student_file_and_result(tmp_path):
+    run, _ = opened(tmp_path)
+    assert run.finished() is None
+    run.finish({"last": {"top1": 41.123456789}, "minutes": float("nan")}, {"model": {"w": torch.ones(2)}, "seed": 0})
+    assert run.finished() == {"last": {"top1": 41.1235}, "minutes": None}
+    assert torch.load(tmp_path / "student.pt", weights_only=True)["seed"] == 0
+
+
+def test_a_device_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(RunError, match="--device cuda: PyTorch finds none here; leave the flag out, it finds cpu"):
+        pick_device("cuda")
+    assert pick_device().type == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert pick_device().type == "cuda"
+
+
+def test_names_are_listed_nearest_first():
+    with pytest.raises(click.UsageError, match="--student resnet8x5: no such network; known, the nearest first: resnet8x4, "):
+        runs.check_name("--student", "resnet8x5", ["vgg8", "resnet32", "resnet8x4"])
+
+
+@pytest.mark.parametrize("seconds, words", [(45, "45 s"), (900, "15 min"), (11520, "3.2 h"), (360000, "4.2 days")])
+def test_durations_are_said_as_people_do(seconds, words):
+    assert duration(seconds) == words
+
+
+def test_rounding_keeps_what_is_not_a_float():
+    assert rounded({"a": [1, 0.123456789], "b": "x", "c": float("inf")}) == {"a": [1, 0.123457], "b": "x", "c": None}
+
+
+def test_checkpoints_are_read_with_weights_only(tmp_path):
+    write_checkpoint(tmp_path / "x.pt", {"epoch": 1, "sums": torch.zeros(5), "best": {"top1": 1.5}})
+    assert torch.load(tmp_path / "x.pt", weights_only=True)["best"] == {"top1": 1.5}

@@ -1,0 +1,264 @@
+"""train_cifar.py as its users call it: in this process through click, on small made or real data."""
+
+import json
+import time
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import data
+import teacher
+import train_cifar
+from models import create_model, load_weights
+from train_cifar import learning_rate, main
+
+SMALL = ["--data", "synthetic", "--train-images", "160", "--epochs", "3", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def nowhere_else(tmp_path, monkeypatch):
+    """Each test in an empty folder, with no kept teachers and no network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(teacher, "CHECKPOINTS", tmp_path / "checkpoints")
+    monkeypatch.setattr(train_cifar, "CHECKPOINTS", tmp_path / "checkpoints")
+    monkeypatch.setattr(data, "SYNTHETIC_SIZES", (600, 200))
+    monkeypatch.setenv("TEACHER_URL", "http://127.0.0.1:9/none.tar")
+    monkeypatch.setenv("CIFAR100_URL", "http://127.0.0.1:9/none.tar.gz")
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """The flags of a distillation from a small teacher file."""
+    torch.manual_seed(5)
+    torch.save(create_model("resnet14").state_dict(), tmp_path / "teacher.pt")
+    return ["--teacher", "resnet14", "--teacher-checkpoint", "teacher.pt", "--student", "resnet8"]
+
+
+def call(*arguments, code=0):
+    result = CliRunner().invoke(main, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def files(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".pt", ".json", ".jsonl")}
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+# ---------------------------------------------------------------- one run
+
+
+def test_a_run_leaves_what_the_design_promises(pair, tmp_path):
+    output = call(*pair, *SMALL, "--zscore")
+    folder = tmp_path / "runs" / "resnet14-resnet8-kd-z-synthetic-seed0"
+    assert sorted(files(folder)) == ["config.json", "last.pt", "log.jsonl", "previous.pt", "result.json", "student.pt"]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["recipe"]["base_temp"] == 2 and config["recipe"]["kd_weight"] == 9 and config["recipe"]["zscore"]
+    assert config["recipe"]["teacher_sha256"] and config["facts"]["torch"] == torch.__version__
+    log = rows(folder)
+    assert [row["epoch"] for row in log] == [1, 2, 3]
+    assert {"lr", "loss", "ce", "kd", "train_top1", "train_top5", "test_top1", "test_top5", "img_s", "seconds"} <= set(log[0])
+    for row in log:
+        assert row["loss"] == pytest.approx(0.1 * row["ce"] + 9 * row["kd"], rel=1e-4)
+    result = json.loads((folder / "result.json").read_text())
+    best = max(log, key=lambda row: row["test_top1"])
+    assert result["last"]["top1"] == log[-1]["test_top1"] and result["best"]["top1"] == best["test_top1"]
+    assert result["best"]["epoch"] == best["epoch"] and result["best_chosen_on"] == "test"
+    student = create_model("resnet8")
+    assert load_weights(student, folder / "student.pt")["top1"] == pytest.approx(result["last"]["top1"], abs=1e-3)
+    assert "no published recipe for resnet14 -> resnet8" in output and "last epoch" in output
+    shown = call("--eval", folder / "student.pt", "--data", "synthetic")
+    assert f"resnet8: {result['last']['top1']:.2f} top-1, {result['last']['top5']:.2f} top-5" in shown
+
+
+def test_a_finished_run_prints_its_result_and_does_nothing(pair, tmp_path):
+    first = call(*pair, *SMALL)
+    folder = tmp_path / "runs" / "resnet14-resnet8-kd-synthetic-seed0"
+    before = files(folder)
+    again = call(*pair, *SMALL)
+    assert again.splitlines()[-1] == first.splitlines()[-1] and "finished before" in again
+    assert files(folder) == before
+
+
+@pytest.mark.parametrize("flags", [["--zscore"], ["--method", "none"]])
+@pytest.mark.parametrize("leave", ["after an epoch", "in an epoch"])
+def test_a_stopped_run_ends_with_an_unbroken_runs_bits(pair, tmp_path, monkeypatch, flags, leave):
+    name = "resnet8-none-synthetic-seed0" if "none" in flags else "resnet14-resnet8-kd-z-synthetic-seed0"
+    call(*pair, *SMALL, *flags, "--out", "whole")
+
+    class Killed(BaseException):
+        pass
+
+    saves = []
+
+    def save(run, state, real=train_cifar.Run.save):
+        real(run, state)
+        saves.append((state["epoch"], state["step"]))
+        if saves[-1] == ((1, 0) if leave == "after an epoch" else (1, 2)):
+            raise Killed
+
+    often = [] if leave == "after an epoch" else ["--save-every", "1e-9"]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train_cifar.Run, "save", save)
+        call(*pair, *SMALL, *flags, *often, "--out", "broken")
+    assert f"going on from epoch {saves[-1][0]}, step {saves[-1][1]}" in call(*pair, *SMALL, *flags, "--out", "broken")
+
+    whole, broken = (torch.load(tmp_path / out / name / "last.pt") for out in ("whole", "broken"))
+    for key, value in whole["model"].items():
+        assert torch.equal(value, broken["model"][key]), key
+    for key, value in whole["optimizer"]["state"].items():
+        assert torch.equal(value["momentum_buffer"], broken["optimizer"]["state"][key]["momentum_buffer"])
+    keep = ("epoch", "lr", "loss", "ce", "kd", "train_top1", "test_top1", "test_top5")
+    assert [[row[k] for k in keep] for row in rows(tmp_path / "whole" / name)] == [
+        [row[k] for k in keep] for row in rows(tmp_path / "broken" / name)]
+
+
+def test_another_recipe_in_the_same_folder_is_refused(pair, tmp_path):
+    call(*pair, *SMALL)
+    before = files(tmp_path / "runs" / "resnet14-resnet8-kd-synthetic-seed0")
+    output = call(*pair, *SMALL, "--lr", "0.1", code=1)
+    assert "lr was 0.05, now 0.1" in output and "--out" in output
+    torch.save(create_model("resnet14").state_dict(), tmp_path / "teacher.pt")
+    assert "teacher_sha256 was" in call(*pair, *SMALL, code=1)
+    assert files(tmp_path / "runs" / "resnet14-resnet8-kd-synthetic-seed0") == before
+
+
+def test_zscore_changes_the_training_and_seeds_differ(pair, tmp_path):
+    """The released CTKD script had its switch inverted; nobody noticed from its output."""
+    output = call(*pair, *SMALL, "--epochs", "1", "--seeds", "2", "--seed", "3")
+    call(*pair, *SMALL, "--epochs", "1", "--seed", "3", "--zscore", "--kd-weight", "0.9", "--base-temp", "4")
+    losses = {name: rows(tmp_path / "runs" / f"resnet14-resnet8-{name}")[0] for name in (
+        "kd-synthetic-seed3", "kd-synthetic-seed4", "kd-z-synthetic-seed3")}
+    assert len({row["kd"] for row in losses.values()}) == 3
+    last = [row["test_top1"] for name, row in losses.items() if "kd-s" in name]
+    mean, deviation = (float(word) for word in output.split("mean")[1].split()[0:3:2])
+    assert mean == pytest.approx(sum(last) / 2, abs=0.006) and "(n = 2)" in output
+    assert deviation == pytest.approx(abs(last[0] - last[1]) / 2**0.5, abs=0.006)
+
+
+def test_method_none_is_plain_training_and_does_not_need_a_teacher(tmp_path):
+    call("--method", "none", "--student", "resnet8", *SMALL)
+    row = rows(tmp_path / "runs" / "resnet8-none-synthetic-seed0")[0]
+    assert row["loss"] == pytest.approx(row["ce"], rel=1e-5) and row["kd"] == 0
+
+
+def test_a_missing_teacher_is_trained_first_and_kept(tmp_path):
+    output = call("--teacher", "resnet14", "--student", "resnet8", *SMALL)
+    assert "training resnet14 here first" in output
+    assert (tmp_path / "runs" / "resnet14-none-synthetic-seed0" / "student.pt").exists()
+    assert "finished before" in call("--teacher", "resnet14", "--student", "resnet8", *SMALL, "--zscore")
+
+
+def test_held_out_images_choose_and_the_log_says_so(pair, tmp_path):
+    output = call(*pair, *SMALL, "--val-from-train", "100")
+    row = rows(tmp_path / "runs" / "resnet14-resnet8-kd-synthetic-seed0")[0]
+    assert "val_top1" in row and "test_top1" not in row and "chosen on val" in output
+
+
+# ---------------------------------------------------------------- the loop is the recipe
+
+
+def test_the_learning_rate_drops_after_epochs_150_180_and_210():
+    recipe = {"lr": 0.05, "stages": (150, 180, 210), "epochs": 240, "full_epochs": 240}
+    drops = {epoch: learning_rate(epoch * 782, 782, recipe) for epoch in (0, 149, 150, 179, 180, 209, 210, 239)}
+    assert list(drops.values()) == pytest.approx([0.05, 0.05, 0.005, 0.005, 5e-4, 5e-4, 5e-5, 5e-5])
+    assert learning_rate(150 * 782 - 1, 782, recipe) == 0.05
+    half = recipe | {"epochs": 120}
+    assert learning_rate(75 * 782 - 1, 782, half) == 0.05 and learning_rate(75 * 782, 782, half) == pytest.approx(0.005)
+
+
+def test_two_epochs_equal_a_plain_loop(pair, tmp_path, monkeypatch):
+    """An independent loop: torchvision's order of operations, torch's own losses, MultiStepLR."""
+    call(*pair, *SMALL, "--epochs", "2", "--train-images", "100", "--batch-size", "64", "--lr", "0.05")
+    train = data.load_data("synthetic", None, "cpu", train_images=100).train
+    torch.manual_seed(0)
+    student, frozen = create_model("resnet8"), create_model("resnet14")
+    load_weights(frozen, tmp_path / "teacher.pt")
+    optimizer = torch.optim.SGD(student.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 4])      # 150, 180 and 210 of 240, in steps of 2 x 2
+    frozen.eval()
+    for epoch in range(2):
+        order, views = (torch.from_numpy(x) for x in data.epoch_draws(0, epoch, 100))
+        for part in (slice(0, 64), slice(64, 100)):
+            images = data.normalise(data.crop_and_flip(train.images[order[part]], views[part])).contiguous()
+            z, v = student(images), frozen(images).detach()
+            kd = 16 * torch.nn.KLDivLoss(reduction="batchmean")((z / 4).log_softmax(1), (v / 4).softmax(1))
+            loss = 0.1 * torch.nn.CrossEntropyLoss()(z, train.targets[order[part]]) + 0.9 * kd
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    ours = torch.load(tmp_path / "runs" / "resnet14-resnet8-kd-synthetic-seed0" / "student.pt")["model"]
+    for key, value in student.state_dict().items():
+        torch.testing.assert_close(ours[key], value, rtol=0, atol=1e-3)
+
+
+def test_bf16_trains_with_losses_in_float32(pair, tmp_path):
+    call(*pair, *SMALL, "--precision", "bf16", "--epochs", "1")
+    state = torch.load(tmp_path / "runs" / "resnet14-resnet8-kd-synthetic-seed0" / "last.pt")
+    assert all(v.dtype != torch.bfloat16 for v in state["model"].values())
+    assert json.loads((tmp_path / "runs" / "resnet14-resnet8-kd-synthetic-seed0" / "config.json").read_text())[
+        "recipe"]["precision"] == "bf16"
+
+
+# ---------------------------------------------------------------- the other commands
+
+
+def test_dry_run_walks_the_whole_path_in_seconds_and_leaves_nothing(tmp_path):
+    begun = time.monotonic()
+    output = call("--teacher", "resnet32x4", "--student", "resnet8x4", "--zscore", "--dry-run", "--device", "cpu")
+    assert time.monotonic() - begun < 20
+    assert "going on from epoch 1" in output and "last epoch" in output and "all is well" in output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_eval_of_the_published_teacher_on_real_images(shared, cifar):
+    output = call("--eval", shared / "teachers" / "resnet56.pt", "--student", "resnet56", "--data-dir", cifar)
+    top1, top5 = (float(output.split(f" {word}")[0].split()[-1]) for word in ("top-1", "top-5"))
+    assert top1 == pytest.approx(72.61, abs=0.02) and top5 == pytest.approx(91.92, abs=0.02)
+
+
+def test_a_real_distillation_in_miniature(shared, cifar, tmp_path):
+    output = call("--teacher", "resnet56", "--teacher-checkpoint", shared / "teachers" / "resnet56.pt", "--student",
+                  "resnet8", "--zscore", "--epochs", "1", "--train-images", "1920", "--data-dir", cifar, "--precision", "bf16")
+    assert "% top-1 on the test split, published 72.34" in output
+    assert json.loads((tmp_path / "runs" / "resnet56-resnet8-kd-z-seed0" / "result.json").read_text())["last"]["top1"] > 1.5
+
+
+def test_list_prints_the_recipes():
+    output = call("--list")
+    assert "resnet32x4 -> resnet8x4" in output and "76.62 (76.28)" in output
+
+
+def test_projected_days_say_what_to_do_instead(monkeypatch, capsys):
+    clock = iter(range(0, 1000, 3))
+    monkeypatch.setattr(train_cifar.runs.time, "monotonic", lambda: next(clock))
+    progress = train_cifar.Progress(50_000, 240, 0, torch.device("cpu"), train_cifar.ADVICE)
+    for _ in range(4):
+        progress.step(0, 64)
+    line = capsys.readouterr().out
+    assert "6.5 days" in line and "--student resnet8" in line and len(line.splitlines()) == 1
+
+
+@pytest.mark.parametrize("words, code, flags", [
+    ("name a --student", 2, ["--teacher", "resnet56"]),
+    ("name a --teacher", 2, ["--student", "resnet8"]),
+    ("--student resnet9: no such network; known, the nearest first: resnet8", 2, ["--student", "resnet9", "--method", "none"]),
+    ("--method none has no teacher", 2, ["--student", "resnet8", "--method", "none", "--zscore"]),
+    ("no CIFAR-100 in", 1, ["--student", "resnet8", "--method", "none", "--data-dir", "nothing"]),
+    ("does not say which network", 2, ["--eval", "teacher.pt"]),
+    ("teacher.pt is not a resnet8 but a resnet14", 1, ["--eval", "teacher.pt", "--student", "resnet8"]),
+    ("nothing.pt: no such file", 1, ["--eval", "nothing.pt", "--student", "resnet8"]),
+])
+def test_mistakes_are_one_line(pair, words, code, flags):
+    output = call(*flags, "--device", "cpu", code=code)
+    assert words in output.splitlines()[-1] and "Traceback" not in output
+
+
+def test_another_batch_without_a_learning_rate_is_a_warning(pair):
+    assert "warning: the recipe's learning rate 0.05 is for batches of 64" in call(*pair, *SMALL, "--batch-size", "32")
+    assert "warning" not in call(*pair, *SMALL, "--batch-size", "32", "--lr", "0.025", "--seed", "1")
