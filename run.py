@@ -138,8 +138,15 @@ def rounded(value):
     return value
 
 
+class Stopped(click.ClickException):
+    """The run was asked to stop and has saved; exit code 1, as it is not finished."""
+
+    def show(self, file=None):
+        click.echo(self.message, err=True)
+
+
 class Stop:
-    """`with Stop() as stop:` turns Ctrl-C and SIGTERM into `stop.asked`, for a loop to leave between two steps.
+    """`with Stop() as stop:` turns Ctrl-C and SIGTERM into `stop.asked`, for a loop to save and leave between two steps.
 
     The second signal interrupts at once.
     """
@@ -157,6 +164,11 @@ class Stop:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+
+    def leave_if_asked(self, folder):
+        """To be called after a save."""
+        if self.asked:
+            raise Stopped(f"stopped, and saved in {folder}: the same command goes on from here")
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
@@ -220,11 +232,11 @@ def collect_facts(device):
             "threads": torch.get_num_threads(), "commit": commit, "command": " ".join(sys.argv)}
 
 
-def set_deterministic():
-    """Deterministic algorithms only, on CUDA too; slower. To be called before the first CUDA operation."""
+def pick_kernels(deterministic):
+    """Deterministic algorithms only, or the fastest. To be called before the first CUDA operation."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
 
 
 def peak_memory(device):

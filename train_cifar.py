@@ -71,33 +71,34 @@ def train(recipe, data, teacher, run, device, *, save_every=60, until=None):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        hits = top_k_hits(student_logits.detach(), target)
-        return torch.stack([*(len(target) * x.detach() for x in (loss, ce, kd)), *hits]), student_logits.detach()
+        sums = torch.stack([len(target) * x.detach() for x in (loss, ce, kd)])
+        return torch.cat([sums, torch.stack(top_k_hits(student_logits.detach(), target))]), student_logits.detach()
 
     state = run.open() or {"epoch": 0, "step": 0, "seconds": 0.0, "sums": torch.zeros(5), "best": {"top1": -1.0}}
     if "model" in state:
         student.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         click.echo(f"going on from epoch {state['epoch']}, step {state['step']} ({run.folder})")
-    first_step, sums, best, seconds = state["step"], state["sums"].to(device), state["best"], state["seconds"]
-    begun = saved = time.monotonic()
+    start, first_step, sums, best = state["epoch"], state["step"], state["sums"].to(device), state["best"]
+    saved = time.monotonic()
+    begun = saved - state["seconds"]                                                    # time of earlier sessions counts
 
     def save(epoch, step):
-        run.save({"epoch": epoch, "step": step, "seconds": seconds + time.monotonic() - begun, "sums": sums.cpu(),
-                  "best": best, "model": student.state_dict(), "optimizer": optimizer.state_dict()})
+        run.save({"epoch": epoch, "step": step, "seconds": time.monotonic() - begun, "sums": sums.cpu(), "best": best,
+                  "model": student.state_dict(), "optimizer": optimizer.state_dict()})
 
     n, batch = len(data.train.targets), recipe["batch_size"]
     steps = -(-n // batch)                                                              # the last batch is smaller
-    progress = Progress(n, recipe["epochs"], state["epoch"] * n + first_step * batch, device, ADVICE)
+    progress = Progress(n, recipe["epochs"], start * n + first_step * batch, device, ADVICE)
     with Stop() as stop:
-        for epoch in range(state["epoch"], recipe["epochs"]):
-            epoch_begun, first = time.monotonic(), first_step
+        for epoch in range(start, recipe["epochs"]):
+            epoch_begun, seen = time.monotonic(), n - first_step * batch
             student.train()
             order, views = (torch.from_numpy(x).to(device) for x in epoch_draws(recipe["seed"], epoch, n))
             for i in range(first_step, steps):                                          # Algorithm 2, line 1
-                chosen = order[i * batch:(i + 1) * batch]
-                target = data.train.targets[chosen]
-                images = normalise(crop_and_flip(data.train.images[chosen], views[i * batch:(i + 1) * batch]))
+                part = slice(i * batch, (i + 1) * batch)
+                target = data.train.targets[order[part]]
+                images = normalise(crop_and_flip(data.train.images[order[part]], views[part]))
                 teacher_logits = teacher.answers(images) if teacher else None           # line 2: v_n
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(epoch * steps + i, steps, recipe)
@@ -105,27 +106,20 @@ def train(recipe, data, teacher, run, device, *, save_every=60, until=None):
                 sums += losses
 
                 progress.step(epoch, len(target))
-                due = time.monotonic() - saved >= save_every or stop.asked
+                due = i < steps - 1 and (stop.asked or time.monotonic() - saved >= save_every)
                 if due or device.type == "cpu" or i % 64 == 63 or i == steps - 1:       # on a GPU looking waits for it
                     check_finite(losses, epoch, i, student_logits, teacher_logits, run)
-                if due and i < steps - 1:
+                if due:
                     save(epoch, i + 1)
                     saved = time.monotonic()
-                if stop.asked:
-                    break
-            if stop.asked and i < steps - 1:
-                break
+                    stop.leave_if_asked(run.folder)
 
             spent = time.monotonic() - epoch_begun
             student.eval()
-            scores = evaluate(predict, data.eval)
-            loss, ce, kd, top1, top5 = (sums / n).tolist()
-            row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], "loss": loss, "ce": ce, "kd": kd,
-                   "train_top1": 100 * top1, "train_top5": 100 * top5,
-                   **{f"{data.eval_name}_{k}": v for k, v in scores.items()},
-                   "img_s": (n - first * batch) / spent, "seconds": time.monotonic() - epoch_begun}
-            if scores["top1"] > best["top1"]:
-                best = {"top1": scores["top1"], "top5": scores["top5"], "epoch": epoch + 1}
+            row = epoch_row(epoch, optimizer, sums / n, evaluate(predict, data.eval), data.eval_name)
+            row |= {"img_s": seen / spent, "seconds": time.monotonic() - epoch_begun}
+            if row[f"{data.eval_name}_top1"] > best["top1"]:
+                best = {"top1": row[f"{data.eval_name}_top1"], "top5": row[f"{data.eval_name}_top5"], "epoch": epoch + 1}
             first_step, sums = 0, torch.zeros_like(sums)
             run.log(row)
             save(epoch + 1, 0)
@@ -133,15 +127,24 @@ def train(recipe, data, teacher, run, device, *, save_every=60, until=None):
             progress.print(epoch_line(row, best, data.eval_name, recipe["epochs"]))
             if epoch + 1 == until:
                 return None
-            if stop.asked:
-                break
-    if stop.asked and epoch + 1 < recipe["epochs"]:
-        raise RunError(f"stopped and saved in {run.folder}; the same command goes on from here")
+            if epoch + 1 < recipe["epochs"]:
+                stop.leave_if_asked(run.folder)
+    return finish(recipe, data, run, student, row, best, (time.monotonic() - begun) / 60, device)
 
-    minutes = (seconds + time.monotonic() - begun) / 60
+
+def epoch_row(epoch, optimizer, means, scores, eval_name):
+    """One row of log.jsonl: learning rate, mean training losses, and accuracies in %."""
+    loss, ce, kd, top1, top5 = means.tolist()
+    return {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], "loss": loss, "ce": ce, "kd": kd,
+            "train_top1": 100 * top1, "train_top5": 100 * top5, **{f"{eval_name}_{k}": v for k, v in scores.items()}}
+
+
+def finish(recipe, data, run, student, row, best, minutes, device):
+    """Writes student.pt and result.json; returns the result."""
     result = {"last": {k: row[f"{data.eval_name}_{k}"] for k in ("top1", "top5")}, "best": best,
               "best_chosen_on": data.eval_name, "epochs": recipe["epochs"], "minutes": minutes,
-              "img_s": n * recipe["epochs"] / (60 * minutes), "peak_memory_mib": runs.peak_memory(device)}
+              "img_s": len(data.train.targets) * recipe["epochs"] / (60 * minutes),
+              "peak_memory_mib": runs.peak_memory(device)}
     facts = {k: recipe[k] for k in ("student", "teacher", "method", "zscore", "base_temp", "epochs", "seed", "data")}
     weights = {k: v.contiguous() for k, v in student.state_dict().items()}
     run.finish(result, {"model": weights, **facts, "num_classes": data.num_classes, **result["last"]})
@@ -339,9 +342,8 @@ def main(**flags):
         return
     check_usage(flags)
     try:
-        if flags["deterministic"]:
-            runs.set_deterministic()
         device = runs.pick_device(flags["device"])
+        runs.pick_kernels(flags["deterministic"])
         if flags["eval_file"]:
             evaluate_file(flags, device)
             return
