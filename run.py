@@ -17,6 +17,8 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -27,23 +29,52 @@ class RunError(click.ClickException):
     """A problem that its message explains in one line; the command ends with exit code 1."""
 
 
+@contextmanager
+def explained(folder):
+    """Turns a failed write (disk full, no permission) into one line; what was saved before stays usable."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:    # torch.save raises RuntimeError when the disk is full
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise RunError(f"could not write in {folder} ({reason}); what was saved before is kept. Make room there or choose "
+                       "another --out, and give the same command again") from None
+
+
 class Run:
     """One run's folder. `recipe` (a flat dict) says what is computed; `facts` say with what and where."""
 
     def __init__(self, folder, recipe, facts):
-        self.folder, self.recipe, self.facts = Path(folder), recipe, facts
+        self.folder, self.recipe, self.facts, self._lock = Path(folder), recipe, facts, None
 
     def open(self):
         """The state of the last checkpoint, or None for a new run. The log is cut back to that checkpoint.
 
-        RunError when the folder holds a run of another recipe; nothing is overwritten then.
+        The folder is locked until the process ends. RunError when another process has it, or when it holds a run of
+        another recipe; nothing is overwritten then.
         """
+        with explained(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.folder / "lock", "a")
+        if not lock(self._lock):
+            raise RunError(f"another process is running in {self.folder}; wait for it, or choose another --out")
+        if not self._same_recipe():
+            self._write("config.json", json.dumps({"recipe": self.recipe, "facts": self.facts}, indent=2))
+        state = self._load()
+        self._cut_log(state["epoch"] if state else 0)
+        return state
+
+    def close(self):
+        """Lets another process have the folder."""
+        if self._lock:
+            self._lock.close()
+
+    def _same_recipe(self):
+        """Whether the folder holds this run already; RunError when it holds another."""
         config = self.folder / "config.json"
         if not config.exists():
             if (self.folder / "last.pt").exists():
                 raise RunError(f"{self.folder} holds a checkpoint without its config.json; choose another --out")
-            self._write("config.json", json.dumps({"recipe": self.recipe, "facts": self.facts}, indent=2))
-            return None
+            return False
         try:
             before = json.loads(config.read_text())
             recipe, facts = before["recipe"], before["facts"]
@@ -54,22 +85,26 @@ class Run:
         if differ:
             raise RunError(f"{self.folder} holds a run of another recipe ({'; '.join(differ)}); choose another --out, "
                            "or remove the folder")
-        notices = [f"{k} was {facts.get(k)}, now {v}" for k, v in self.facts.items()
-                   if k not in ("command",) and facts.get(k) != v]
+        notices = [f"{k} was {facts.get(k)}, now {v}" for k, v in self.facts.items() if k != "command" and facts.get(k) != v]
         if notices and not self.finished():
             click.echo(f"notice: this run began with other facts: {'; '.join(notices)}")
-        state = self._load()
-        self._cut_log(state["epoch"] if state else 0)
-        return state
+        return True
 
     def _load(self):
-        for name in ("last.pt", "previous.pt"):
-            path = self.folder / name
-            if path.exists():
-                try:
-                    return torch.load(path, map_location="cpu", weights_only=True)
-                except Exception as error:      # torch raises a dozen types for damaged files
-                    click.echo(f"notice: {path} is damaged ({type(error).__name__}); going on from the checkpoint before it")
+        damaged = False
+        for path in (self.folder / "last.pt", self.folder / "previous.pt"):
+            if not path.exists():
+                continue
+            try:
+                with zipfile.ZipFile(path) as file:     # torch itself does not look at the checksums
+                    if file.testzip() is not None:
+                        raise ValueError("checksum")
+                return torch.load(path, map_location="cpu", weights_only=True)
+            except Exception:       # torch and zipfile raise a dozen types for damaged files
+                click.echo(f"notice: {path} is damaged; going on from the save before it")
+                damaged = True
+        if damaged:
+            click.echo(f"notice: no save in {self.folder} is usable; beginning anew")
         return None
 
     def _cut_log(self, epochs):
@@ -86,20 +121,22 @@ class Run:
 
     def log(self, row):
         """Appends one epoch's row to log.jsonl."""
-        with open(self.folder / "log.jsonl", "a") as file:
+        with explained(self.folder), open(self.folder / "log.jsonl", "a") as file:
             file.write(json.dumps(rounded(row)) + "\n")
 
     def save(self, state):
         """Replaces last.pt in one step; the one before stays as previous.pt."""
         last = self.folder / "last.pt"
-        partial = write_checkpoint(last.with_suffix(".partial"), state)
-        if last.exists():
-            os.replace(last, self.folder / "previous.pt")
-        os.replace(partial, last)
+        with explained(self.folder):
+            partial = write_checkpoint(last.with_suffix(".partial"), state)
+            if last.exists():
+                os.replace(last, self.folder / "previous.pt")
+            os.replace(partial, last)
 
     def finish(self, result, student):
         """student.pt and, last of all, result.json."""
-        os.replace(write_checkpoint(self.folder / "student.partial", student), self.folder / "student.pt")
+        with explained(self.folder):
+            os.replace(write_checkpoint(self.folder / "student.partial", student), self.folder / "student.pt")
         self._write("result.json", json.dumps(rounded(result), indent=2))
 
     def finished(self):
@@ -108,10 +145,33 @@ class Run:
         return json.loads(path.read_text()) if path.exists() else None
 
     def _write(self, name, text):
-        self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / f"{name}.partial"
-        partial.write_text(text)
-        os.replace(partial, self.folder / name)
+        with explained(self.folder):
+            try:
+                partial.write_text(text)
+                os.replace(partial, self.folder / name)
+            finally:
+                partial.unlink(missing_ok=True)
+
+
+def lock(file):
+    """Locks an open file for this process until it closes it or ends, however it ends; False if another has it."""
+    try:
+        import fcntl
+    except ImportError:     # Windows
+        import msvcrt
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:         # a file system without locks
+        pass
+    return True
 
 
 def write_checkpoint(path, content):
@@ -267,6 +327,26 @@ def check_name(flag, name, known):
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
         rest = [k for k in known if k not in near]
         raise click.UsageError(f"{flag} {name}: no such network; known, the nearest first: {', '.join(near + rest)}")
+
+
+class Command(click.Command):
+    """A click command whose errors are one line on stderr, usage errors (exit code 2) too."""
+
+    def main(self, *args, standalone_mode=True, **more):
+        try:
+            code = super().main(*args, standalone_mode=False, **more)
+        except click.UsageError as error:
+            click.echo(f"Error: {error.format_message().replace(os.linesep, ' ')} (--help shows all flags)", err=True)
+            code = error.exit_code
+        except click.ClickException as error:
+            error.show()
+            code = error.exit_code
+        except click.Abort:         # Ctrl-C where there is nothing to save
+            click.echo("interrupted", err=True)
+            code = 1
+        if standalone_mode:
+            sys.exit(code)
+        return code
 
 
 class Finite(click.FloatRange):

@@ -14,7 +14,9 @@ RECIPE, FACTS = {"student": "resnet8", "lr": 0.05, "stages": (150, 180)}, {"torc
 
 def opened(folder, recipe=RECIPE, facts=FACTS):
     run = Run(folder, recipe, facts)
-    return run, run.open()
+    state = run.open()
+    run.close()         # as the end of a process would
+    return run, state
 
 
 def test_a_new_run_writes_its_configuration(tmp_path):
@@ -28,6 +30,7 @@ def test_another_recipe_is_refused_and_nothing_is_touched(tmp_path):
     run, _ = opened(tmp_path)
     run.log({"epoch": 1})
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert "config.json" in before
     with pytest.raises(RunError, match="another recipe .lr was 0.05, now 0.1; beta was None, now 2.*another --out"):
         opened(tmp_path, RECIPE | {"lr": 0.1, "beta": 2})
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
@@ -111,3 +114,45 @@ def test_rounding_keeps_what_is_not_a_float():
 def test_checkpoints_are_read_with_weights_only(tmp_path):
     write_checkpoint(tmp_path / "x.pt", {"epoch": 1, "sums": torch.zeros(5), "best": {"top1": 1.5}})
     assert torch.load(tmp_path / "x.pt", weights_only=True)["best"] == {"top1": 1.5}
+
+
+def test_a_flipped_bit_is_noticed(tmp_path, capsys):
+    """torch.load itself gives back what is there."""
+    run, _ = opened(tmp_path)
+    for epoch in (1, 2):
+        run.save({"epoch": epoch, "w": torch.ones(10_000)})
+    data = bytearray((tmp_path / "last.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "last.pt").write_bytes(data)
+    assert opened(tmp_path)[1]["epoch"] == 1
+    assert "last.pt is damaged" in capsys.readouterr().out
+
+
+def test_two_damaged_checkpoints_begin_anew_and_say_so(tmp_path, capsys):
+    run, _ = opened(tmp_path)
+    run.log({"epoch": 1})
+    for name in ("last.pt", "previous.pt"):
+        (tmp_path / name).write_bytes(b"")
+    assert opened(tmp_path)[1] is None and "beginning anew" in capsys.readouterr().out
+    assert (tmp_path / "log.jsonl").read_text() == ""
+
+
+def test_the_second_process_in_a_folder_is_refused(tmp_path):
+    first = Run(tmp_path, RECIPE, FACTS)
+    first.open()
+    with pytest.raises(RunError, match="another process is running in .*; wait for it, or choose another --out"):
+        Run(tmp_path, RECIPE, FACTS).open()
+    first.close()
+    opened(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="could not write in .*file.*choose another --out"):
+        opened(tmp_path / "file")
+    with pytest.raises(RunError, match="could not write in"):
+        opened(tmp_path / "file" / "below")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text("{")
+    with pytest.raises(RunError, match="config.json is not a run's configuration"):
+        opened(tmp_path / "odd")

@@ -44,10 +44,10 @@ def learning_rate(step, steps_per_epoch, recipe):
     return recipe["lr"] * 0.1**passed
 
 
-def train(recipe, data, teacher, run, device, *, save_every=60, until=None):
-    """One run (Algorithm 2), from its last checkpoint if there is one. Returns its result, a dict.
+def train(recipe, data, teacher, run, state, device, *, save_every=60, until=None):
+    """One run (Algorithm 2). Returns its result, a dict.
 
-    teacher: a Teacher, None for method none. save_every: seconds between saves inside an epoch; every epoch saves too.
+    teacher: a Teacher, None for method none. state: the checkpoint to go on from, or None. save_every: seconds between saves inside an epoch; every epoch saves too.
     until: leave after so many epochs, as a kill would; returns None.
     """
     torch.manual_seed(recipe["seed"])
@@ -74,7 +74,7 @@ def train(recipe, data, teacher, run, device, *, save_every=60, until=None):
         sums = torch.stack([len(target) * x.detach() for x in (loss, ce, kd)])
         return torch.cat([sums, torch.stack(top_k_hits(student_logits.detach(), target))]), student_logits.detach()
 
-    state = run.open() or {"epoch": 0, "step": 0, "seconds": 0.0, "sums": torch.zeros(5), "best": {"top1": -1.0}}
+    state = state or {"epoch": 0, "step": 0, "seconds": 0.0, "sums": torch.zeros(5), "best": {"top1": -1.0}}
     if "model" in state:
         student.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -246,14 +246,15 @@ def distil(recipe, data, teacher, flags, device, until=None):
              "val_from_train")
     click.echo(f"{run.folder}: {recipes.key(recipe['method'], recipe['zscore'])}, "
                + ", ".join(f"{k} {recipe[k]}" for k in shown if recipe[k]))
-    if run.finished():
-        run.open()      # refuses another recipe
-        result = run.finished()
-        click.echo("finished before")
-    else:
-        if recipe["batch_size"] > len(data.train.targets):
-            raise click.UsageError(f"--batch-size {recipe['batch_size']}: there are {len(data.train.targets)} training images")
-        result = train(recipe, data, teacher, run, device, save_every=flags["save_every"], until=until)
+    if recipe["batch_size"] > len(data.train.targets):
+        raise click.UsageError(f"--batch-size {recipe['batch_size']}: there are {len(data.train.targets)} training images")
+    try:
+        state = run.open()
+        if run.finished():
+            click.echo("finished before")
+        result = run.finished() or train(recipe, data, teacher, run, state, device, save_every=flags["save_every"], until=until)
+    finally:
+        run.close()
     if result:
         click.echo(summary(recipe, result))
     return result, run.folder
@@ -324,7 +325,7 @@ def check_usage(flags):
         raise click.UsageError("name a --teacher (or train the student alone: --method none)")
 
 
-@click.command(help=__doc__)
+@click.command(cls=runs.Command, help=__doc__)
 @click.option("--method", type=click.Choice(["none", *METHODS]), default="kd", show_default=True,
               help="Distillation method; none trains the student alone.")
 @runs.shared_flags
