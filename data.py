@@ -175,19 +175,19 @@ def synthetic(n, part, seed=0):
     """n made images, 32 x 32, of 100 classes in 20 families of five. `part` draws the images, `seed` the classes.
 
     A class is a smooth pattern, near those of its family; an image is its class's pattern, moved and partly covered
-    by another class's, with noise. Real enough to learn, hard enough that a larger network is better.
+    by another class's, with noise. The amounts were set so that a larger network, trained longer, beats a small one.
     """
     generator = torch.Generator().manual_seed(seed)
 
     def smooth(count, size):
         return F.interpolate(torch.randn(count, 3, size, size, generator=generator), 32, mode="bicubic")
 
-    patterns = smooth(20, 4).repeat_interleave(5, 0) + 0.7 * smooth(100, 8)
+    patterns = smooth(20, 4).repeat_interleave(5, 0) + 0.5 * smooth(100, 8)
     generator.manual_seed(1_000_003 * (seed + 1) + part)
     targets = torch.arange(n) % 100
     other = torch.randint(100, (n,), generator=generator)
-    share = 0.5 * torch.rand(n, 1, 1, 1, generator=generator)
-    images = (1 - share) * patterns[targets] + share * patterns[other] + 0.6 * smooth(n, 16)
+    share = 0.6 * torch.rand(n, 1, 1, 1, generator=generator)
+    images = (1 - share) * patterns[targets] + share * patterns[other] + 0.8 * smooth(n, 16)
     images = images + 0.3 * torch.randn(images.shape, generator=generator)
     images = images.mul_(45).add_(128).clamp_(0, 255).to(torch.uint8)
     views = torch.randint(VIEWS, (n,), generator=generator)
