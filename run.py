@@ -9,6 +9,7 @@
 """
 
 import difflib
+import io
 import json
 import math
 import os
@@ -34,10 +35,9 @@ def explained(folder):
     """Turns a failed write (disk full, no permission) into one line; what was saved before stays usable."""
     try:
         yield
-    except (OSError, RuntimeError) as error:    # torch.save raises RuntimeError when the disk is full
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise RunError(f"could not write in {folder} ({reason}); what was saved before is kept. Make room there or choose "
-                       "another --out, and give the same command again") from None
+    except OSError as error:
+        raise RunError(f"could not write in {folder} ({error.strerror}); what was saved before is kept. Make room there or "
+                       "choose another --out, and give the same command again") from None
 
 
 class Run:
@@ -176,9 +176,11 @@ def lock(file):
 
 def write_checkpoint(path, content):
     """torch.save, flushed to the disk; a failed write leaves no file."""
+    buffer = io.BytesIO()       # torch.save on a full disk hides the system's reason
+    torch.save(content, buffer)
     try:
         with open(path, "wb") as file:
-            torch.save(content, file)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
     except BaseException:
@@ -321,12 +323,25 @@ def duration(seconds):
 # ---------------------------------------------------------------- flags that the scripts share
 
 
+def nearest_first(name, known):
+    """The known names, comma-separated, those most like `name` first."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    return ", ".join(near + [k for k in known if k not in near])
+
+
 def check_name(flag, name, known):
     """Raises a usage error that lists the known names, the nearest first."""
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-        rest = [k for k in known if k not in near]
-        raise click.UsageError(f"{flag} {name}: no such network; known, the nearest first: {', '.join(near + rest)}")
+        raise click.UsageError(f"{flag} {name}: no such network; known, the nearest first: {nearest_first(name, known)}")
+
+
+class Choice(click.Choice):
+    """click's, with the nearest first in its message."""
+
+    def convert(self, value, param, ctx):
+        if value not in self.choices:
+            self.fail(f"{value!r} is not known; known, the nearest first: {nearest_first(str(value), list(self.choices))}")
+        return super().convert(value, param, ctx)
 
 
 class Command(click.Command):
@@ -378,8 +393,8 @@ SHARED = [
                  help="Hold N training images out and evaluate on them, for choosing numbers; no test image is used."),
     click.option("--teacher-checkpoint", metavar="FILE", help="The teacher's weights."),
     click.option("--out", metavar="DIR", default="runs", show_default=True, help="Folder for the runs' folders."),
-    click.option("--device", type=click.Choice(["cuda", "mps", "cpu"]), help="[default: the best there is]"),
-    click.option("--precision", type=click.Choice(["fp32", "bf16"]),
+    click.option("--device", type=Choice(["cuda", "mps", "cpu"]), help="[default: the best there is]"),
+    click.option("--precision", type=Choice(["fp32", "bf16"]),
                  help="bf16 is autocast, losses in float32.  [default: bf16 on cuda, else fp32]"),
     click.option("--deterministic", is_flag=True, help="Deterministic CUDA kernels; slower."),
     click.option("--list", "list_recipes", is_flag=True, help="Print all recipes and published numbers, and exit."),

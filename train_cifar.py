@@ -109,7 +109,7 @@ def train(recipe, data, teacher, run, state, device, *, save_every=60, until=Non
                 progress.step(epoch, len(target))
                 due = i < steps - 1 and (stop.asked or time.monotonic() - saved >= save_every)
                 if due or device.type == "cpu" or i % 64 == 63 or i == steps - 1:       # on a GPU looking waits for it
-                    check_finite(losses, epoch, i, student_logits, teacher_logits, run)
+                    check_finite(sums, losses, epoch, i, student_logits, teacher_logits, run)
                 if due:
                     save(epoch, i + 1)
                     saved = time.monotonic()
@@ -152,9 +152,9 @@ def finish(recipe, data, run, student, row, best, minutes, device):
     return result
 
 
-def check_finite(losses, epoch, step, student_logits, teacher_logits, run):
+def check_finite(sums, losses, epoch, step, student_logits, teacher_logits, run):
     """RunError when the sum of losses is not finite; the last checkpoint, made before, is kept."""
-    if torch.isfinite(losses[0]):
+    if torch.isfinite(sums[0]):
         return
     ranges = [f"{name} logits in [{x.min():.4g}, {x.max():.4g}]"
               for name, x in (("student", student_logits), ("teacher", teacher_logits)) if x is not None]
@@ -353,12 +353,12 @@ def check_usage(flags):
 
 
 @click.command(cls=runs.Command, help=__doc__)
-@click.option("--method", type=click.Choice(["none", *METHODS]), default="kd", show_default=True,
+@click.option("--method", type=runs.Choice(["none", *METHODS]), default="kd", show_default=True,
               help="Distillation method; none trains the student alone.")
 @runs.shared_flags
-@click.option("--recipe", type=click.Choice(recipes.SOURCES), default="authors", show_default=True,
+@click.option("--recipe", type=runs.Choice(recipes.SOURCES), default="authors", show_default=True,
               help="Whose numbers: the authors' logs, or the defaults of their released code.")
-@click.option("--data", type=click.Choice(["cifar100", "synthetic"]), default="cifar100", show_default=True)
+@click.option("--data", type=runs.Choice(["cifar100", "synthetic"]), default="cifar100", show_default=True)
 @click.option("--data-dir", default="data", show_default=True, metavar="DIR", help="Folder of cifar-100-python.")
 @click.option("--train-images", type=runs.COUNT, metavar="N", help="Train on the first N images of a fixed shuffle.")
 @click.option("--teacher-url", default=ARCHIVE_URL, envvar="TEACHER_URL", metavar="URL",

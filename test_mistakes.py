@@ -1,0 +1,206 @@
+"""Every mistake of a user is one line that says what was wrong and what to do; nothing is overwritten."""
+
+import shutil
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import data
+import teacher
+import train_cifar
+from models import create_model
+from train_cifar import main
+
+PAIR = "--teacher resnet14 --teacher-checkpoint teacher.pt --student resnet8 "
+ALONE = "--method none --student resnet8 "
+MADE = "--data synthetic --train-images 96 --epochs 1 "
+
+
+class Bomb:
+    def __reduce__(self):
+        return (open, ("bomb-went-off", "w"))
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """A working folder with a good teacher and a collection of bad files; no network, no GPU."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "SYNTHETIC_SIZES", (200, 64))
+    monkeypatch.setattr(teacher, "CHECKPOINTS", tmp_path / "checkpoints")
+    monkeypatch.setattr(train_cifar, "CHECKPOINTS", tmp_path / "checkpoints")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setenv("CIFAR100_URL", "http://127.0.0.1:9/cifar-100-python.tar.gz")
+    torch.save(create_model("resnet14").state_dict(), "teacher.pt")
+    (tmp_path / "text.pt").write_text("version https://git-lfs.github.com/spec/v1\n")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "teacher.pt").read_bytes()[:20_000])
+    torch.save(create_model("resnet20").state_dict(), "other.pt")
+    torch.save(create_model("resnet14", 10).state_dict(), "classes.pt")
+    torch.save({"model": create_model("resnet14").state_dict(), "x": Bomb()}, "bomb.pt")
+    torch.save({"epoch": 3}, "nothing.pt")
+    for name in ("damaged", "cifar10"):
+        (tmp_path / name / "cifar-100-python").mkdir(parents=True)
+    for name in ("train", "test", "meta"):
+        (tmp_path / "damaged" / "cifar-100-python" / name).write_bytes(b"\x80\x04no")
+    shutil.rmtree(tmp_path / "cifar10" / "cifar-100-python")
+    (tmp_path / "cifar10" / "cifar-10-batches-py").mkdir()
+    (tmp_path / "download").mkdir()
+    (tmp_path / "download" / "cifar-100-python.tar.gz").write_bytes(b"\x1f\x8bhalf")
+    (tmp_path / "file").write_text("not a folder")
+    return tmp_path
+
+
+USAGE = [       # exit code 2: the command itself is wrong
+    ("--teacher resnet32x5 --student resnet8x4", "--teacher resnet32x5: no such network; known, the nearest first: resnet32x4, "),
+    ("--teacher resnet56 --student ResNet8", "--student ResNet8: no such network; known, the nearest first: ResNet18, "),
+    (ALONE.replace("resnet8", "vgg9"), "--student vgg9: no such network; known, the nearest first: vgg19, vgg8, "),
+    (PAIR + "--method kdd", "'kdd' is not known; known, the nearest first: kd, none"),
+    (PAIR + "--data cifar10", "'cifar10' is not known; known, the nearest first: cifar100, synthetic"),
+    (PAIR + "--device gpu", "'gpu' is not known; known, the nearest first: cpu, "),
+    (PAIR + "--precision fp16", "'fp16' is not known; known, the nearest first: bf16, fp32"),
+    (PAIR + "--recipe author", "'author' is not known; known, the nearest first: authors, released"),
+    (PAIR + "--zscor", "No such option"),
+    (PAIR + "extra", "unexpected extra argument"),
+    (PAIR + "--lr", "requires an argument"),
+    ("--teacher resnet56", "name a --student and a --teacher; --list shows the pairs"),
+    ("--student resnet8", "name a --teacher (or train the student alone: --method none)"),
+    ("--method none", "name a --student; --list shows the pairs"),
+    ("", "name a --student and a --teacher"),
+    (ALONE + "--zscore", "--zscore needs a method that distils"),
+    (PAIR + "--base-temp 0", "'--base-temp': 0.0 is not in the range x>0"),
+    (PAIR + "--base-temp -2", "'--base-temp': -2.0 is not in the range x>0"),
+    (PAIR + "--base-temp nan", "'--base-temp': nan is not a finite number"),
+    (PAIR + "--base-temp inf", "'--base-temp': inf is not a finite number"),
+    (PAIR + "--base-temp two", "'--base-temp': 'two' is not a valid float"),
+    (PAIR + "--kd-weight -9", "'--kd-weight': -9.0 is not in the range x>=0"),
+    (PAIR + "--kd-weight nan", "'--kd-weight': nan is not a finite number"),
+    (PAIR + "--ce-weight -0.1", "'--ce-weight': -0.1 is not in the range x>=0"),
+    (PAIR + "--weight-decay -1", "'--weight-decay': -1.0 is not in the range x>=0"),
+    (PAIR + "--lr 0", "'--lr': 0.0 is not in the range x>0"),
+    (PAIR + "--lr nan", "'--lr': nan is not a finite number"),
+    (PAIR + "--epochs 0", "'--epochs': 0 is not in the range x>=1"),
+    (PAIR + "--epochs 1.5", "'--epochs': '1.5' is not a valid integer"),
+    (PAIR + "--batch-size 0", "'--batch-size': 0 is not in the range x>=1"),
+    (PAIR + MADE + "--batch-size 97 --lr 0.05", "--batch-size 97: there are 96 training images"),
+    (PAIR + "--seed -1", "'--seed': -1 is not in the range"),
+    (PAIR + "--seeds 0", "'--seeds': 0 is not in the range x>=1"),
+    (PAIR + "--train-images 0", "'--train-images': 0 is not in the range x>=1"),
+    (PAIR + "--val-from-train -5", "'--val-from-train': -5 is not in the range x>=0"),
+    (PAIR + "--save-every 0", "'--save-every': 0.0 is not in the range x>0"),
+    ("--eval teacher.pt --data synthetic", "teacher.pt does not say which network it holds: name it with --student"),
+    ("--eval teacher.pt --student resnet57 --data synthetic", "--student resnet57: no such network; known, the nearest first: resnet5"),
+]
+OTHER = [       # exit code 1: the command is right, the world is not
+    (PAIR + MADE + "--device cuda", "--device cuda: PyTorch finds none here; leave the flag out, it finds cpu"),
+    (ALONE, "no CIFAR-100 in data, and it could not be downloaded"),
+    (ALONE + "--data-dir cifar10", "no CIFAR-100 in cifar10, and it could not be downloaded"),
+    (ALONE + "--data-dir damaged", "CIFAR-100 in damaged is damaged (its checksums differ), and it could not be downloaded"),
+    (ALONE + "--data-dir download", "no CIFAR-100 in download, and it could not be downloaded"),
+    (ALONE + "--data-dir file", "no CIFAR-100 in file, and it could not be downloaded"),
+    (ALONE + "--data synthetic --train-images 201", "--train-images 201: there are 200 training images"),
+    (ALONE + "--data synthetic --val-from-train 200", "--val-from-train 200 leaves nothing of 200 training images"),
+    *[(PAIR.replace("teacher.pt", name) + MADE, words) for name, words in (
+        ("text.pt", "text.pt is not a PyTorch checkpoint, or it is damaged"),
+        ("empty.pt", "empty.pt is not a PyTorch checkpoint, or it is damaged"),
+        ("cut.pt", "cut.pt is not a PyTorch checkpoint, or it is damaged"),
+        ("other.pt", "other.pt is not a resnet14 but a resnet20: "),
+        ("classes.pt", "classes.pt is for 10 classes, this resnet14 is for 100"),
+        ("bomb.pt", "bomb.pt holds Python objects beside tensors; not loaded, as they could run code"),
+        ("nothing.pt", "nothing.pt holds no weights for resnet14"),
+        ("missing.pt", "missing.pt: no such file"),
+        ("damaged", "damaged is a folder, not a checkpoint file"))],
+    ("--eval bomb.pt --student resnet14 --data synthetic", "bomb.pt holds Python objects beside tensors"),
+    ("--eval empty.pt --student resnet14 --data synthetic", "empty.pt is not a PyTorch checkpoint"),
+    ("--eval missing.pt", "missing.pt: no such file"),
+    (PAIR + MADE + "--out file", "could not write in file"),
+    (PAIR + MADE + "--out file/below", "could not write in file"),
+    (ALONE + MADE + "--lr 1e38", "the loss became nan in epoch 1, step 2 (student logits in [nan, nan]); the last checkpoint"),
+]
+
+
+def call(arguments):
+    result = CliRunner().invoke(main, arguments.split(), catch_exceptions=False)
+    return result.exit_code, result.output
+
+
+def contents(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.parent.name != "download"}
+
+
+@pytest.mark.parametrize("code, arguments, words", [*((2, *case) for case in USAGE), *((1, *case) for case in OTHER)])
+def test_a_mistake_is_one_line_and_overwrites_nothing(code, arguments, words, folder):
+    before = contents(folder)
+    got, output = call(arguments)
+    assert got == code, output
+    errors = [line for line in output.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1 and output.splitlines()[-1] == errors[0], output
+    assert words in errors[0] and "Traceback" not in output
+    if code == 2 and "97" not in arguments:
+        assert output.splitlines() == errors        # usage is checked before anything is done
+    after = contents(folder)
+    assert all(after[path] == content for path, content in before.items())
+    assert not (folder / "bomb-went-off").exists()
+
+
+def test_the_table_is_long_enough():
+    assert len(USAGE) + len(OTHER) >= 40
+
+
+def test_a_run_folder_of_another_recipe_is_left_alone(folder):
+    assert call(PAIR + MADE)[0] == 0
+    before = contents(folder)
+    for change in ("--lr 0.1", "--kd-weight 3", "--base-temp 3", "--epochs 2", "--batch-size 48 --lr 0.05", "--precision bf16"):
+        code, output = call(f"{PAIR}{MADE}{change}")
+        assert code == 1 and "holds a run of another recipe" in output.splitlines()[-1] and "another --out" in output
+    assert contents(folder) == before
+
+
+def test_a_damaged_configuration_is_named(folder):
+    assert call(PAIR + MADE)[0] == 0
+    config = next((folder / "runs").rglob("config.json"))
+    for text in ("", "[]", '{"recipe": 3}'):
+        config.write_text(text)
+        code, output = call(PAIR + MADE)
+        assert code == 1 and "config.json is not a run's configuration; choose another --out" in output.splitlines()[-1]
+
+
+def test_a_pair_without_a_recipe_says_what_it_takes(folder):
+    output = call(PAIR + MADE + "--zscore")[1]
+    assert "no published recipe for resnet14 -> resnet8: taking learning rate 0.05, base temperature 2, weight 9" in output
+
+
+def test_a_doubtful_recipe_says_why():
+    torch.save(create_model("resnet32x4").state_dict(), "large.pt")
+    output = call("--teacher resnet32x4 --teacher-checkpoint large.pt --student ShuffleV2 --zscore --out file " + MADE)[1]
+    assert "unsure: its log begins with a loss of 1.67" in output
+
+
+def test_a_loss_that_becomes_nan_keeps_the_last_good_checkpoint(folder, monkeypatch):
+    calls = []
+
+    def breaks(*arguments, real=train_cifar.distillation_loss, **more):
+        calls.append(1)
+        return real(*arguments, **more) * (float("nan") if len(calls) == 6 else 1)
+
+    monkeypatch.setattr(train_cifar, "distillation_loss", breaks)
+    code, output = call(PAIR + MADE + "--epochs 3 --batch-size 32 --lr 0.01")     # three steps an epoch
+    assert code == 1 and "the loss became nan in epoch 2, step 3 (student logits in [" in output.splitlines()[-1]
+    state = torch.load(next((folder / "runs").rglob("last.pt")))
+    assert state["epoch"] == 1 and all(v.isfinite().all() for v in state["model"].values())
+    assert len(next((folder / "runs").rglob("log.jsonl")).read_text().splitlines()) == 1
+    monkeypatch.undo()
+
+
+def test_a_teacher_of_nans_is_named_as_the_cause(folder):
+    state = create_model("resnet14").state_dict()
+    state["fc.bias"][3] = float("nan")
+    torch.save(state, "nan.pt")
+    code, output = call(PAIR.replace("teacher.pt", "nan.pt") + MADE)
+    assert code == 1 and "teacher logits in [nan, nan]" in output.splitlines()[-1]
+
+
+def test_help_says_what_everything_is():
+    code, output = call("--help")
+    assert code == 0 and "--base-temp TAU" in output and "the paper's KD+Z" in output
