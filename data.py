@@ -8,6 +8,7 @@ No loader processes and no PIL in the loop: the whole set is 184 MB of uint8.
 """
 
 import functools
+import http.client
 import os
 import socket
 from pathlib import Path
@@ -161,7 +162,7 @@ def _download_cifar100(dataset, folder):
     try:
         print(f"{problem}; downloading 169 MB from {dataset.url}", flush=True)
         return [dataset(folder, train=train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError, EOFError) as error:
+    except (OSError, ValueError, RuntimeError, EOFError, http.client.HTTPException) as error:
         raise ValueError(f"{problem}, and it could not be downloaded ({error}). Put cifar-100-python.tar.gz from "
                          f"https://www.cs.toronto.edu/~kriz/cifar.html into {folder}, or name the folder that holds "
                          "cifar-100-python with --data-dir, or set CIFAR100_URL to a mirror, or try --data synthetic"

@@ -445,12 +445,12 @@ def read_checkpoint(path):
 def split_checkpoint(content):
     """(state_dict, facts): the weights in any of the field's wrappings, and what else the file says.
 
-    Unwraps {"model": ...} and {"state_dict": ...}, strips `module.`, `_orig_mod.` and `student.`, and drops the
+    Unwraps {"model": ...}, {"state_dict": ...} and the like, strips `module.`, `_orig_mod.` and `student.`, and drops the
     `teacher.` half of a distiller. The state_dict is empty where there are no weights.
     """
     facts = {}
     while isinstance(content, dict):
-        key = next((k for k in ("model", "state_dict") if isinstance(content.get(k), dict)), None)
+        key = next((k for k in ("model", "state_dict", "student", "module") if isinstance(content.get(k), dict)), None)
         if key is None:
             break
         facts |= {k: v for k, v in content.items() if k != key}
@@ -463,7 +463,7 @@ def split_checkpoint(content):
     for key, value in content.items():
         parts = key.split(".")
         inside = not distiller
-        while parts[0] in ("module", "_orig_mod", "student"):
+        while len(parts) > 1 and parts[0] in ("module", "_orig_mod", "student"):
             inside |= parts.pop(0) == "student"
         if inside and isinstance(value, torch.Tensor):
             state[".".join(parts)] = value
@@ -488,21 +488,16 @@ def load_weights(model, path):
     unexpected = [k for k in state if k not in want]
     reshaped = [k for k in want if k in state and want[k].shape != state[k].shape]
     head = list(want)[-2:]      # every network ends with its classifier's weight and bias
-    if not missing and not unexpected and reshaped and set(reshaped) <= set(head):
-        raise ValueError(f"{path} is for {len(state[reshaped[0]])} classes, this {name} is for {model_classes(model)}")
+    if not missing and not unexpected and reshaped == head and state[head[1]].ndim == 1:
+        raise ValueError(f"{path} is for {len(state[head[1]])} classes, this {name} is for {len(want[head[1]])}")
     if missing or unexpected or reshaped:
         differ = ([f"{k} is missing" for k in missing] + [f"{k} is not in {name}" for k in unexpected]
                   + [f"{k} is {tuple(state[k].shape)}, not {tuple(want[k].shape)}" for k in reshaped])
         guess = guess_network(state)
-        raise ValueError(f"{path} is not a {name}" + (f" but a {guess}" if guess else "") + f": {'; '.join(differ[:3])}"
+        raise ValueError(f"{path} is not a {name}" + (f" but a {guess}" if guess not in (None, name) else "") + f": {'; '.join(differ[:3])}"
                          + (f"; and {len(differ) - 3} more" if len(differ) > 3 else ""))
     model.load_state_dict(state)
     return facts
-
-
-def model_classes(model):
-    """The number of classes: rows of the last linear layer."""
-    return [m for m in model.modules() if isinstance(m, nn.Linear)][-1].out_features
 
 
 def guess_network(state):

@@ -36,7 +36,7 @@ def explained(folder):
     try:
         yield
     except OSError as error:
-        raise RunError(f"could not write in {folder} ({error.strerror}); what was saved before is kept. Make room there or "
+        raise RunError(f"could not write in {folder} ({error.strerror or error}); what was saved before is kept. Make room there or "
                        "choose another --out, and give the same command again") from None
 
 
@@ -49,7 +49,7 @@ class Run:
     def open(self):
         """The state of the last checkpoint, or None for a new run. The log is cut back to that checkpoint.
 
-        The folder is locked until the process ends. RunError when another process has it, or when it holds a run of
+        A finished run is left as it is. The folder is locked until `close`. RunError when another process has it, or when it holds a run of
         another recipe; nothing is overwritten then.
         """
         with explained(self.folder):
@@ -59,6 +59,8 @@ class Run:
             raise RunError(f"another process is running in {self.folder}; wait for it, or choose another --out")
         if not self._same_recipe():
             self._write("config.json", json.dumps({"recipe": self.recipe, "facts": self.facts}, indent=2))
+        if self.finished():
+            return None
         state = self._load()
         self._cut_log(state["epoch"] if state else 0)
         return state
@@ -78,7 +80,7 @@ class Run:
         try:
             before = json.loads(config.read_text())
             recipe, facts = before["recipe"], before["facts"]
-        except (ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):
             raise RunError(f"{config} is not a run's configuration; choose another --out") from None
         now = json.loads(json.dumps(self.recipe))
         differ = [f"{k} was {recipe.get(k)}, now {now.get(k)}" for k in recipe | now if recipe.get(k) != now.get(k)]
@@ -96,12 +98,17 @@ class Run:
             if not path.exists():
                 continue
             try:
-                with zipfile.ZipFile(path) as file:     # torch itself does not look at the checksums
+                content = path.read_bytes()
+                with zipfile.ZipFile(io.BytesIO(content)) as file:      # torch itself does not look at the checksums
                     if file.testzip() is not None:
-                        raise ValueError("checksum")
-                return torch.load(path, map_location="cpu", weights_only=True)
+                        raise zipfile.BadZipFile
+                return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            except (OSError, MemoryError) as error:     # the disk's or the machine's trouble, not the file's
+                raise RunError(f"could not read {path} ({error}); it is kept as it is") from None
             except Exception:       # torch and zipfile raise a dozen types for damaged files
-                click.echo(f"notice: {path} is damaged; going on from the save before it")
+                click.echo(f"notice: {path} is damaged (kept as damaged.pt); going on from the save before it")
+                with explained(self.folder):
+                    os.replace(path, self.folder / "damaged.pt")        # no later save may push it over a good one
                 damaged = True
         if damaged:
             click.echo(f"notice: no save in {self.folder} is usable; beginning anew")
@@ -115,7 +122,7 @@ class Run:
                 row = json.loads(line)
             except ValueError:
                 break               # a kill in the middle of a write leaves half a row, at the end
-            if row["epoch"] <= epochs:
+            if isinstance(row, dict) and row.get("epoch", epochs + 1) <= epochs:
                 rows.append(line + "\n")
         self._write("log.jsonl", "".join(rows))
 
@@ -141,8 +148,10 @@ class Run:
 
     def finished(self):
         """The result of a run that is over, else None."""
-        path = self.folder / "result.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        try:
+            return json.loads((self.folder / "result.json").read_text())
+        except (OSError, ValueError):
+            return None
 
     def _write(self, name, text):
         partial = self.folder / f"{name}.partial"
@@ -282,6 +291,13 @@ def pick_device(name=None):
     return torch.device(name)
 
 
+def pick_precision(name, device):
+    """"fp32" or "bf16": the one that was asked for, else bf16 where a CUDA device has it in hardware."""
+    if name is None:
+        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return name
+
+
 def collect_facts(device):
     """Versions, device, commit and command line, for config.json."""
     git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=12"]
@@ -390,7 +406,7 @@ SHARED = [
     click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="First seed."),
     click.option("--seeds", type=COUNT, default=1, show_default=True, help="Number of seeds to run, one by one."),
     click.option("--val-from-train", type=click.IntRange(min=0), default=0, metavar="N",
-                 help="Hold N training images out and evaluate on them, for choosing numbers; no test image is used."),
+                 help="Hold N training images out and evaluate the student on them alone, for choosing numbers."),
     click.option("--teacher-checkpoint", metavar="FILE", help="The teacher's weights."),
     click.option("--out", metavar="DIR", default="runs", show_default=True, help="Folder for the runs' folders."),
     click.option("--device", type=Choice(["cuda", "mps", "cpu"]), help="[default: the best there is]"),

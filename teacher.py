@@ -5,6 +5,7 @@ publishes, downloaded once into checkpoints/mdistiller/. Where there is none, th
 """
 
 import hashlib
+import http.client
 import os
 import tarfile
 import urllib.request
@@ -73,7 +74,7 @@ def find_teacher(name, checkpoint=None, url=ARCHIVE_URL, say=print):
         try:
             say(f"downloading mdistiller's teachers, once, from {url}")
             download_teachers(url, published.parent)
-        except (OSError, tarfile.TarError, EOFError) as error:
+        except (OSError, ValueError, http.client.HTTPException, tarfile.TarError, EOFError) as error:
             return None, f"no checkpoints/{name}.pt, and mdistiller's teachers could not be downloaded ({error})"
         if not published.is_file():
             return None, f"no checkpoints/{name}.pt, and no {name} in {url}"

@@ -148,7 +148,7 @@ def test_a_truncated_checkpoint_costs_one_save(flags, start, tmp_path):
     last = tmp_path / "broken" / NAME / "last.pt"
     last.write_bytes(last.read_bytes()[:5000])
     assert finish(start(*flags, tmp_path / "broken")) == 0
-    assert "last.pt is damaged; going on from the save before it" in start.output()
+    assert "last.pt is damaged (kept as damaged.pt); going on from the save before it" in start.output()
     assert finish(start(*flags, tmp_path / "whole")) == 0
     assert same(ending(tmp_path / "broken"), ending(tmp_path / "whole"))
 

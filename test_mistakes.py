@@ -40,6 +40,7 @@ def folder(tmp_path, monkeypatch):
     torch.save(create_model("resnet14", 10).state_dict(), "classes.pt")
     torch.save({"model": create_model("resnet14").state_dict(), "x": Bomb()}, "bomb.pt")
     torch.save({"epoch": 3}, "nothing.pt")
+    torch.save(create_model("resnet14").state_dict() | {"fc.bias": torch.tensor(1.0)}, "number.pt")
     for name in ("damaged", "cifar10"):
         (tmp_path / name / "cifar-100-python").mkdir(parents=True)
     for name in ("train", "test", "meta"):
@@ -56,7 +57,7 @@ USAGE = [       # exit code 2: the command itself is wrong
     ("--teacher resnet32x5 --student resnet8x4", "--teacher resnet32x5: no such network; known, the nearest first: resnet32x4, "),
     ("--teacher resnet56 --student ResNet8", "--student ResNet8: no such network; known, the nearest first: ResNet18, "),
     (ALONE.replace("resnet8", "vgg9"), "--student vgg9: no such network; known, the nearest first: vgg19, vgg8, "),
-    (PAIR + "--method kdd", "'kdd' is not known; known, the nearest first: kd, none"),
+    (PAIR + "--method kdd", "'kdd' is not known; known, the nearest first: kd, dkd, "),
     (PAIR + "--data cifar10", "'cifar10' is not known; known, the nearest first: cifar100, synthetic"),
     (PAIR + "--device gpu", "'gpu' is not known; known, the nearest first: cpu, "),
     (PAIR + "--precision fp16", "'fp16' is not known; known, the nearest first: bf16, fp32"),
@@ -89,6 +90,9 @@ USAGE = [       # exit code 2: the command itself is wrong
     (PAIR + "--train-images 0", "'--train-images': 0 is not in the range x>=1"),
     (PAIR + "--val-from-train -5", "'--val-from-train': -5 is not in the range x>=0"),
     (PAIR + "--save-every 0", "'--save-every': 0.0 is not in the range x>0"),
+    ("--demo --epochs 3", "--demo takes no --epochs; it has its own"),
+    ("--demo --val-from-train 500", "--demo takes no --val-from-train; it has its own"),
+    (ALONE.replace("resnet8", "MobileNetV1"), "--student MobileNetV1: no such network"),
     ("--eval teacher.pt --data synthetic", "teacher.pt does not say which network it holds: name it with --student"),
     ("--eval teacher.pt --student resnet57 --data synthetic", "--student resnet57: no such network; known, the nearest first: resnet5"),
 ]
@@ -114,8 +118,10 @@ OTHER = [       # exit code 1: the command is right, the world is not
     ("--eval bomb.pt --student resnet14 --data synthetic", "bomb.pt holds Python objects beside tensors"),
     ("--eval empty.pt --student resnet14 --data synthetic", "empty.pt is not a PyTorch checkpoint"),
     ("--eval missing.pt", "missing.pt: no such file"),
+    ("--eval number.pt --student resnet14 --data synthetic", "number.pt is not a resnet14: fc.bias is (), not (100,)"),
     (PAIR + MADE + "--out file", "could not write in file"),
     (PAIR + MADE + "--out file/below", "could not write in file"),
+    (ALONE + MADE + "--lr 1e38 --train-images 64", "epoch 1; the last checkpoint in"),
     (ALONE + MADE + "--lr 1e38", "the loss became nan in epoch 1, step 2 (student logits in [nan, nan]); the last checkpoint"),
 ]
 

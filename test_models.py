@@ -125,6 +125,8 @@ FORMATS = {
         "model": {f"module.{half}.{k}": v if half == "student" else v + 1 for half in ("teacher", "student")
                   for k, v in s.items()}},
     "RepDistiller's last": lambda s: {"opt": argparse.Namespace(lr=0.05, trial="1", path=None), "model": s},
+    "module": lambda s: {"module": s, "global_steps": 3},
+    "student": lambda s: {"student": s, "teacher": {k: v + 1 for k, v in s.items()}, "optimizer": {}},
     "float16": lambda s: {"model": {k: v.half() if v.is_floating_point() else v for k, v in s.items()}},
     "old, without counters": lambda s: {k: v for k, v in s.items() if not k.endswith("num_batches_tracked")},
 }

@@ -63,6 +63,39 @@ def test_a_damaged_checkpoint_costs_one_save(tmp_path, capsys):
     assert "last.pt is damaged" in capsys.readouterr().out
 
 
+def test_a_damaged_checkpoint_never_replaces_the_good_one(tmp_path):
+    run, _ = opened(tmp_path)
+    run.save({"epoch": 1})
+    run.save({"epoch": 2})
+    (tmp_path / "last.pt").write_bytes(b"damaged")
+    run, _ = opened(tmp_path)
+    run.save({"epoch": 2})
+    (tmp_path / "last.pt").write_bytes(b"damaged again")
+    assert opened(tmp_path)[1] == {"epoch": 1}
+
+
+def test_trouble_of_the_disk_is_not_taken_for_damage(tmp_path, monkeypatch):
+    run, _ = opened(tmp_path)
+    run.log({"epoch": 1})
+    run.save({"epoch": 1})
+
+    def fails(*_, **__):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="could not read .*last.pt .*Input/output error.*kept"):
+        patch.setattr(torch, "load", fails)
+        opened(tmp_path)
+    assert opened(tmp_path)[1] == {"epoch": 1} and (tmp_path / "log.jsonl").read_text()
+
+
+def test_a_finished_run_keeps_its_log_without_its_checkpoints(tmp_path):
+    run, _ = opened(tmp_path)
+    run.log({"epoch": 1})
+    run.finish({"last": 1}, {})
+    opened(tmp_path)
+    assert (tmp_path / "log.jsonl").read_text() == '{"epoch": 1}\n'
+
+
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
     run, _ = opened(tmp_path)
     run.save({"epoch": 1})

@@ -106,9 +106,10 @@ def test_no_teacher_says_why(serve, name, place, words):
     assert re.search(words, reason), reason
 
 
-def test_no_network_says_why():
-    path, reason = find_teacher("resnet56", url="http://127.0.0.1:9/x.tar", say=lambda line: None)
-    assert path is None and "Connection refused" in reason
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/x.tar", "http://127.0.0.1:abc/x.tar", "teachers.tar"])
+def test_no_network_or_no_address_says_why(url):
+    path, reason = find_teacher("resnet56", url=url, say=lambda line: None)
+    assert path is None and "could not be downloaded" in reason
 
 
 def test_answers_are_the_frozen_networks_logits():

@@ -1,6 +1,8 @@
 """train_cifar.py as its users call it: in this process through click, on small made or real data."""
 
 import json
+import os
+import signal
 import time
 
 import pytest
@@ -112,9 +114,41 @@ def test_a_stopped_run_ends_with_an_unbroken_runs_bits(pair, tmp_path, monkeypat
         assert torch.equal(value, broken["model"][key]), key
     for key, value in whole["optimizer"]["state"].items():
         assert torch.equal(value["momentum_buffer"], broken["optimizer"]["state"][key]["momentum_buffer"])
+    assert whole["best"] == broken["best"]
+    results = [json.loads((tmp_path / out / name / "result.json").read_text()) for out in ("whole", "broken")]
+    assert results[0]["last"] == results[1]["last"] and results[0]["best"] == results[1]["best"]
     keep = ("epoch", "lr", "loss", "ce", "kd", "train_top1", "test_top1", "test_top5")
     assert [[row[k] for k in keep] for row in rows(tmp_path / "whole" / name)] == [
         [row[k] for k in keep] for row in rows(tmp_path / "broken" / name)]
+
+
+def test_a_run_that_breaks_while_it_writes_its_result_finishes_the_next_time(pair, tmp_path, monkeypatch):
+    call(*pair, *SMALL, "--out", "whole")
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train_cifar.Run, "finish", killed)
+        call(*pair, *SMALL, "--out", "broken")
+    call(*pair, *SMALL, "--out", "broken")
+    results = [json.loads((tmp_path / out / "resnet14-resnet8-kd-synthetic-seed0" / "result.json").read_text())
+               for out in ("whole", "broken")]
+    assert all(results[0][k] == results[1][k] for k in ("last", "best", "epochs"))
+
+
+def test_a_stop_in_the_last_evaluation_leaves_the_next_seed_out(pair, tmp_path, monkeypatch):
+    def asked(*arguments, real=train_cifar.finish):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments)
+
+    monkeypatch.setattr(train_cifar, "finish", asked)
+    output = call(*pair, *SMALL, "--seeds", "2", code=1)
+    assert "last epoch" in output and "the same command goes on from here" in output.splitlines()[-1]
+    assert not (tmp_path / "runs" / "resnet14-resnet8-kd-synthetic-seed1").exists()
 
 
 def test_another_recipe_in_the_same_folder_is_refused(pair, tmp_path):
@@ -157,6 +191,7 @@ def test_held_out_images_choose_and_the_log_says_so(pair, tmp_path):
     output = call(*pair, *SMALL, "--val-from-train", "100")
     row = rows(tmp_path / "runs" / "resnet14-resnet8-kd-synthetic-seed0")[0]
     assert "val_top1" in row and "test_top1" not in row and "chosen on val" in output
+    assert "(chosen on val)" in call(*pair, *SMALL, "--val-from-train", "100", "--seeds", "2")
 
 
 # ---------------------------------------------------------------- the loop is the recipe
@@ -173,13 +208,14 @@ def test_the_learning_rate_drops_after_epochs_150_180_and_210():
 
 def test_two_epochs_equal_a_plain_loop(pair, tmp_path, monkeypatch):
     """An independent loop: torchvision's order of operations, torch's own losses, MultiStepLR."""
-    call(*pair, *SMALL, "--epochs", "2", "--train-images", "100", "--batch-size", "64", "--lr", "0.05")
+    call(*pair, *SMALL, "--epochs", "2", "--train-images", "100", "--batch-size", "64", "--lr", "0.05",
+         "--weight-decay", "0.1")
     train = data.load_data("synthetic", None, "cpu", train_images=100).train
     torch.manual_seed(0)
     student, frozen = create_model("resnet8"), create_model("resnet14")
     load_weights(frozen, tmp_path / "teacher.pt")
-    optimizer = torch.optim.SGD(student.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 4])      # 150, 180 and 210 of 240, in steps of 2 x 2
+    optimizer = torch.optim.SGD(student.parameters(), 0.05, momentum=0.9, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 3, 4])   # 150, 180, 210 of 240 in 4 steps: 2.5, 3, 3.5
     frozen.eval()
     for epoch in range(2):
         order, views = (torch.from_numpy(x) for x in data.epoch_draws(0, epoch, 100))
@@ -199,10 +235,17 @@ def test_two_epochs_equal_a_plain_loop(pair, tmp_path, monkeypatch):
 
 def test_bf16_trains_with_losses_in_float32(pair, tmp_path):
     call(*pair, *SMALL, "--precision", "bf16", "--epochs", "1")
-    state = torch.load(tmp_path / "runs" / "resnet14-resnet8-kd-synthetic-seed0" / "last.pt")
+    folder = tmp_path / "runs" / "resnet14-resnet8-kd-synthetic-seed0"
+    state = torch.load(folder / "last.pt")
+    group = state["optimizer"]["param_groups"][0]
+    assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 5e-4, False)
+    alone = ["--method", "none", "--student", "resnet8", *SMALL, "--epochs", "1"]
+    call(*alone, "--precision", "bf16", "--out", "half")
+    call(*alone, "--precision", "fp32", "--out", "full")
+    losses = [rows(tmp_path / out / "resnet8-none-synthetic-seed0")[0]["loss"] for out in ("half", "full")]
+    assert 0 < abs(losses[0] - losses[1]) < 0.05        # the student ran in bf16, its loss is near
     assert all(v.dtype != torch.bfloat16 for v in state["model"].values())
-    assert json.loads((tmp_path / "runs" / "resnet14-resnet8-kd-synthetic-seed0" / "config.json").read_text())[
-        "recipe"]["precision"] == "bf16"
+    assert json.loads((folder / "config.json").read_text())["recipe"]["precision"] == "bf16"
 
 
 # ---------------------------------------------------------------- the other commands

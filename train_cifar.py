@@ -13,6 +13,7 @@ A flag that is left out takes the pair's recipe. A run that was stopped goes on 
 The last epoch is the result; the best epoch, chosen on the test split, stands beside it.
 """
 
+import math
 import os
 import shutil
 import statistics
@@ -23,6 +24,7 @@ from pathlib import Path
 import click
 import torch
 import torch.nn.functional as F
+from click.core import ParameterSource
 
 import recipes
 import run as runs
@@ -36,6 +38,9 @@ ADVICE = ("take a CUDA GPU, or a short run of small networks, for instance --stu
           "--train-images 10000")
 
 
+KEPT = "the last checkpoint in {} is kept. Try a smaller --lr or --kd-weight, in another --out"
+
+
 # ---------------------------------------------------------------- training
 
 
@@ -45,10 +50,11 @@ def learning_rate(step, steps_per_epoch, recipe):
     return recipe["lr"] * 0.1**passed
 
 
-def train(recipe, data, teacher, run, state, device, *, save_every=60, until=None):
+def train(recipe, data, teacher, run, state, device, stop, *, save_every=60, until=None):
     """One run (Algorithm 2). Returns its result, a dict.
 
-    teacher: a Teacher, None for method none. state: the checkpoint to go on from, or None. save_every: seconds between saves inside an epoch; every epoch saves too.
+    teacher: a Teacher, None for method none. state: the checkpoint to go on from, or None. stop: a Stop.
+    save_every: seconds between saves inside an epoch; every epoch saves too.
     until: leave after so many epochs, as a kill would; returns None.
     """
     torch.manual_seed(recipe["seed"])
@@ -75,61 +81,66 @@ def train(recipe, data, teacher, run, state, device, *, save_every=60, until=Non
         sums = torch.stack([len(target) * x.detach() for x in (loss, ce, kd)])
         return torch.cat([sums, torch.stack(top_k_hits(student_logits.detach(), target))]), student_logits.detach()
 
-    state = state or {"epoch": 0, "step": 0, "seconds": 0.0, "sums": torch.zeros(5), "best": {"top1": -1.0}}
+    state = state or {"epoch": 0, "step": 0, "seconds": 0.0, "sums": torch.zeros(5), "best": {"top1": -1.0}, "row": {}}
     if "model" in state:
         student.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         click.echo(f"going on from epoch {state['epoch']}, step {state['step']} ({run.folder})")
-    start, first_step, sums, best = state["epoch"], state["step"], state["sums"].to(device), state["best"]
+    start, first_step, sums = state["epoch"], state["step"], state["sums"].to(device)
+    best, row = state["best"], state["row"]                                             # row: the last epoch's
     saved = time.monotonic()
     begun = saved - state["seconds"]                                                    # time of earlier sessions counts
 
     def save(epoch, step):
-        run.save({"epoch": epoch, "step": step, "seconds": time.monotonic() - begun, "sums": sums.cpu(), "best": best,
+        if not all(v.isfinite().all() for v in student.state_dict().values()):
+            raise RunError(f"the student's weights became infinite in epoch {epoch}; {KEPT.format(run.folder)}")
+        run.save({"epoch": epoch, "step": step, "seconds": time.monotonic() - begun, "sums": sums.cpu(), "best": best, "row": row,
                   "model": student.state_dict(), "optimizer": optimizer.state_dict()})
 
     n, batch = len(data.train.targets), recipe["batch_size"]
     steps = -(-n // batch)                                                              # the last batch is smaller
     progress = Progress(n, recipe["epochs"], start * n + first_step * batch, device, ADVICE)
-    with Stop() as stop:
-        for epoch in range(start, recipe["epochs"]):
-            epoch_begun, seen = time.monotonic(), n - first_step * batch
-            student.train()
-            order, views = (torch.from_numpy(x).to(device) for x in epoch_draws(recipe["seed"], epoch, n))
-            for i in range(first_step, steps):                                          # Algorithm 2, line 1
-                part = slice(i * batch, (i + 1) * batch)
-                target = data.train.targets[order[part]]
-                images = normalise(crop_and_flip(data.train.images[order[part]], views[part]))
-                teacher_logits = teacher.answers(images) if teacher else None           # line 2: v_n
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(epoch * steps + i, steps, recipe)
-                losses, student_logits = step(images, target, teacher_logits)
-                sums += losses
+    for epoch in range(start, recipe["epochs"]):
+        epoch_begun, seen = time.monotonic(), n - first_step * batch
+        student.train()
+        order, views = (torch.from_numpy(x).to(device) for x in epoch_draws(recipe["seed"], epoch, n))
+        for i in range(first_step, steps):                                          # Algorithm 2, line 1
+            part = slice(i * batch, (i + 1) * batch)
+            target = data.train.targets[order[part]]
+            images = normalise(crop_and_flip(data.train.images[order[part]], views[part]))
+            teacher_logits = teacher.answers(images) if teacher else None           # line 2: v_n
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(epoch * steps + i, steps, recipe)
+            losses, student_logits = step(images, target, teacher_logits)
+            sums += losses
 
-                progress.step(epoch, len(target))
-                due = i < steps - 1 and (stop.asked or time.monotonic() - saved >= save_every)
-                if due or device.type == "cpu" or i % 64 == 63 or i == steps - 1:       # on a GPU looking waits for it
-                    check_finite(sums, losses, epoch, i, student_logits, teacher_logits, run)
-                if due:
-                    save(epoch, i + 1)
-                    saved = time.monotonic()
-                    stop.leave_if_asked(run.folder)
-
-            spent = time.monotonic() - epoch_begun
-            student.eval()
-            row = epoch_row(epoch, optimizer, sums / n, evaluate(predict, data.eval), data.eval_name)
-            row |= {"img_s": seen / spent, "seconds": time.monotonic() - epoch_begun}
-            if row[f"{data.eval_name}_top1"] > best["top1"]:
-                best = {"top1": row[f"{data.eval_name}_top1"], "top5": row[f"{data.eval_name}_top5"], "epoch": epoch + 1}
-            first_step, sums = 0, torch.zeros_like(sums)
-            run.log(row)
-            save(epoch + 1, 0)
-            saved = time.monotonic()
-            progress.print(epoch_line(row, best, data.eval_name, recipe["epochs"]))
-            if epoch + 1 == until:
-                return None
-            if epoch + 1 < recipe["epochs"]:
+            progress.step(epoch, len(target))
+            due = i < steps - 1 and (stop.asked or time.monotonic() - saved >= save_every)
+            if due or device.type == "cpu" or i % 64 == 63 or i == steps - 1:       # on a GPU looking waits for it
+                check_finite(sums, losses, epoch, i, student_logits, teacher_logits, run)
+            if due:
+                save(epoch, i + 1)
+                saved = time.monotonic()
                 stop.leave_if_asked(run.folder)
+
+        spent = time.monotonic() - epoch_begun
+        student.eval()
+        scores = evaluate(predict, data.eval)
+        if not math.isfinite(scores["loss"]):
+            raise RunError(f"the evaluation's loss became {scores['loss']} in epoch {epoch + 1}; {KEPT.format(run.folder)}")
+        row = epoch_row(epoch, optimizer, sums / n, scores, data.eval_name)
+        row |= {"img_s": seen / spent, "seconds": time.monotonic() - epoch_begun}
+        if row[f"{data.eval_name}_top1"] > best["top1"]:
+            best = {"top1": row[f"{data.eval_name}_top1"], "top5": row[f"{data.eval_name}_top5"], "epoch": epoch + 1}
+        first_step, sums = 0, torch.zeros_like(sums)
+        run.log(row)
+        save(epoch + 1, 0)
+        saved = time.monotonic()
+        progress.print(epoch_line(row, best, data.eval_name, recipe["epochs"]))
+        if epoch + 1 == until:
+            return None
+        if epoch + 1 < recipe["epochs"]:
+            stop.leave_if_asked(run.folder)
     return finish(recipe, data, run, student, row, best, (time.monotonic() - begun) / 60, device)
 
 
@@ -147,7 +158,7 @@ def finish(recipe, data, run, student, row, best, minutes, device):
               "img_s": len(data.train.targets) * recipe["epochs"] / (60 * minutes),
               "peak_memory_mib": runs.peak_memory(device)}
     facts = {k: recipe[k] for k in ("student", "teacher", "method", "zscore", "base_temp", "epochs", "seed", "data")}
-    weights = {k: v.contiguous() for k, v in student.state_dict().items()}
+    weights = {k: v.cpu().contiguous() for k, v in student.state_dict().items()}
     run.finish(result, {"model": weights, **facts, "num_classes": data.num_classes, **result["last"]})
     return result
 
@@ -158,8 +169,8 @@ def check_finite(sums, losses, epoch, step, student_logits, teacher_logits, run)
         return
     ranges = [f"{name} logits in [{x.min():.4g}, {x.max():.4g}]"
               for name, x in (("student", student_logits), ("teacher", teacher_logits)) if x is not None]
-    raise RunError(f"the loss became {losses[0].item()} in epoch {epoch + 1}, step {step + 1} ({', '.join(ranges)}); the last "
-                   f"checkpoint in {run.folder} is kept. Try a smaller --lr or --kd-weight, in another --out")
+    raise RunError(f"the loss became {losses[0].item()} in epoch {epoch + 1}, step {step + 1} ({', '.join(ranges)}); "
+                   + KEPT.format(run.folder))
 
 
 def epoch_line(row, best, name, epochs):
@@ -188,7 +199,7 @@ def resolve(flags, device):
                      f"{given['batch_size']} give --lr too (linear rule: {scaled:g})")
     recipe = {"teacher": teacher, "student": student, "method": method, "zscore": zscore, "data": flags["data"],
               **found, "full_epochs": found["epochs"], **given,
-              "precision": flags["precision"] or ("bf16" if device.type == "cuda" else "fp32"),
+              "precision": runs.pick_precision(flags["precision"], device),
               "deterministic": flags["deterministic"], "train_images": flags["train_images"],
               "val_from_train": flags["val_from_train"]}
     return recipe, lines
@@ -253,11 +264,14 @@ def distil(recipe, data, teacher, flags, device, until=None):
         state = run.open()
         if run.finished():
             click.echo("finished before")
-        result = run.finished() or train(recipe, data, teacher, run, state, device, save_every=flags["save_every"], until=until)
+        with Stop() as stop:
+            result = run.finished() or train(recipe, data, teacher, run, state, device, stop, save_every=flags["save_every"],
+                                             until=until)
     finally:
         run.close()
     if result:
         click.echo(summary(recipe, result))
+    stop.leave_if_asked(run.folder)     # asked for in the last epoch: what would come after this run is left out
     return result, run.folder
 
 
@@ -273,7 +287,7 @@ def summary(recipe, result):
 
 def seeds_table(results):
     """Each seed's row, then mean and standard deviation (of a sample, n - 1)."""
-    lines = ["seed    last    best (chosen on test)"]
+    lines = [f"seed    last    best (chosen on {next(iter(results.values()))['best_chosen_on']})"]
     lines += [f"{seed:4d}  {r['last']['top1']:6.2f}  {r['best']['top1']:6.2f}" for seed, r in results.items()]
     last, best = ([r[k]["top1"] for r in results.values()] for k in ("last", "best"))
     lines.append("mean  " + "  ".join(f"{statistics.mean(x):.2f} ± {statistics.stdev(x):.2f}" for x in (last, best))
@@ -285,7 +299,7 @@ def evaluate_file(flags, device, data=None):
     """--eval: prints loss, top-1 and top-5 of a checkpoint on a data set, by default the one of the flags."""
     path = flags["eval_file"]
     name = flags["student"] or split_checkpoint(read_checkpoint(path))[1].get("student")
-    if not name:
+    if name not in MODELS:
         raise click.UsageError(f"{path} does not say which network it holds: name it with --student")
     network = create_model(name)
     load_weights(network, path)
@@ -339,13 +353,19 @@ def demo(flags, device):
 
 def check_usage(flags):
     """Usage errors that click cannot see by itself."""
+    if flags["demo"]:
+        context, allowed = click.get_current_context(), ("demo", "seed", "seeds", "out", "device", "precision", "save_every")
+        for name in flags:
+            if name not in allowed and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+                raise click.UsageError(f"--demo takes no --{name.replace('_', '-')}; it has its own")
+        return
     if flags["method"] == "none":
         if flags["zscore"]:
             raise click.UsageError("--zscore needs a method that distils: --method none has no teacher's logits to standardize")
         flags["teacher"] = flags["teacher_checkpoint"] = None
     for flag in ("teacher", "student"):
         if flags[flag] is not None:
-            runs.check_name(f"--{flag}", flags[flag], list(MODELS))
+            runs.check_name(f"--{flag}", flags[flag], [name for name in MODELS if name != "MobileNetV1"])     # ImageNet's
     if flags["eval_file"] is None and flags["student"] is None:
         raise click.UsageError("name a --student" + ("" if flags["method"] == "none" else " and a --teacher") + "; --list shows the pairs")
     if flags["eval_file"] is None and flags["method"] != "none" and flags["teacher"] is None:
@@ -369,8 +389,7 @@ def main(**flags):
     if flags["list_recipes"]:
         click.echo(recipes.table())
         return
-    if not flags["demo"]:
-        check_usage(flags)
+    check_usage(flags)
     try:
         device = runs.pick_device(flags["device"])
         runs.pick_kernels(flags["deterministic"])

@@ -1,4 +1,4 @@
-"""Logit standardization in knowledge distillation (Sun et al., CVPR 2024): the paper's two algorithms.
+"""Logit standardization in knowledge distillation (Sun et al., CVPR 2024), and the logit losses that it plugs into.
 
 Copy this one file; it needs torch alone. In your own training loop:
 
@@ -16,12 +16,21 @@ Standardization is per sample, over the classes; nothing else changes. It is for
 Every loss takes logits (B, K), casts half precision up to float32, detaches the teacher, and returns the mean over the
 batch, unweighted: the weights stand in the training loop. A row with a NaN or +inf makes the loss NaN, never a silent
 number; a row of equal logits has Z = 0 and no gradient.
+
+The base temperature for another number of classes: Z is at most sqrt(K - 1) / tau, so the teacher's top probability has
+a ceiling, reached by a one-hot row:
+
+    K        tau = 1    tau = 2    tau = 4
+    2        0.881      0.731      0.622       every Z is +-1 / tau: only the argmax is left, and no gradient
+    10       0.757      0.370      0.204
+    100      0.996      0.606      0.111
+    1000     1.000      1.000      0.732
 """
 
 import torch
 import torch.nn.functional as F
 
-METHODS = ("kd",)
+METHODS = ("kd", "dkd", "mlkd", "ctkd", "ttm", "wttm")
 
 
 def weighted_zscore(logits, base_temp=1.0, *, correction=0):
@@ -55,27 +64,145 @@ def weighted_zscore(logits, base_temp=1.0, *, correction=0):
 def kd_loss(student_logits, teacher_logits, base_temp=2.0, *, zscore=True, correction=0):
     """tau^2 KL(softmax Z(v; tau) || softmax Z(z; tau)), mean over the batch. Paper: Algorithm 2, lines 3, 4 and 6.
 
-    student_logits z, teacher_logits v: (B, K). base_temp: tau, a positive number or a tensor that may need a gradient.
-    zscore=False is Hinton's KD, logits / tau on both sides. correction: see `weighted_zscore`.
+    student_logits z, teacher_logits v: (B, K). base_temp: tau, a positive number or a tensor, one for all or
+    (B, 1), that may need a gradient. zscore=False is Hinton's KD, logits / tau on both sides. correction: see `weighted_zscore`.
     Returns a scalar, unweighted (multiply by lambda_KD). Errors: see `weighted_zscore`, and shapes that differ.
     """
     z, v = _pair(student_logits, teacher_logits, base_temp)
     with _full_precision(z):
-        if zscore:
-            z, v = (weighted_zscore(x, base_temp, correction=correction) for x in (z, v))
-        else:
-            z, v = z / base_temp, v / base_temp
+        z, v = (_softened(x, base_temp, zscore, correction) for x in (z, v))
         log_q_teacher = F.log_softmax(v, -1)                                    # Algorithm 2, line 3
         log_q_student = F.log_softmax(z, -1)                                    # line 4
-        kl = (log_q_teacher.exp() * (log_q_teacher - log_q_student)).sum(-1)
-        return base_temp**2 * kl.mean()                                         # line 6, without lambda_KD
+        kl = (log_q_teacher.exp() * (log_q_teacher - log_q_student)).sum(-1, keepdim=True)
+        return (base_temp**2 * kl).mean()                                       # line 6, without lambda_KD
 
 
-def distillation_loss(method, student_logits, teacher_logits, target=None, base_temp=2.0, *, zscore=True, correction=0):
-    """The loss of `method` by its name, one of METHODS; see that method's function. target: (B,) class numbers."""
-    if method == "kd":
-        return kd_loss(student_logits, teacher_logits, base_temp, zscore=zscore, correction=correction)
+def dkd_loss(student_logits, teacher_logits, target, base_temp=2.0, *, alpha=1.0, beta=8.0, zscore=True, correction=0):
+    """tau^2 (alpha TCKD + beta NCKD), mean over the batch: decoupled KD (Zhao et al., CVPR 2022, equation 7), in log space.
+
+    TCKD is the KL of (p_y, 1 - p_y), target class against the rest; NCKD the KL among the other K - 1 classes, where
+    KL = TCKD + (1 - p_y) NCKD. target: (B,) class numbers in [0, K). With Z the paper's lambda_KD multiplies both alpha
+    and beta. The rest as in `kd_loss`; K of at least 3.
+    """
+    z, v = _pair(student_logits, teacher_logits, base_temp, min_classes=3)
+    if target.shape != z.shape[:1] or target.is_floating_point():
+        raise ValueError(f"target must be {z.shape[0]} class numbers, got {target.dtype} of shape {tuple(target.shape)}")
+    with _full_precision(z):
+        z, v = (_softened(x, base_temp, zscore, correction) for x in (z, v))
+        is_target = target[:, None] == torch.arange(z.shape[1], device=z.device)
+
+        def split(x):
+            """log p of the target (B,), of all the others together (B,), and of each other given that it is one (B, K)."""
+            log_p = F.log_softmax(x, -1)
+            log_target = log_p.gather(1, target[:, None].long()).squeeze(1)
+            log_rest = log_p.masked_fill(is_target, -torch.inf).logsumexp(-1)
+            return log_target, log_rest, (log_p - log_rest[:, None]).masked_fill(is_target, 0.0)
+
+        (t_target, t_rest, t_other), (s_target, s_rest, s_other) = split(v), split(z)
+        tckd = t_target.exp() * (t_target - s_target) + t_rest.exp() * (t_rest - s_rest)
+        nckd = (t_other.exp().masked_fill(is_target, 0.0) * (t_other - s_other)).sum(-1)
+        return (base_temp**2 * (alpha * tckd + beta * nckd)[:, None]).mean()
+
+
+def mlkd_loss(student_weak, teacher_weak, student_strong, teacher_strong, base_temp=2.0, *,
+              zscore=True, zscore_relations=True, correction=0):
+    """Multi-level logit distillation (Jin et al., CVPR 2023) in closed form: instances, classes and batch, at five temperatures.
+
+    The four logits are (B, K): the student's and the teacher's of a weakly and of a strongly augmented view. As executed by
+    its authors' code, whose confidence masks are the constant 1/2 and whose strong terms at 2 and 6 see the weak view.
+    zscore_relations: standardize the class and batch relations too (the released code does not). The relations have no
+    temperature squared. Returns a scalar, unweighted; errors as in `kd_loss`.
+    """
+    z, v = _pair(student_weak, teacher_weak, base_temp)
+    z_strong, v_strong = _pair(student_strong, teacher_strong, base_temp)
+    if z.shape != z_strong.shape:
+        raise ValueError(f"weak and strong logits must have one shape, got {tuple(z.shape)} and {tuple(z_strong.shape)}")
+    with _full_precision(z):
+        raw = z, v
+        if zscore:
+            z, v, z_strong, v_strong = (weighted_zscore(x, correction=correction) for x in (z, v, z_strong, v_strong))
+        temperatures = (base_temp, 3.0, 5.0, 2.0, 6.0)
+        weak = [kd_loss(z, v, t, zscore=False) for t in temperatures]
+        strong = [kd_loss(z_strong, v_strong, t, zscore=False) for t in temperatures[:3]]
+
+        relations = 0.0
+        for t in temperatures:
+            q, p = (F.softmax(x / t, -1) for x in ((z, v) if zscore_relations else raw))
+            relations += (p.mT @ p - q.mT @ q).square().sum() / p.shape[1]      # between classes, K x K
+            relations += (p @ p.mT - q @ q.mT).square().sum() / p.shape[0]      # between samples, B x B
+        return 0.5 * sum(weak) + sum(strong) + sum(weak[3:]) + 0.5 * relations
+
+
+def ttm_loss(student_logits, teacher_logits, temperature=4.0, *, zscore=False, correction=0):
+    """KL(softmax(v / T) || softmax(z)), mean over the batch: transformed teacher matching (Zheng and Yang, ICLR 2024).
+
+    The teacher alone is transformed, by the power 1 / T of its probabilities; there is no T squared. With zscore: teacher
+    softmax Z(v; T), student softmax Z(z; 1). Shapes, dtypes and errors as in `kd_loss`.
+    """
+    return _transformed(student_logits, teacher_logits, temperature, zscore, correction, weighted=False)
+
+
+def wttm_loss(student_logits, teacher_logits, temperature=4.0, *, zscore=False, correction=0):
+    """TTM with each sample weighted by U = sum_k p_k^(1/T), the power sum of the teacher's probabilities p = softmax(v).
+
+    U lies between 1 (a certain teacher) and K^(1 - 1/T) (a uniform one). With zscore p = softmax Z(v; 1). See `ttm_loss`.
+    """
+    return _transformed(student_logits, teacher_logits, temperature, zscore, correction, weighted=True)
+
+
+def _transformed(student_logits, teacher_logits, temperature, zscore, correction, weighted):
+    z, v = _pair(student_logits, teacher_logits, temperature)
+    with _full_precision(z):
+        z, v = (_softened(x, 1.0, zscore, correction) for x in (z, v))
+        log_p, log_q = F.log_softmax(v / temperature, -1), F.log_softmax(z, -1)
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+        if weighted:
+            kl = (F.log_softmax(v, -1) / temperature).logsumexp(-1).exp() * kl
+        return kl.mean()
+
+
+class CurriculumTemperature(torch.nn.Module):
+    """CTKD's learned temperature (Li et al., AAAI 2023): T = start + span sigmoid(g), one scalar g, 1.0 at first.
+
+    forward(reversal) gives T, a tensor for `base_temp` of `kd_loss`. The gradient that reaches g is multiplied by
+    -reversal: the student minimises the loss, g maximises it. Put its parameter into the student's optimizer.
+    """
+
+    def __init__(self, start=1.0, span=20.0):
+        super().__init__()
+        self.start, self.span = start, span
+        self.g = torch.nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, reversal):
+        g = self.g.detach()
+        g = g - reversal * (self.g - g)         # the value of g, -reversal times its gradient
+        return self.start + self.span * g.sigmoid()
+
+
+def distillation_loss(method, student_logits, teacher_logits, target=None, base_temp=2.0, *, student_strong=None,
+                      teacher_strong=None, alpha=1.0, beta=8.0, zscore=True, zscore_relations=True, correction=0):
+    """The loss of `method` by its name, one of METHODS; see that method's function for its arguments.
+
+    base_temp is the temperature of every method (a tensor for "ctkd"); the two strong views are for "mlkd", target, alpha
+    and beta for "dkd".
+    """
+    z, v, how = student_logits, teacher_logits, {"zscore": zscore, "correction": correction}
+    if method in ("kd", "ctkd"):
+        return kd_loss(z, v, base_temp, **how)
+    if method == "dkd":
+        return dkd_loss(z, v, target, base_temp, alpha=alpha, beta=beta, **how)
+    if method == "mlkd":
+        return mlkd_loss(z, v, student_strong, teacher_strong, base_temp, zscore_relations=zscore_relations, **how)
+    if method == "ttm":
+        return ttm_loss(z, v, base_temp, **how)
+    if method == "wttm":
+        return wttm_loss(z, v, base_temp, **how)
     raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+
+
+def _softened(x, temperature, zscore, correction):
+    """Z(x; tau), or x / tau."""
+    return weighted_zscore(x, temperature, correction=correction) if zscore else x / temperature
 
 
 def _pair(student_logits, teacher_logits, base_temp, min_classes=2):
@@ -96,7 +223,10 @@ def _check_classes(logits, base_temp, min_classes=2):
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
     if logits.shape[-1] < min_classes:
         raise ValueError(f"at least {min_classes} classes are needed, got logits of shape {tuple(logits.shape)}")
-    if not isinstance(base_temp, torch.Tensor) and not 0 < base_temp < float("inf"):
+    if isinstance(base_temp, torch.Tensor):
+        if base_temp.dim() == 1 and base_temp.shape[0] > 1:
+            raise ValueError(f"a tensor temperature must be one number or (B, 1), got shape {tuple(base_temp.shape)}")
+    elif not 0 < base_temp < float("inf"):
         raise ValueError(f"the temperature must be a positive number, got {base_temp}")
 
 
