@@ -107,6 +107,9 @@ class StrongDraws(NamedTuple):
     def __getitem__(self, part):
         return StrongDraws(*(draws[part] for draws in tuple(self)))
 
+    def to(self, device):
+        return StrongDraws(*(draws.to(device) for draws in tuple(self)))
+
 
 def strong_draws(seed, epoch, n):
     """The draws of one epoch's strong views, independent of `epoch_draws`; a pure function of (seed, epoch)."""

@@ -1,6 +1,7 @@
 """train_cifar.py as its users call it: in this process through click, on small made or real data."""
 
 import json
+import math
 import os
 import signal
 import time
@@ -13,7 +14,7 @@ import data
 import teacher
 import train_cifar
 from models import create_model, load_weights
-from train_cifar import learning_rate, main
+from train_cifar import kd_weight, learning_rate, main, recipe_epoch, reversal
 
 SMALL = ["--data", "synthetic", "--train-images", "160", "--epochs", "3", "--device", "cpu"]
 
@@ -197,13 +198,23 @@ def test_held_out_images_choose_and_the_log_says_so(pair, tmp_path):
 # ---------------------------------------------------------------- the loop is the recipe
 
 
-def test_the_learning_rate_drops_after_epochs_150_180_and_210():
-    recipe = {"lr": 0.05, "stages": (150, 180, 210), "epochs": 240, "full_epochs": 240}
-    drops = {epoch: learning_rate(epoch * 782, 782, recipe) for epoch in (0, 149, 150, 179, 180, 209, 210, 239)}
-    assert list(drops.values()) == pytest.approx([0.05, 0.05, 0.005, 0.005, 5e-4, 5e-4, 5e-5, 5e-5])
-    assert learning_rate(150 * 782 - 1, 782, recipe) == 0.05
-    half = recipe | {"epochs": 120}
-    assert learning_rate(75 * 782 - 1, 782, half) == 0.05 and learning_rate(75 * 782, 782, half) == pytest.approx(0.005)
+def test_schedules_are_the_recipes_and_scale_with_the_epochs():
+    def at(function, step, **change):
+        recipe = {"lr": 0.05, "kd_weight": 9.0, "stages": (150, 180, 210), "epochs": 240, "full_epochs": 240, **change}
+        return function(recipe_epoch(step, 782, recipe), recipe)
+
+    drops = [at(learning_rate, epoch * 782) for epoch in (0, 149, 150, 179, 180, 209, 210, 239)]
+    assert drops == pytest.approx([0.05, 0.05, 0.005, 0.005, 5e-4, 5e-4, 5e-5, 5e-5])
+    assert at(learning_rate, 150 * 782 - 1) == 0.05
+    assert at(learning_rate, 75 * 782 - 1, epochs=120) == 0.05
+    assert at(learning_rate, 75 * 782, epochs=120) == pytest.approx(0.005)
+    assert at(learning_rate, 150 * 782, epochs=480, full_epochs=480) == pytest.approx(0.005)      # MLKD drops as early
+    assert at(learning_rate, 75 * 782 - 1, full_epochs=480) == 0.05
+    assert at(learning_rate, 75 * 782, full_epochs=480) == pytest.approx(0.005)
+    assert [at(kd_weight, e * 782, warmup=20) for e in (0, 1, 9, 19, 30)] == pytest.approx([0.45, 0.9, 4.5, 9, 9])
+    assert at(kd_weight, 391, warmup=20, epochs=12) == pytest.approx(4.95) and at(kd_weight, 0) == 9
+    ramp = [0.024, 0.095, 0.206, 0.345, 0.5, 0.655, 0.794, 0.905, 0.976, 1, 1]                   # of CTKD, epochs 1 to 11
+    assert [at(reversal, e * 782, ramp=10) for e in range(11)] == pytest.approx(ramp, abs=6e-4)
 
 
 def test_two_epochs_equal_a_plain_loop(pair, tmp_path, monkeypatch):
@@ -231,6 +242,54 @@ def test_two_epochs_equal_a_plain_loop(pair, tmp_path, monkeypatch):
     ours = torch.load(tmp_path / "runs" / "resnet14-resnet8-kd-synthetic-seed0" / "student.pt")["model"]
     for key, value in student.state_dict().items():
         torch.testing.assert_close(ours[key], value, rtol=0, atol=1e-3)
+
+
+METHODS = [[method, z] for method in ("kd", "dkd", "mlkd", "ctkd", "ttm", "wttm") for z in ("--zscore", "--no-zscore")]
+
+
+@pytest.mark.parametrize("method, z", METHODS)
+def test_every_method_trains_by_its_recipe_stops_and_goes_on(pair, tmp_path, monkeypatch, method, z):
+    """One run that is killed in an epoch ends with an unbroken one's weights; the logged loss is the weighted sum."""
+    class Killed(BaseException):
+        pass
+
+    def save(run, state, real=train_cifar.Run.save):
+        real(run, state)
+        if (state["epoch"], state["step"]) == (1, 2):
+            raise Killed
+
+    flags = [*pair, *SMALL, "--method", method, z, "--epochs", "2"]
+    call(*flags, "--out", "whole")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train_cifar.Run, "save", save)
+        call(*flags, "--save-every", "1e-9", "--out", "broken")
+    call(*flags, "--out", "broken")
+    name = f"resnet14-resnet8-{method}{'-z' if z == '--zscore' else ''}-synthetic-seed0"
+    whole, broken = (torch.load(tmp_path / out / name / "last.pt") for out in ("whole", "broken"))
+    for part in ("model", "curriculum"):
+        assert all(map(torch.equal, whole[part].values(), broken[part].values()))
+    recipe = json.loads((tmp_path / "whole" / name / "config.json").read_text())["recipe"]
+    for row in rows(tmp_path / "whole" / name):
+        if method != "dkd":         # its weight grows within these epochs
+            assert row["loss"] == pytest.approx(recipe["ce_weight"] * row["ce"] + recipe["kd_weight"] * row["kd"], rel=1e-3)
+        if method == "ctkd":
+            start = recipe["base_temp"]
+            assert start < row["temperature"] < start + recipe["span"] and recipe["span"] == (40 if z == "--zscore" else 20)
+
+
+def test_ctkds_temperature_moves_against_the_student(pair, tmp_path):
+    """With standardized logits T^2 KL falls as T grows, so the adversary takes T down; a wrong sign would take it up."""
+    call(*pair, *SMALL, "--method", "ctkd", "--zscore", "--epochs", "20", "--train-images", "96", "--weight-decay", "0")
+    temperatures = [r["temperature"] for r in rows(tmp_path / "runs" / "resnet14-resnet8-ctkd-z-synthetic-seed0")]
+    assert 2 + 40 / (1 + math.exp(-1)) >= temperatures[0] > temperatures[5] > temperatures[-1]
+
+
+def test_mlkd_relations_and_dkd_weights_are_flags(pair, tmp_path):
+    for method, flags in (("mlkd", ["--no-zscore-relations"]), ("dkd", ["--beta", "3", "--alpha", "2"])):
+        call(*pair, *SMALL, "--method", method, "--zscore", "--epochs", "1", "--out", "a")
+        call(*pair, *SMALL, "--method", method, "--zscore", "--epochs", "1", *flags, "--out", "b")
+        losses = [rows(tmp_path / out / f"resnet14-resnet8-{method}-z-synthetic-seed0")[0]["kd"] for out in "ab"]
+        assert losses[0] != losses[1]
 
 
 def test_bf16_trains_with_losses_in_float32(pair, tmp_path):

@@ -10,9 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from zscore_kd import distillation_loss, kd_loss, weighted_zscore
+import zscore_kd
+from zscore_kd import (METHODS, CurriculumTemperature, dkd_loss, distillation_loss, kd_loss, mlkd_loss, ttm_loss,
+                       weighted_zscore, wttm_loss)
 
 K_TAU_CORRECTION = [(k, tau, c) for k in (2, 3, 10, 100, 1000) for tau in (1.0, 2.0, 4.0) for c in (0, 1)]
+
+
+# The references take complex numbers too: the gradient of an analytic f is Im f(x + ih) / h, exact to rounding.
 
 
 def z_reference(x, tau, correction=0):
@@ -24,33 +29,69 @@ def z_reference(x, tau, correction=0):
 
 
 def softmax_reference(x):
-    e = np.exp(x - x.max())
+    e = np.exp(x - x.real.max())
     return e / e.sum()
+
+
+def soft_reference(x, tau, zscore, correction):
+    return softmax_reference(z_reference(x, tau, correction) if zscore else x / tau)
+
+
+def kl_reference(p, q):
+    return np.sum(p * (np.log(p) - np.log(q)))
 
 
 def kd_reference(z, v, tau, zscore=True, correction=0):
     """Algorithm 2's KD term: the mean over rows of tau^2 KL(q(v) || q(z))."""
-    total = 0.0
-    for student, teacher in zip(z, v):
-        if zscore:
-            student, teacher = z_reference(student, tau, correction), z_reference(teacher, tau, correction)
-        else:
-            student, teacher = student / tau, teacher / tau
-        p, q = softmax_reference(teacher), softmax_reference(student)
-        total += tau**2 * np.sum(p * (np.log(p) - np.log(q)))
+    return sum(tau**2 * kl_reference(soft_reference(t, tau, zscore, correction), soft_reference(s, tau, zscore, correction))
+               for s, t in zip(z, v)) / len(z)
+
+
+def dkd_reference(z, v, target, tau, alpha, beta, zscore, correction=0):
+    """Decoupled KD, as published: two-way KL of the target class, KL among the others, renormalised."""
+    total = 0
+    for s, t, y in zip(z, v, target):
+        p, q = soft_reference(t, tau, zscore, correction), soft_reference(s, tau, zscore, correction)
+        others = np.arange(len(p)) != y
+        p_rest, q_rest = p[others].sum(), q[others].sum()
+        tckd = p[y] * np.log(p[y] / q[y]) + p_rest * np.log(p_rest / q_rest)
+        total += tau**2 * (alpha * tckd + beta * kl_reference(p[others] / p_rest, q[others] / q_rest))
     return total / len(z)
 
 
-def numeric_gradient(f, x, rows=2, columns=5, step=1e-5):
-    """Central differences of f at some entries of x."""
-    gradient = {}
-    for i in range(min(rows, x.shape[0])):
-        for j in range(min(columns, x.shape[1])):
-            up, down = x.copy(), x.copy()
-            up[i, j] += step
-            down[i, j] -= step
-            gradient[i, j] = (f(up) - f(down)) / (2 * step)
-    return gradient
+def mlkd_reference(z, v, z_strong, v_strong, tau, zscore, zscore_relations, correction=0):
+    """The executed loss, term by term: the masks of its authors' code are applied as the means that they are."""
+    total = 0
+    for i, t in enumerate((tau, 3, 5, 2, 6)):
+        weak, strong = (kd_reference(a, b, t, zscore, correction) for a, b in ((z, v), (z_strong, v_strong)))
+        total += weak / 2 + (strong if i < 3 else weak)
+        p, q = (np.stack([soft_reference(row, t, zscore and zscore_relations, correction) for row in x]) for x in (v, z))
+        classes = np.sum((np.einsum("bi,bj->ij", p, p) - np.einsum("bi,bj->ij", q, q)) ** 2) / p.shape[1]
+        batch = np.sum((np.einsum("ik,jk->ij", p, p) - np.einsum("ik,jk->ij", q, q)) ** 2) / p.shape[0]
+        total += classes / 2 + batch / 2
+    return total
+
+
+def ttm_reference(z, v, temperature, zscore, weighted, correction=0):
+    """The power transform of the second paper: p^gamma renormalised, gamma = 1 / T; the weight is its power sum."""
+    total = 0
+    for s, t in zip(z, v):
+        power = soft_reference(t, 1.0, zscore, correction) ** (1 / temperature)
+        weight = power.sum() if weighted else 1.0
+        total += weight * kl_reference(power / power.sum(), soft_reference(s, 1.0, zscore, correction))
+    return total / len(z)
+
+
+def check(ours, reference, z):
+    """Value to 1e-9 and gradient to 1e-7, relative; the gradient at some entries, by complex steps."""
+    ours.backward()
+    x = z.detach().numpy()
+    assert ours.item() == pytest.approx(reference(x), rel=1e-9, abs=1e-13)
+    scale = z.grad.abs().max().item()
+    for i, j in ((0, 0), (0, 1), (1, 2 % x.shape[1]), (x.shape[0] - 1, x.shape[1] - 1)):
+        stepped = x.astype(complex)
+        stepped[i, j] += 1e-30j
+        assert z.grad[i, j].item() == pytest.approx(reference(stepped).imag / 1e-30, rel=1e-7, abs=1e-9 * scale + 1e-14)
 
 
 def logits(rows, k, seed, scale=3.0, dtype=torch.float64):
@@ -140,12 +181,8 @@ def test_a_nan_or_infinite_row_is_never_silent(bad):
 @pytest.mark.parametrize("k, tau, correction", K_TAU_CORRECTION)
 def test_kd_loss_and_gradient_are_algorithm_2(k, tau, correction, zscore):
     z, v = logits(4, k, seed=6).requires_grad_(), logits(4, k, seed=7)
-    ours = kd_loss(z, v, tau, zscore=zscore, correction=correction)
-    ours.backward()
-    reference = lambda x: kd_reference(x, v.numpy(), tau, zscore, correction)   # noqa: E731
-    assert ours.item() == pytest.approx(reference(z.detach().numpy()), rel=1e-9, abs=1e-12)
-    for (i, j), value in numeric_gradient(reference, z.detach().numpy()).items():
-        assert z.grad[i, j].item() == pytest.approx(value, rel=1e-5, abs=1e-9)
+    check(kd_loss(z, v, tau, zscore=zscore, correction=correction),
+          lambda x: kd_reference(x, v.numpy(), tau, zscore, correction), z)
 
 
 def test_kd_loss_defaults():
@@ -234,6 +271,217 @@ def test_it_compiles_whole_and_maps():
     torch.testing.assert_close(mapped, torch.stack([kd_loss(z, v), kd_loss(2 - z, v)]))
 
 
+# ---------------------------------------------------------------- the methods that it plugs into
+
+
+OTHERS = [(k, tau, c) for k, tau, c in K_TAU_CORRECTION if k > 2]
+
+
+@pytest.mark.parametrize("zscore", [True, False])
+@pytest.mark.parametrize("alpha, beta", [(1.0, 0.0), (0.0, 1.0), (1.0, 8.0)])
+@pytest.mark.parametrize("k, tau, correction", OTHERS)
+def test_dkd_is_the_published_form(k, tau, correction, alpha, beta, zscore):
+    z, v, y = logits(4, k, seed=30).requires_grad_(), logits(4, k, seed=31), torch.arange(4) % k
+    check(dkd_loss(z, v, y, tau, alpha=alpha, beta=beta, zscore=zscore, correction=correction),
+          lambda x: dkd_reference(x, v.numpy(), y.numpy(), tau, alpha, beta, zscore, correction), z)
+
+
+@pytest.mark.parametrize("zscore, zscore_relations", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("k, tau, correction", [case for case in OTHERS if case[0] < 1000])
+def test_mlkd_is_the_executed_loss(k, tau, correction, zscore, zscore_relations):
+    z, v, z2, v2 = (logits(4, k, seed=s) for s in (32, 33, 34, 35))
+    z.requires_grad_()
+    z2.requires_grad_()
+    keep = z2.detach().numpy()
+    ours = mlkd_loss(z, v, z2, v2, tau, zscore=zscore, zscore_relations=zscore_relations, correction=correction)
+    check(ours, lambda x: mlkd_reference(x, v.numpy(), keep, v2.numpy(), tau, zscore, zscore_relations, correction), z)
+    z2.grad = None
+    ours = mlkd_loss(z.detach(), v, z2, v2, tau, zscore=zscore, zscore_relations=zscore_relations, correction=correction)
+    keep_weak = z.detach().numpy()
+    check(ours, lambda x: mlkd_reference(keep_weak, v.numpy(), x, v2.numpy(), tau, zscore, zscore_relations, correction), z2)
+
+
+@pytest.mark.parametrize("weighted, loss", [(False, ttm_loss), (True, wttm_loss)])
+@pytest.mark.parametrize("zscore", [True, False])
+@pytest.mark.parametrize("k, tau, correction", OTHERS)
+def test_ttm_and_wttm_are_the_second_papers(k, tau, correction, zscore, weighted, loss):
+    z, v = logits(4, k, seed=36).requires_grad_(), logits(4, k, seed=37)
+    check(loss(z, v, tau, zscore=zscore, correction=correction),
+          lambda x: ttm_reference(x, v.numpy(), tau, zscore, weighted, correction), z)
+
+
+def test_every_default_argument():
+    z, v, z2, v2 = (logits(4, 10, seed=s) for s in (38, 39, 40, 41))
+    n, y = [x.numpy() for x in (z, v, z2, v2)], torch.tensor([3, 0, 9, 3])
+    assert dkd_loss(z, v, y).item() == pytest.approx(dkd_reference(n[0], n[1], y.numpy(), 2.0, 1.0, 8.0, True), rel=1e-9)
+    assert mlkd_loss(z, v, z2, v2).item() == pytest.approx(mlkd_reference(*n, 2.0, True, True), rel=1e-9)
+    assert ttm_loss(z, v).item() == pytest.approx(ttm_reference(n[0], n[1], 4.0, False, False), rel=1e-9)
+    assert wttm_loss(z, v).item() == pytest.approx(ttm_reference(n[0], n[1], 4.0, False, True), rel=1e-9)
+    how = {"target": y, "student_strong": z2, "teacher_strong": v2}
+    for method, value in (("kd", kd_loss(z, v)), ("ctkd", kd_loss(z, v)), ("dkd", dkd_loss(z, v, y)),
+                          ("mlkd", mlkd_loss(z, v, z2, v2)), ("ttm", ttm_loss(z, v, 2.0, zscore=True)),
+                          ("wttm", wttm_loss(z, v, 2.0, zscore=True))):
+        assert distillation_loss(method, z, v, **how) == value, method
+    assert METHODS == ("kd", "dkd", "mlkd", "ctkd", "ttm", "wttm")
+
+
+def test_kd_is_tckd_and_the_rest_of_nckd():
+    """Per sample KD = TCKD + (1 - p_y) NCKD, p_y the teacher's."""
+    for i in range(5):
+        z, v, y = logits(1, 10, seed=50 + i), logits(1, 10, seed=60 + i), torch.tensor([i])
+        rest = 1 - F.softmax(v / 4, -1)[0, i]
+        tckd, nckd = (dkd_loss(z, v, y, 4.0, alpha=a, beta=1.0 - a, zscore=False) for a in (1.0, 0.0))
+        torch.testing.assert_close(kd_loss(z, v, 4.0, zscore=False), tckd + rest * nckd)
+
+
+def test_the_second_papers_theorem():
+    """KL(p' || q) = T KL(p' || q') + (T - 1) (H(p') - R(q)): x' is softmax at T, H Shannon's entropy, R Renyi's of order 1/T."""
+    for i, temperature in enumerate((2.0, 4.0, 10.0)):
+        z, v = logits(1, 10, seed=70 + i), logits(1, 10, seed=80 + i)
+        p, q = F.softmax(v / temperature, -1), F.softmax(z, -1)
+        shannon = -(p * p.log()).sum()
+        order = 1 / temperature
+        renyi = (q**order).sum().log() / (1 - order)
+        kd = kd_loss(z, v, temperature, zscore=False) / temperature**2
+        right = temperature * kd + (temperature - 1) * (shannon - renyi)
+        torch.testing.assert_close(ttm_loss(z, v, temperature), right)
+
+
+def test_at_a_high_temperature_kd_is_one_minus_the_correlation():
+    z, v = logits(6, 100, seed=90), logits(6, 100, seed=91)
+    rho = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(z.numpy(), v.numpy())])
+    assert kd_loss(z, v, 1000.0).item() == pytest.approx(1 - rho, abs=1e-3)
+    assert kd_loss(z, v, 1000.0, correction=1).item() == pytest.approx((1 - rho) * 99 / 100, abs=1e-3)
+
+
+def all_losses(z, v, y, zscore, z2=None, v2=None):
+    return [distillation_loss(m, z, v, y, 2.0, zscore=zscore, student_strong=z if z2 is None else z2,
+                              teacher_strong=v if v2 is None else v2) for m in METHODS]
+
+
+@pytest.mark.parametrize("zscore", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 100.0, 1e4])
+def test_every_loss_and_gradient_is_finite_at_any_scale(scale, zscore):
+    """The released DKD is infinite, its gradient NaN, from a deviation of 100 on."""
+    y = torch.arange(16)
+    for i in range(len(METHODS)):
+        z, v = logits(16, 100, 92, scale, torch.float32).requires_grad_(), logits(16, 100, 93, scale, torch.float32)
+        loss = all_losses(z, v, y, zscore)[i]
+        loss.backward()
+        assert loss.isfinite() and z.grad.isfinite().all(), METHODS[i]
+        if scale == 100.0:
+            exact = all_losses(z.detach().double(), v.double(), y, zscore)[i]
+            assert loss.item() == pytest.approx(exact.item(), rel=1e-4), METHODS[i]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_loss_casts_half_precision_up(dtype):
+    y, (z, v, z2, v2) = torch.arange(64), (logits(64, 100, seed=s, dtype=torch.float32).to(dtype) for s in (94, 95, 96, 97))
+    for zscore in (True, False):
+        exact = all_losses(*(x.double() for x in (z, v)), y, zscore, z2.double(), v2.double())
+        with torch.autocast("cpu", torch.bfloat16):
+            ours = all_losses(z, v, y, zscore, z2, v2)
+        for method, a, b in zip(METHODS, ours, exact):
+            assert a.dtype == torch.float32 and a.item() == pytest.approx(b.item(), rel=2e-5), method
+
+
+def test_every_loss_shows_nan_and_leaves_constant_rows_alone():
+    y = torch.arange(4)
+    for bad in (float("nan"), float("inf")):
+        for side in (0, 1):
+            pair = [logits(4, 10, seed=98, dtype=torch.float32), logits(4, 10, seed=99, dtype=torch.float32)]
+            pair[side][2, 5] = bad
+            for zscore in (True, False):
+                assert all(loss.isnan() for loss in all_losses(*pair, y, zscore))
+    for i in range(len(METHODS)):
+        z, v = torch.full((4, 10), 0.1, requires_grad=True), logits(4, 10, seed=100, dtype=torch.float32)
+        loss = all_losses(z, v, y, True)[i]
+        loss.backward()
+        assert loss.isfinite() and (z.grad == 0).all(), METHODS[i]
+
+
+def test_ties_near_constant_rows_one_sample_and_strides():
+    y = torch.tensor([1])
+    row = torch.full((1, 7), 1e4)
+    row[0, 3] += 2**-7                      # one step of float32 above the others: the relations of a one-hot row
+    torch.testing.assert_close(weighted_zscore(row), weighted_zscore(F.one_hot(torch.tensor([3]), 7).float()))
+    ties = torch.tensor([[1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0]])
+    assert all(loss.isfinite() for zscore in (True, False) for loss in all_losses(ties, row, y, zscore))
+    z, v = logits(6, 5, seed=101), logits(6, 5, seed=102)
+    for a, b in zip(all_losses(z, v, torch.arange(6) % 5, True), all_losses(z.t().contiguous().t(), v, torch.arange(6) % 5, True)):
+        torch.testing.assert_close(a, b)
+
+
+def compare_compiled(backend):
+    z, v, y = logits(6, 10, seed=103), logits(6, 10, seed=104), torch.arange(6)
+    for method in METHODS:
+        for zscore in (True, False):
+            def loss(z, v, y):
+                return distillation_loss(method, z, v, y, 2.0, zscore=zscore, student_strong=2 - z, teacher_strong=v)
+            torch._dynamo.reset()       # each a program of its own, not the ninth of one function
+            compiled = torch.compile(loss, fullgraph=True, backend=backend)
+            torch.testing.assert_close(compiled(z, v, y), loss(z, v, y))
+            stack = [torch.stack([x, x.flip(0)]) for x in (z, v, y)]
+            torch.testing.assert_close(torch.func.vmap(loss)(*stack), torch.stack([loss(z, v, y), loss(*(s[1] for s in stack))]))
+
+
+def test_every_loss_compiles_whole_and_maps():
+    compare_compiled("aot_eager")
+
+
+@pytest.mark.slow
+def test_every_loss_compiles_with_inductor():
+    compare_compiled("inductor")
+
+
+def test_no_gradient_reaches_any_teacher():
+    y, z, v = torch.arange(6), logits(6, 10, seed=105).requires_grad_(), logits(6, 10, seed=106).requires_grad_()
+    sum(all_losses(z, v, y, True) + all_losses(z, v, y, False)).backward()
+    assert v.grad is None and z.grad is not None
+
+
+def test_a_temperature_for_each_sample():
+    z, v, temp = logits(4, 10, seed=107), logits(4, 10, seed=108), torch.tensor([[1.0], [2.0], [3.0], [4.0]], dtype=torch.float64)
+    rows = [kd_loss(z[i:i + 1], v[i:i + 1], temp[i].item()) for i in range(4)]
+    torch.testing.assert_close(kd_loss(z, v, temp), sum(rows) / 4)
+
+
+def test_curriculum_temperature_is_an_adversary():
+    """T = start + span sigmoid(g), g = 1 at first; what reaches g is -reversal times the gradient."""
+    temperature, z, v = CurriculumTemperature(), logits(4, 10, seed=109), logits(4, 10, seed=110)
+    assert temperature(0.5).item() == pytest.approx(1 + 20 / (1 + np.exp(-1)), rel=1e-6)
+    assert CurriculumTemperature(2.0, 40.0)(0.0).item() == pytest.approx(31.2423, abs=1e-4)
+    gradients = []
+    for reversal in (-1.0, 0.0, 0.5, 1.0):      # -1: no reversal, as a scale
+        temperature.g.grad = None
+        kd_loss(z, v, temperature(reversal), zscore=False).backward()
+        gradients.append(temperature.g.grad.item())
+    t = 1 + 20 / (1 + np.exp(-1))
+    slope = (kd_reference(z.numpy(), v.numpy(), t + 1e-6, False) - kd_reference(z.numpy(), v.numpy(), t - 1e-6, False)) / 2e-6
+    s = 1 / (1 + np.exp(-1))
+    assert gradients[0] == pytest.approx(slope * 20 * s * (1 - s), rel=1e-4)
+    assert gradients[1:] == pytest.approx([0.0, -0.5 * gradients[0], -gradients[0]], rel=1e-5)
+    assert [name for name, _ in temperature.named_parameters()] == ["g"]
+
+
+def test_two_classes_leave_nothing_but_the_argmax():
+    z = torch.tensor([[3.0, 1.0], [-5.0, 0.5]], dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(weighted_zscore(z).detach(), torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64))
+    kd_loss(z, z.detach().flip(1)).backward()
+    assert z.grad.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("k, tau, ceiling", [
+    (2, 1, 0.881), (2, 2, 0.731), (2, 4, 0.622), (10, 1, 0.757), (10, 2, 0.370), (10, 4, 0.204), (100, 1, 0.996),
+    (100, 2, 0.606), (100, 4, 0.111), (1000, 1, 1.000), (1000, 2, 1.000), (1000, 4, 0.732)])
+def test_the_docstrings_table_of_ceilings(k, tau, ceiling):
+    row = F.one_hot(torch.tensor(0), k).double()
+    assert F.softmax(weighted_zscore(row, tau), -1).max().item() == pytest.approx(ceiling, abs=5.1e-4)
+    lines = [line.split() for line in zscore_kd.__doc__.splitlines()]
+    line = next(line for line in lines if line[:1] == [str(k)] and len(line) >= 4)
+    assert float(line[(1, 2, 4).index(tau) + 1]) == ceiling
+
+
 # ---------------------------------------------------------------- what is refused, and how it says so
 
 
@@ -249,6 +497,12 @@ def test_it_compiles_whole_and_maps():
     (ValueError, "positive number, got nan", lambda: weighted_zscore(torch.rand(2, 3), float("nan"))),
     (ValueError, "not empty", lambda: weighted_zscore(torch.rand(0, 3))),
     (ValueError, "unknown method 'kdd'; known: kd", lambda: distillation_loss("kdd", torch.rand(2, 3), torch.rand(2, 3))),
+    (ValueError, "at least 3 classes", lambda: dkd_loss(torch.rand(4, 2), torch.rand(4, 2), torch.zeros(4).long())),
+    (ValueError, "target must be 4 class numbers", lambda: dkd_loss(torch.rand(4, 3), torch.rand(4, 3), torch.zeros(3).long())),
+    (ValueError, "target must be 4 class numbers, got torch.float32", lambda: dkd_loss(torch.rand(4, 3), torch.rand(4, 3), torch.rand(4))),
+    (ValueError, "weak and strong", lambda: mlkd_loss(*[torch.rand(4, 3)] * 2, *[torch.rand(2, 3)] * 2)),
+    (ValueError, "positive number, got 0", lambda: ttm_loss(torch.rand(4, 3), torch.rand(4, 3), 0)),
+    (ValueError, r"one number or \(B, 1\), got shape \(4,\)", lambda: kd_loss(torch.rand(4, 3), torch.rand(4, 3), torch.ones(4))),
 ])
 def test_bad_input_is_refused_with_the_values(error, words, call):
     with pytest.raises(error, match=words):

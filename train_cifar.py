@@ -28,11 +28,12 @@ from click.core import ParameterSource
 
 import recipes
 import run as runs
-from data import crop_and_flip, epoch_draws, evaluate, load_data, normalise, synthetic, top_k_hits, Data
+from data import (Data, crop_and_flip, epoch_draws, evaluate, load_data, normalise, strong_draws, strong_view, synthetic,
+                  top_k_hits)
 from models import MODELS, create_model, load_weights, read_checkpoint, split_checkpoint
 from run import Progress, Run, RunError, Stop
 from teacher import ARCHIVE_URL, CHECKPOINTS, Teacher, find_teacher, load_teacher
-from zscore_kd import METHODS, distillation_loss
+from zscore_kd import METHODS, CurriculumTemperature, distillation_loss
 
 ADVICE = ("take a CUDA GPU, or a short run of small networks, for instance --student resnet8 --epochs 12 "
           "--train-images 10000")
@@ -44,10 +45,24 @@ KEPT = "the last checkpoint in {} is kept. Try a smaller --lr or --kd-weight, in
 # ---------------------------------------------------------------- training
 
 
-def learning_rate(step, steps_per_epoch, recipe):
-    """The learning rate of a step: x 0.1 after each of the recipe's stages, which scale with --epochs."""
-    passed = sum(step * recipe["full_epochs"] >= stage * recipe["epochs"] * steps_per_epoch for stage in recipe["stages"])
-    return recipe["lr"] * 0.1**passed
+def recipe_epoch(step, steps_per_epoch, recipe):
+    """The epoch of the recipe at full length, from 1, that a step belongs to: what the schedules below are counted in."""
+    return step * recipe["full_epochs"] // (recipe["epochs"] * steps_per_epoch) + 1
+
+
+def learning_rate(epoch, recipe):
+    """x 0.1 after each of the recipe's stages."""
+    return recipe["lr"] * 0.1 ** sum(epoch > stage for stage in recipe["stages"])
+
+
+def kd_weight(epoch, recipe):
+    """lambda_KD, for DKD with its linear warm-up."""
+    return recipe["kd_weight"] * min(epoch / recipe.get("warmup", 1), 1)
+
+
+def reversal(epoch, recipe):
+    """How much of the temperature's gradient CTKD reverses: a cosine from 0 to 1 over the recipe's ramp."""
+    return (1 - math.cos(min(epoch / recipe["ramp"], 1) * math.pi)) / 2 if "ramp" in recipe else 0.0
 
 
 def train(recipe, data, teacher, run, state, device, stop, *, save_every=60, until=None):
@@ -59,31 +74,40 @@ def train(recipe, data, teacher, run, state, device, stop, *, save_every=60, unt
     """
     torch.manual_seed(recipe["seed"])
     student = create_model(recipe["student"], data.num_classes).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(student.parameters(), lr=recipe["lr"], momentum=recipe["momentum"],
-                                weight_decay=recipe["weight_decay"])
+    curriculum = CurriculumTemperature(recipe["base_temp"], recipe["span"]).to(device) if recipe["method"] == "ctkd" else None
+    learned = [*student.parameters(), *(curriculum.parameters() if curriculum else ())]
+    optimizer = torch.optim.SGD(learned, lr=recipe["lr"], momentum=recipe["momentum"], weight_decay=recipe["weight_decay"])
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe["precision"] == "bf16")
 
     def predict(images):
         with autocast:
             return student(images).float()
 
-    def step(images, target, teacher_logits):
-        student_logits = predict(images)                                                # Algorithm 2, line 2: z_n
-        ce = F.cross_entropy(student_logits, target)                                    # lines 5 and 6: L_CE
+    options = {k: recipe[k] for k in ("alpha", "beta", "zscore_relations") if k in recipe}
+
+    def step(images, target, teacher_logits, epoch):
+        """images and teacher_logits: one view's, or the weak and the strong view's; epoch: of the recipe."""
+        student_logits = [predict(view) for view in images]                             # Algorithm 2, line 2: z_n
+        ce = sum(F.cross_entropy(z, target) for z in student_logits)                    # lines 5 and 6: L_CE
         kd = torch.zeros_like(ce)
-        if teacher_logits is not None:
-            kd = distillation_loss(recipe["method"], student_logits, teacher_logits, target, recipe["base_temp"],
-                                   zscore=recipe["zscore"])                             # lines 3, 4 and 6: tau^2 L_KD
-        loss = recipe["ce_weight"] * ce + recipe["kd_weight"] * kd                      # line 6
+        if teacher_logits:
+            temp = curriculum(reversal(epoch, recipe)) if curriculum else recipe["base_temp"]
+            kd = distillation_loss(recipe["method"], student_logits[0], teacher_logits[0], target, temp,
+                                   student_strong=student_logits[-1], teacher_strong=teacher_logits[-1],
+                                   zscore=recipe["zscore"], **options)                  # lines 3, 4 and 6: tau^2 L_KD
+        loss = recipe["ce_weight"] * ce + kd_weight(epoch, recipe) * kd                 # line 6
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        logits = student_logits[0].detach()
         sums = torch.stack([len(target) * x.detach() for x in (loss, ce, kd)])
-        return torch.cat([sums, torch.stack(top_k_hits(student_logits.detach(), target))]), student_logits.detach()
+        return torch.cat([sums, torch.stack(top_k_hits(logits, target))]), logits
 
     state = state or {"epoch": 0, "step": 0, "seconds": 0.0, "sums": torch.zeros(5), "best": {"top1": -1.0}, "row": {}}
     if "model" in state:
         student.load_state_dict(state["model"])
+        if curriculum:
+            curriculum.load_state_dict(state["curriculum"])
         optimizer.load_state_dict(state["optimizer"])
         click.echo(f"going on from epoch {state['epoch']}, step {state['step']} ({run.folder})")
     start, first_step, sums = state["epoch"], state["step"], state["sums"].to(device)
@@ -95,7 +119,7 @@ def train(recipe, data, teacher, run, state, device, stop, *, save_every=60, unt
         if not all(v.isfinite().all() for v in student.state_dict().values()):
             raise RunError(f"the student's weights became infinite in epoch {epoch}; {KEPT.format(run.folder)}")
         run.save({"epoch": epoch, "step": step, "seconds": time.monotonic() - begun, "sums": sums.cpu(), "best": best, "row": row,
-                  "model": student.state_dict(), "optimizer": optimizer.state_dict()})
+                  "model": student.state_dict(), "curriculum": curriculum.state_dict() if curriculum else {}, "optimizer": optimizer.state_dict()})
 
     n, batch = len(data.train.targets), recipe["batch_size"]
     steps = -(-n // batch)                                                              # the last batch is smaller
@@ -104,14 +128,18 @@ def train(recipe, data, teacher, run, state, device, stop, *, save_every=60, unt
         epoch_begun, seen = time.monotonic(), n - first_step * batch
         student.train()
         order, views = (torch.from_numpy(x).to(device) for x in epoch_draws(recipe["seed"], epoch, n))
+        strong = strong_draws(recipe["seed"], epoch, n).to(device) if recipe["method"] == "mlkd" else None
         for i in range(first_step, steps):                                          # Algorithm 2, line 1
             part = slice(i * batch, (i + 1) * batch)
-            target = data.train.targets[order[part]]
-            images = normalise(crop_and_flip(data.train.images[order[part]], views[part]))
-            teacher_logits = teacher.answers(images) if teacher else None           # line 2: v_n
+            chosen, target = data.train.images[order[part]], data.train.targets[order[part]]
+            images = [normalise(crop_and_flip(chosen, views[part]))]
+            if strong:
+                images.append(normalise(strong_view(chosen, strong[part])))
+            teacher_logits = [teacher.answers(view) for view in images] if teacher else []      # line 2: v_n
+            now = recipe_epoch(epoch * steps + i, steps, recipe)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(epoch * steps + i, steps, recipe)
-            losses, student_logits = step(images, target, teacher_logits)
+                group["lr"] = learning_rate(now, recipe)
+            losses, student_logits = step(images, target, teacher_logits, now)
             sums += losses
 
             progress.step(epoch, len(target))
@@ -129,6 +157,8 @@ def train(recipe, data, teacher, run, state, device, stop, *, save_every=60, unt
         if not math.isfinite(scores["loss"]):
             raise RunError(f"the evaluation's loss became {scores['loss']} in epoch {epoch + 1}; {KEPT.format(run.folder)}")
         row = epoch_row(epoch, optimizer, sums / n, scores, data.eval_name)
+        if curriculum:
+            row["temperature"] = curriculum(0.0).item()
         row |= {"img_s": seen / spent, "seconds": time.monotonic() - epoch_begun}
         if row[f"{data.eval_name}_top1"] > best["top1"]:
             best = {"top1": row[f"{data.eval_name}_top1"], "top5": row[f"{data.eval_name}_top5"], "epoch": epoch + 1}
@@ -168,7 +198,7 @@ def check_finite(sums, losses, epoch, step, student_logits, teacher_logits, run)
     if torch.isfinite(sums[0]):
         return
     ranges = [f"{name} logits in [{x.min():.4g}, {x.max():.4g}]"
-              for name, x in (("student", student_logits), ("teacher", teacher_logits)) if x is not None]
+              for name, x in (("student", student_logits), *(("teacher", x) for x in teacher_logits[:1]))]
     raise RunError(f"the loss became {losses[0].item()} in epoch {epoch + 1}, step {step + 1} ({', '.join(ranges)}); "
                    + KEPT.format(run.folder))
 
@@ -191,8 +221,8 @@ def resolve(flags, device):
         what = f"{student} alone" if method == "none" else f"{teacher} -> {student}"
         lines.append(f"no published recipe for {what}: taking learning rate {found['lr']:g}"
                      + (f", base temperature {found['base_temp']:g}, weight {found['kd_weight']:g}" if teacher else ""))
-    given = {k: flags[k] for k in ("base_temp", "kd_weight", "ce_weight", "epochs", "batch_size", "lr", "weight_decay")
-             if flags[k] is not None}
+    given = {k: flags[k] for k in ("base_temp", "kd_weight", "ce_weight", "alpha", "beta", "zscore_relations", "epochs",
+                                   "batch_size", "lr", "weight_decay") if flags[k] is not None}
     if given.get("batch_size", found["batch_size"]) != found["batch_size"] and "lr" not in given:
         scaled = found["lr"] * given["batch_size"] / found["batch_size"]
         lines.append(f"warning: the recipe's learning rate {found['lr']:g} is for batches of {found['batch_size']}; for "
@@ -254,8 +284,8 @@ def distil(recipe, data, teacher, flags, device, until=None):
     if teacher:
         recipe = recipe | {"teacher_sha256": teacher.sha256}
     run = Run(Path(flags["out"]) / run_name(recipe), recipe, runs.collect_facts(device))
-    shown = ("lr", "epochs", "batch_size", "weight_decay", "ce_weight", "kd_weight", "base_temp", "precision", "train_images",
-             "val_from_train")
+    shown = [k for k in ("lr", "epochs", "batch_size", "weight_decay", "ce_weight", "kd_weight", "base_temp", "alpha", "beta",
+                         "span", "zscore_relations", "precision", "train_images", "val_from_train") if k in recipe]
     click.echo(f"{run.folder}: {recipes.key(recipe['method'], recipe['zscore'])}, "
                + ", ".join(f"{k} {recipe[k]}" for k in shown if recipe[k]))
     if recipe["batch_size"] > len(data.train.targets):
@@ -363,6 +393,9 @@ def check_usage(flags):
         if flags["zscore"]:
             raise click.UsageError("--zscore needs a method that distils: --method none has no teacher's logits to standardize")
         flags["teacher"] = flags["teacher_checkpoint"] = None
+    for flag, method in (("alpha", "dkd"), ("beta", "dkd"), ("zscore_relations", "mlkd")):
+        if flags[flag] is not None and flags["method"] != method:
+            raise click.UsageError(f"--{flag.replace('_', '-')} is for --method {method}, not {flags['method']}")
     for flag in ("teacher", "student"):
         if flags[flag] is not None:
             runs.check_name(f"--{flag}", flags[flag], [name for name in MODELS if name != "MobileNetV1"])     # ImageNet's
