@@ -20,6 +20,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import click
 import torch
@@ -65,28 +66,35 @@ def reversal(epoch, recipe):
     return (1 - math.cos(min(epoch / recipe["ramp"], 1) * math.pi)) / 2 if "ramp" in recipe else 0.0
 
 
-def train(recipe, data, teacher, run, state, device, stop, *, save_every=60, until=None):
-    """One run (Algorithm 2). Returns its result, a dict.
+class Learner(NamedTuple):
+    student: torch.nn.Module
+    curriculum: torch.nn.Module | None      # CTKD's temperature
+    optimizer: torch.optim.Optimizer
+    predict: Callable                       # images -> float32 logits
+    step: Callable                          # one update
 
-    teacher: a Teacher, None for method none. state: the checkpoint to go on from, or None. stop: a Stop.
-    save_every: seconds between saves inside an epoch; every epoch saves too.
-    until: leave after so many epochs, as a kill would; returns None.
-    """
+
+def build(recipe, num_classes, device):
+    """The student as the seed makes it, its optimizer, and what one step of Algorithm 2 does with them."""
     torch.manual_seed(recipe["seed"])
-    student = create_model(recipe["student"], data.num_classes).to(device, memory_format=torch.channels_last)
+    student = create_model(recipe["student"], num_classes).to(device, memory_format=torch.channels_last)
     curriculum = CurriculumTemperature(recipe["base_temp"], recipe["span"]).to(device) if recipe["method"] == "ctkd" else None
     learned = [*student.parameters(), *(curriculum.parameters() if curriculum else ())]
     optimizer = torch.optim.SGD(learned, lr=recipe["lr"], momentum=recipe["momentum"], weight_decay=recipe["weight_decay"])
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe["precision"] == "bf16")
+    options = {k: recipe[k] for k in ("alpha", "beta", "zscore_relations") if k in recipe}
 
     def predict(images):
         with autocast:
             return student(images).float()
 
-    options = {k: recipe[k] for k in ("alpha", "beta", "zscore_relations") if k in recipe}
-
     def step(images, target, teacher_logits, epoch):
-        """images and teacher_logits: one view's, or the weak and the strong view's; epoch: of the recipe."""
+        """images and teacher_logits: one view's, or the weak and the strong view's. epoch: the recipe's, for schedules.
+
+        Returns the batch's sums of loss, L_CE, L_KD and hits, (5,), and the student's logits of the first view.
+        """
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(epoch, recipe)
         student_logits = [predict(view) for view in images]                             # Algorithm 2, line 2: z_n
         ce = sum(F.cross_entropy(z, target) for z in student_logits)                    # lines 5 and 6: L_CE
         kd = torch.zeros_like(ce)
@@ -103,12 +111,23 @@ def train(recipe, data, teacher, run, state, device, stop, *, save_every=60, unt
         sums = torch.stack([len(target) * x.detach() for x in (loss, ce, kd)])
         return torch.cat([sums, torch.stack(top_k_hits(logits, target))]), logits
 
+    return Learner(student, curriculum, optimizer, predict, step)
+
+
+def train(recipe, data, teacher, run, state, device, stop, *, save_every=60, until=None):
+    """One run (Algorithm 2). Returns its result, a dict.
+
+    teacher: a Teacher, None for method none. state: the checkpoint to go on from, or None. stop: a Stop.
+    save_every: seconds between saves inside an epoch; every epoch saves too.
+    until: leave after so many epochs, as a kill would; returns None.
+    """
+    student, curriculum, optimizer, predict, step = build(recipe, data.num_classes, device)
     state = state or {"epoch": 0, "step": 0, "seconds": 0.0, "sums": torch.zeros(5), "best": {"top1": -1.0}, "row": {}}
     if "model" in state:
         student.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
         if curriculum:
             curriculum.load_state_dict(state["curriculum"])
-        optimizer.load_state_dict(state["optimizer"])
         click.echo(f"going on from epoch {state['epoch']}, step {state['step']} ({run.folder})")
     start, first_step, sums = state["epoch"], state["step"], state["sums"].to(device)
     best, row = state["best"], state["row"]                                             # row: the last epoch's
@@ -118,8 +137,9 @@ def train(recipe, data, teacher, run, state, device, stop, *, save_every=60, unt
     def save(epoch, step):
         if not all(v.isfinite().all() for v in student.state_dict().values()):
             raise RunError(f"the student's weights became infinite in epoch {epoch}; {KEPT.format(run.folder)}")
-        run.save({"epoch": epoch, "step": step, "seconds": time.monotonic() - begun, "sums": sums.cpu(), "best": best, "row": row,
-                  "model": student.state_dict(), "curriculum": curriculum.state_dict() if curriculum else {}, "optimizer": optimizer.state_dict()})
+        run.save({"epoch": epoch, "step": step, "seconds": time.monotonic() - begun, "sums": sums.cpu(), "best": best,
+                  "row": row, "model": student.state_dict(), "optimizer": optimizer.state_dict(),
+                  "curriculum": curriculum.state_dict() if curriculum else {}})
 
     n, batch = len(data.train.targets), recipe["batch_size"]
     steps = -(-n // batch)                                                              # the last batch is smaller
@@ -137,9 +157,7 @@ def train(recipe, data, teacher, run, state, device, stop, *, save_every=60, unt
                 images.append(normalise(strong_view(chosen, strong[part])))
             teacher_logits = [teacher.answers(view) for view in images] if teacher else []      # line 2: v_n
             now = recipe_epoch(epoch * steps + i, steps, recipe)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(now, recipe)
-            losses, student_logits = step(images, target, teacher_logits, now)
+            losses, student_logits = step(images, target, teacher_logits, now)          # lines 2 to 6
             sums += losses
 
             progress.step(epoch, len(target))
