@@ -199,6 +199,17 @@ def test_correction_1_is_another_temperature():
     torch.testing.assert_close(kd_loss(z, v, tau, correction=1), kd_loss(z, v, other) * (tau / other) ** 2)
 
 
+def test_the_released_epsilon_gives_equal_logits_a_huge_gradient():
+    """What the README says of it: K = 100, tau 2, 1e-7 added to the deviation."""
+    z, v = torch.full((1, 100), 0.5, requires_grad=True), logits(1, 100, seed=24, dtype=torch.float32)
+    released = [(x - x.mean(-1, keepdim=True)) / (1e-7 + x.std(-1, keepdim=True)) / 2 for x in (z, v)]
+    (4 * F.kl_div(released[0].log_softmax(-1), released[1].softmax(-1), reduction="batchmean")).backward()
+    assert 1e5 < z.grad.abs().mean() < 1e6
+    ours = z.detach().requires_grad_()
+    kd_loss(ours, v).backward()
+    assert (ours.grad == 0).all()
+
+
 def test_kd_loss_does_not_see_shift_and_scale_of_either_side():
     z, v = logits(4, 10, seed=12), logits(4, 10, seed=13)
     loss = kd_loss(z, v)
