@@ -204,7 +204,7 @@ def test_the_released_epsilon_gives_equal_logits_a_huge_gradient():
     z, v = torch.full((1, 100), 0.5, requires_grad=True), logits(1, 100, seed=24, dtype=torch.float32)
     released = [(x - x.mean(-1, keepdim=True)) / (1e-7 + x.std(-1, keepdim=True)) / 2 for x in (z, v)]
     (4 * F.kl_div(released[0].log_softmax(-1), released[1].softmax(-1), reduction="batchmean")).backward()
-    assert 1e5 < z.grad.abs().mean() < 1e6
+    assert 5e4 < z.grad.abs().mean() < 2e5
     ours = z.detach().requires_grad_()
     kd_loss(ours, v).backward()
     assert (ours.grad == 0).all()
