@@ -90,6 +90,8 @@ UNSURE = {
     (ANY, "ctkd-z"): "start 2 and span 40 fit the logged temperatures; the released script has 1 and 20",
     (ANY, "ttm"): "not published per pair: exponent 0.1, weight 45 are those of vgg13 -> vgg8",
     (ANY, "wttm"): "not published per pair: exponent 0.2, weight 4 are those of vgg13 -> vgg8 with CRD",
+    (ANY, "ttm-z"): "no paper has TTM with standardization: the numbers are TTM's",
+    (ANY, "wttm-z"): "no paper has WTTM with standardization: the numbers are WTTM's",
     (ANY, "dkd"): "pairs without a released configuration take its default, beta 8",
 }
 
@@ -107,7 +109,7 @@ def learning_rate(student):
 def unsure(teacher, student, method, zscore=False):
     """Why a row's numbers are in doubt, a list of reasons, empty where they are not."""
     name, pair = key(method, zscore), (teacher, student)
-    if name == "dkd" and PAIRS.get(pair, (None, None, None))[2] is not None:
+    if name == "dkd" and PAIRS.get(pair, (None, None, None))[2] is not None or (pair, name) == (("vgg13", "vgg8"), "ttm"):
         return []
     return [UNSURE[p, name] for p in (pair, ANY) if (p, name) in UNSURE]
 

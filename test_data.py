@@ -212,7 +212,7 @@ def test_each_operation_is_pillows(name, real_images, generator):
         assert (ours != real_images).float().mean() > 0.05
 
 
-@pytest.mark.parametrize("name", ["Equalize", "Identity", "Posterize", "AutoContrast"])
+@pytest.mark.parametrize("name", ["Equalize", "Identity", "Posterize", "AutoContrast", "Solarize"])
 def test_operations_on_integers_are_exact(name, real_images, generator):
     u = torch.rand(len(real_images), generator=generator)
     ours = data._operate(real_images, torch.full((len(u),), data.OPERATIONS.index(name)), u)

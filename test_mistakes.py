@@ -93,6 +93,8 @@ USAGE = [       # exit code 2: the command itself is wrong
     (PAIR + "--beta 2", "--beta is for --method dkd, not kd"),
     (PAIR + "--method dkd --no-zscore-relations", "--zscore-relations is for --method mlkd, not dkd"),
     (PAIR + "--method dkd --alpha -1", "'--alpha': -1.0 is not in the range x>=0"),
+    (PAIR + "--method mlkd --zscore-relations", "--zscore-relations needs --zscore"),
+    (ALONE + "--kd-weight 7", "--kd-weight is for a method that distils, not for --method none"),
     ("--demo --epochs 3", "--demo takes no --epochs; it has its own"),
     ("--demo --val-from-train 500", "--demo takes no --val-from-train; it has its own"),
     (ALONE.replace("resnet8", "MobileNetV1"), "--student MobileNetV1: no such network"),

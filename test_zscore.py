@@ -373,7 +373,7 @@ def all_losses(z, v, y, zscore, z2=None, v2=None):
 @pytest.mark.parametrize("zscore", [True, False])
 @pytest.mark.parametrize("scale", [1.0, 100.0, 1e4])
 def test_every_loss_and_gradient_is_finite_at_any_scale(scale, zscore):
-    """The released DKD is infinite, its gradient NaN, from a deviation of 100 on."""
+    """Up to a deviation of 10,000; the released form of DKD is not finite long before."""
     y = torch.arange(16)
     for i in range(len(METHODS)):
         z, v = logits(16, 100, 92, scale, torch.float32).requires_grad_(), logits(16, 100, 93, scale, torch.float32)
@@ -457,6 +457,39 @@ def test_a_temperature_for_each_sample():
     torch.testing.assert_close(kd_loss(z, v, temp), sum(rows) / 4)
 
 
+def test_the_temperatures_gradient_survives_float32():
+    """CTKD learns from it alone, at T = 15.6: without care it is mostly rounding there."""
+    for seed in range(8):
+        z, v = logits(64, 100, seed=120 + seed), logits(64, 100, seed=140 + seed)
+        gradients = []
+        for dtype in (torch.float64, torch.float32):
+            temp = torch.tensor(15.6, dtype=dtype, requires_grad=True)
+            kd_loss(z.to(dtype), v.to(dtype), temp).backward()
+            gradients.append(temp.grad.item())
+        assert gradients[1] == pytest.approx(gradients[0], rel=0.01)
+
+
+def test_dkd_keeps_its_digits_when_the_target_dominates():
+    z, v, y = logits(8, 100, seed=160), logits(8, 100, seed=161), torch.arange(8)
+    for gap, alpha, beta in ((30.0, 1.0, 0.0), (1e4, 0.0, 1.0)):
+        large = [(x + gap * F.one_hot(y, 100)).float() for x in (z, v)]
+        exact = dkd_loss(*(x.double() for x in large), y, 1.0, alpha=alpha, beta=beta, zscore=False)
+        ours = dkd_loss(*large, y, 1.0, alpha=alpha, beta=beta, zscore=False)
+        assert ours.item() == pytest.approx(exact.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("tau, deviation", [(2.0, 200.0), (4.0, 400.0)])
+def test_the_released_form_of_dkd_is_not_finite_where_ours_is(tau, deviation):
+    """What the README says of it: a mask of -1000 after the temperature, and the log of a softmax's sum."""
+    (z, v), y = (logits(16, 100, s, deviation, torch.float32) for s in (162, 163)), torch.arange(16)
+    target = F.one_hot(y, 100).bool()
+    p, q = F.softmax(v / tau, -1), F.softmax(z / tau, -1)
+    two = [torch.stack([x[target], x.masked_fill(target, 0).sum(-1)], 1) for x in (p, q)]
+    released = F.kl_div(two[1].log(), two[0], reduction="batchmean") * tau**2
+    assert not released.isfinite()
+    assert dkd_loss(z, v, y, tau, alpha=1.0, beta=0.0, zscore=False).isfinite()
+
+
 def test_curriculum_temperature_is_an_adversary():
     """T = start + span sigmoid(g), g = 1 at first; what reaches g is -reversal times the gradient."""
     temperature, z, v = CurriculumTemperature(), logits(4, 10, seed=109), logits(4, 10, seed=110)
@@ -514,6 +547,8 @@ def test_the_docstrings_table_of_ceilings(k, tau, ceiling):
     (ValueError, "weak and strong", lambda: mlkd_loss(*[torch.rand(4, 3)] * 2, *[torch.rand(2, 3)] * 2)),
     (ValueError, "positive number, got 0", lambda: ttm_loss(torch.rand(4, 3), torch.rand(4, 3), 0)),
     (ValueError, r"one number or \(B, 1\), got shape \(4,\)", lambda: kd_loss(torch.rand(4, 3), torch.rand(4, 3), torch.ones(4))),
+    (ValueError, r"got shape \(1, 3\)", lambda: kd_loss(torch.rand(4, 3), torch.rand(4, 3), torch.ones(1, 3))),
+    (ValueError, r"got shape \(4, 1, 1\)", lambda: kd_loss(torch.rand(4, 3), torch.rand(4, 3), torch.ones(4, 1, 1))),
 ])
 def test_bad_input_is_refused_with_the_values(error, words, call):
     with pytest.raises(error, match=words):

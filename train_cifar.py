@@ -193,7 +193,10 @@ def train(recipe, data, teacher, run, state, device, stop, *, save_every=60, unt
 
 
 def epoch_row(epoch, optimizer, means, scores, eval_name):
-    """One row of log.jsonl: learning rate, mean training losses, and accuracies in %."""
+    """One row of log.jsonl: learning rate, mean training losses, and accuracies in %.
+
+    With MLKD ce is the sum over its two views, as it is in the loss, and the training accuracy the weak view's.
+    """
     loss, ce, kd, top1, top5 = means.tolist()
     return {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], "loss": loss, "ce": ce, "kd": kd,
             "train_top1": 100 * top1, "train_top5": 100 * top5, **{f"{eval_name}_{k}": v for k, v in scores.items()}}
@@ -234,7 +237,8 @@ def resolve(flags, device):
     """The run's recipe: the pair's, with the flags that were given. Returns (recipe, lines to print)."""
     teacher, student, method, zscore = (flags[k] for k in ("teacher", "student", "method", "zscore"))
     found = recipes.recipe(teacher, student, method, zscore, flags["recipe"])
-    lines = [f"unsure: {reason}" for reason in recipes.unsure(teacher, student, method, zscore)]
+    doubts = recipes.unsure(teacher, student, method, zscore) if flags["recipe"] == "authors" else []
+    lines = [f"unsure: {reason}" for reason in doubts]
     if not found.pop("known"):
         what = f"{student} alone" if method == "none" else f"{teacher} -> {student}"
         lines.append(f"no published recipe for {what}: taking learning rate {found['lr']:g}"
@@ -305,7 +309,7 @@ def distil(recipe, data, teacher, flags, device, until=None):
     shown = [k for k in ("lr", "epochs", "batch_size", "weight_decay", "ce_weight", "kd_weight", "base_temp", "alpha", "beta",
                          "span", "zscore_relations", "precision", "train_images", "val_from_train") if k in recipe]
     click.echo(f"{run.folder}: {recipes.key(recipe['method'], recipe['zscore'])}, "
-               + ", ".join(f"{k} {recipe[k]}" for k in shown if recipe[k]))
+               + ", ".join(f"{k} {recipe[k]}" for k in shown if recipe[k] is not None))
     if recipe["batch_size"] > len(data.train.targets):
         raise click.UsageError(f"--batch-size {recipe['batch_size']}: there are {len(data.train.targets)} training images")
     try:
@@ -414,6 +418,11 @@ def check_usage(flags):
     for flag, method in (("alpha", "dkd"), ("beta", "dkd"), ("zscore_relations", "mlkd")):
         if flags[flag] is not None and flags["method"] != method:
             raise click.UsageError(f"--{flag.replace('_', '-')} is for --method {method}, not {flags['method']}")
+    if flags["zscore_relations"] and not flags["zscore"]:
+        raise click.UsageError("--zscore-relations needs --zscore")
+    for flag in ("base_temp", "kd_weight"):
+        if flags[flag] is not None and flags["method"] == "none":
+            raise click.UsageError(f"--{flag.replace('_', '-')} is for a method that distils, not for --method none")
     for flag in ("teacher", "student"):
         if flags[flag] is not None:
             runs.check_name(f"--{flag}", flags[flag], [name for name in MODELS if name != "MobileNetV1"])     # ImageNet's

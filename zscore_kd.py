@@ -73,7 +73,9 @@ def kd_loss(student_logits, teacher_logits, base_temp=2.0, *, zscore=True, corre
         z, v = (_softened(x, base_temp, zscore, correction) for x in (z, v))
         log_q_teacher = F.log_softmax(v, -1)                                    # Algorithm 2, line 3
         log_q_student = F.log_softmax(z, -1)                                    # line 4
-        kl = (log_q_teacher.exp() * (log_q_teacher - log_q_student)).sum(-1, keepdim=True)
+        q_teacher, q_student = log_q_teacher.exp(), log_q_student.exp()
+        # KL; the last two sum to 0 and take the softmaxes' rounding away, which a high temperature would blow up
+        kl = (q_teacher * (log_q_teacher - log_q_student) - q_teacher + q_student).sum(-1, keepdim=True)
         return (base_temp**2 * kl).mean()                                       # line 6, without lambda_KD
 
 
@@ -93,10 +95,9 @@ def dkd_loss(student_logits, teacher_logits, target, base_temp=2.0, *, alpha=1.0
 
         def split(x):
             """log p of the target (B,), of all the others together (B,), and of each other given that it is one (B, K)."""
-            log_p = F.log_softmax(x, -1)
-            log_target = log_p.gather(1, target[:, None].long()).squeeze(1)
-            log_rest = log_p.masked_fill(is_target, -torch.inf).logsumexp(-1)
-            return log_target, log_rest, (log_p - log_rest[:, None]).masked_fill(is_target, 0.0)
+            others = x.masked_fill(is_target, -torch.inf)
+            gap = x.gather(1, target[:, None].long()).squeeze(1) - others.logsumexp(-1)
+            return F.logsigmoid(gap), F.logsigmoid(-gap), F.log_softmax(others, -1).masked_fill(is_target, 0.0)
 
         (t_target, t_rest, t_other), (s_target, s_rest, s_other) = split(v), split(z)
         tckd = t_target.exp() * (t_target - s_target) + t_rest.exp() * (t_rest - s_rest)
@@ -145,7 +146,7 @@ def ttm_loss(student_logits, teacher_logits, temperature=4.0, *, zscore=False, c
 def wttm_loss(student_logits, teacher_logits, temperature=4.0, *, zscore=False, correction=0):
     """TTM with each sample weighted by U = sum_k p_k^(1/T), the power sum of the teacher's probabilities p = softmax(v).
 
-    U lies between 1 (a certain teacher) and K^(1 - 1/T) (a uniform one). With zscore p = softmax Z(v; 1). See `ttm_loss`.
+    For T of at least 1, U lies between 1 (a certain teacher) and K^(1 - 1/T) (a uniform one). With zscore p = softmax Z(v; 1). See `ttm_loss`.
     """
     return _transformed(student_logits, teacher_logits, temperature, zscore, correction, weighted=True)
 
@@ -214,6 +215,8 @@ def _pair(student_logits, teacher_logits, base_temp, min_classes=2):
         raise ValueError(f"the batch is empty: logits of shape {tuple(student_logits.shape)}")
     for logits in (student_logits, teacher_logits):
         _check_classes(logits, base_temp, min_classes)
+    if isinstance(base_temp, torch.Tensor) and base_temp.numel() != 1 and base_temp.shape != (len(student_logits), 1):
+        raise ValueError(f"a tensor temperature must be one number or (B, 1), got shape {tuple(base_temp.shape)}")
     dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
     return student_logits.to(dtype), teacher_logits.detach().to(dtype)
 
@@ -223,10 +226,7 @@ def _check_classes(logits, base_temp, min_classes=2):
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
     if logits.shape[-1] < min_classes:
         raise ValueError(f"at least {min_classes} classes are needed, got logits of shape {tuple(logits.shape)}")
-    if isinstance(base_temp, torch.Tensor):
-        if base_temp.dim() == 1 and base_temp.shape[0] > 1:
-            raise ValueError(f"a tensor temperature must be one number or (B, 1), got shape {tuple(base_temp.shape)}")
-    elif not 0 < base_temp < float("inf"):
+    if not isinstance(base_temp, torch.Tensor) and not 0 < base_temp < float("inf"):
         raise ValueError(f"the temperature must be a positive number, got {base_temp}")
 
 
