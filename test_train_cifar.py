@@ -14,6 +14,7 @@ import data
 import teacher
 import train_cifar
 from models import create_model, load_weights
+from zscore_kd import dkd_loss, kd_loss, mlkd_loss
 from train_cifar import kd_weight, learning_rate, main, recipe_epoch, reversal
 
 SMALL = ["--data", "synthetic", "--train-images", "160", "--epochs", "3", "--device", "cpu"]
@@ -275,6 +276,47 @@ def test_every_method_trains_by_its_recipe_stops_and_goes_on(pair, tmp_path, mon
         if method == "ctkd":
             start = recipe["base_temp"]
             assert start < row["temperature"] < start + recipe["span"] and recipe["span"] == (40 if z == "--zscore" else 20)
+
+
+@pytest.mark.parametrize("method", ["dkd", "mlkd", "ctkd"])
+def test_two_steps_of_a_method_equal_a_plain_loop(pair, tmp_path, method):
+    """Written out: which view enters where, both cross-entropies, DKD's warm-up, CTKD's ramp and its g in the same SGD."""
+    call(*pair, *SMALL, "--method", method, "--zscore", "--epochs", "1", "--train-images", "64", "--batch-size", "32",
+         "--lr", "0.001", "--weight-decay", "0.1")
+    train = data.load_data("synthetic", None, "cpu", train_images=64).train
+    torch.manual_seed(0)
+    student, frozen, g = create_model("resnet8"), create_model("resnet14"), torch.tensor(1.0, requires_grad=True)
+    load_weights(frozen, tmp_path / "teacher.pt")
+    frozen.eval()
+    optimizer = torch.optim.SGD([*student.parameters()] + [g] * (method == "ctkd"), 0.001, momentum=0.9, weight_decay=0.1)
+    order, views = (torch.from_numpy(x) for x in data.epoch_draws(0, 0, 64))
+    strong = data.strong_draws(0, 0, 64)
+    for i, part in enumerate((slice(0, 32), slice(32, 64))):
+        chosen, y = train.images[order[part]], train.targets[order[part]]
+        weak = data.normalise(data.crop_and_flip(chosen, views[part])).contiguous()
+        z, v = student(weak), frozen(weak).detach()
+        ce = torch.nn.functional.cross_entropy(z, y)
+        if method == "dkd":         # epochs 1 and 121 of 240: a twentieth of the weight, then all of it
+            loss = ce + 9 * (1 / 20, 1)[i] * dkd_loss(z, v, y, 2.0, alpha=1.0, beta=8.0)
+        elif method == "mlkd":
+            hard = data.normalise(data.strong_view(chosen, strong[part])).contiguous()
+            z2, v2 = student(hard), frozen(hard).detach()
+            loss = 0.1 * (ce + torch.nn.functional.cross_entropy(z2, y)) + 9 * mlkd_loss(z, v, z2, v2, 2.0)
+        else:                       # the reversal is 0.0245 in epoch 1 and 1 in epoch 121
+            temperature = 2 + 40 * torch.sigmoid(g)
+            loss = 0.1 * ce + 9 * kd_loss(z, v, temperature)
+        optimizer.zero_grad()
+        loss.backward()
+        if method == "ctkd":
+            g.grad *= -(0.02447174, 1.0)[i]
+        for group in optimizer.param_groups:
+            group["lr"] = 0.001 * (1, 0.1**3 if method == "mlkd" else 1)[i]     # epoch 241 of 480 is past 150, 180 and 210
+        optimizer.step()
+    state = torch.load(tmp_path / "runs" / f"resnet14-resnet8-{method}-z-synthetic-seed0" / "last.pt")
+    for key, value in student.state_dict().items():
+        torch.testing.assert_close(state["model"][key], value, rtol=1e-3, atol=2e-5, msg=lambda m: f"{key}: {m}")
+    if method == "ctkd":
+        assert state["curriculum"]["g"].item() == pytest.approx(g.item(), abs=2e-6) and abs(g.item() - 1) > 1e-4
 
 
 def test_ctkds_temperature_moves_against_the_student(pair, tmp_path):
