@@ -14,8 +14,8 @@ import data
 import teacher
 import train_cifar
 from models import create_model, load_weights
-from zscore_kd import dkd_loss, kd_loss, mlkd_loss
 from train_cifar import kd_weight, learning_rate, main, recipe_epoch, reversal
+from zscore_kd import dkd_loss, kd_loss, mlkd_loss
 
 SMALL = ["--data", "synthetic", "--train-images", "160", "--epochs", "3", "--device", "cpu"]
 
