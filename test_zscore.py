@@ -321,6 +321,13 @@ def test_ttm_and_wttm_are_the_second_papers(k, tau, correction, zscore, weighted
           lambda x: ttm_reference(x, v.numpy(), tau, zscore, weighted, correction), z)
 
 
+def test_raw_relations_weigh_a_hundred_times_more():
+    """What the README says of the released MLKD+Z: its relations' share of the loss, on random logits."""
+    views = [logits(64, 100, seed=170 + i) for i in range(4)]
+    standard, raw = (mlkd_loss(*views, zscore_relations=relations).item() for relations in (True, False))
+    assert 0.001 < (raw - standard) / raw < 0.003
+
+
 def test_every_default_argument():
     z, v, z2, v2 = (logits(4, 10, seed=s) for s in (38, 39, 40, 41))
     n, y = [x.numpy() for x in (z, v, z2, v2)], torch.tensor([3, 0, 9, 3])
