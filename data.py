@@ -69,13 +69,14 @@ def crop_and_flip(images, views):
 
     images: (B, 3, H, W) uint8. views: (B,) int64 in [0, VIEWS): (9 top + left) * 2 + flip. Returns (B, 3, H, W) uint8.
     """
-    height, width = images.shape[2:]
-    batch, channel, row, column = (torch.arange(n, device=images.device) for n in images.shape)
+    channels, height, width = images.shape[1:]
+    row, column = (torch.arange(n, device=images.device) for n in (height, width))
     top, left, flip = views // 2 // (2 * PAD + 1), views // 2 % (2 * PAD + 1), views % 2 == 1
     rows = top[:, None] + row
     columns = left[:, None] + torch.where(flip[:, None], width - 1 - column, column)
-    padded = F.pad(images, (PAD, PAD, PAD, PAD))
-    return padded[batch[:, None, None, None], channel[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+    places = (rows[:, :, None] * (width + 2 * PAD) + columns[:, None, :]).flatten(1)    # in the padded image, one gather
+    padded = F.pad(images, (PAD, PAD, PAD, PAD)).flatten(2)
+    return padded.gather(2, places[:, None].expand(-1, channels, -1)).view(images.shape)
 
 
 @functools.cache
@@ -241,9 +242,10 @@ def _cutout(x, side, centre_x, centre_y):
 
 
 @torch.no_grad()
-def evaluate(network, split, batch_size=500):
+def evaluate(network, split, batch_size=None):
     """Mean cross-entropy, top-1 and top-5 (%) of `network`, images (B, 3, H, W) -> logits (B, K), on a whole split."""
     sums = torch.zeros(3, device=split.images.device)
+    batch_size = batch_size or (2500 if split.images.is_cuda else 500)
     for images, targets in zip(split.images.split(batch_size), split.targets.split(batch_size)):
         logits = network(normalise(images)).float()
         sums += torch.stack([F.cross_entropy(logits, targets, reduction="sum"), *top_k_hits(logits, targets)])

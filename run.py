@@ -8,6 +8,7 @@
       result.json    last and best accuracy, epochs, minutes, images per second, peak memory
 """
 
+import ctypes
 import difflib
 import io
 import json
@@ -317,6 +318,27 @@ def pick_kernels(deterministic):
     torch.backends.cudnn.benchmark = not deterministic
 
 
+def keep_memory():
+    """Lets the C library keep freed memory. It would give it back and fault it in again at every step: 10 % on a CPU."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt         # glibc's; M_MMAP_THRESHOLD and M_TRIM_THRESHOLD
+        mallopt(-3, 2**30), mallopt(-1, 2**31 - 1)
+    except (AttributeError, OSError, TypeError):    # another C library
+        pass
+
+
+def check_compiler(device):
+    """RunError where torch.compile does not work."""
+    import torch._inductor.config       # a second, which only this needs
+    torch._inductor.config.freezing = device.type == "cpu"      # a teacher's weights are constants: 8 % on a CPU
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
+    except Exception as error:      # torch raises its own types, by version
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise RunError(f"--compile does not work here ({reason.strip()}); it needs a C++ compiler on a CPU, Triton on a GPU. Leave "
+                       "the flag out") from None
+
+
 def peak_memory(device):
     """Peak memory in MiB: of the allocator on CUDA, of the process elsewhere; None where it cannot be known."""
     if device.type == "cuda":
@@ -417,6 +439,7 @@ SHARED = [
     click.option("--precision", type=Choice(["fp32", "bf16"]),
                  help="bf16 is autocast, losses in float32.  [default: bf16 on cuda, else fp32]"),
     click.option("--deterministic", is_flag=True, help="Deterministic CUDA kernels; slower."),
+    click.option("--compile/--no-compile", default=False, help="torch.compile: faster steps after a minute of preparation.  [default: off]"),
     click.option("--list", "list_recipes", is_flag=True, help="Print all recipes and published numbers, and exit."),
     click.option("--dry-run", is_flag=True, help="Walk the whole path in seconds: made data, two batches, a temporary folder."),
     click.option("--eval", "eval_file", metavar="FILE", help="Evaluate a checkpoint of any supported format, and exit."),

@@ -15,6 +15,7 @@ ROOMS = {
     "data": {"torch", "torchvision", "numpy"},
     "recipes": set(),
     "teacher": {"torch", "models", "data"},
+    "bench": {"torch", "torchvision", "click", "train_cifar", "models", "data", "recipes", "teacher", "run", "zscore_kd"},
     "run": {"torch", "click"},
     "train_cifar": {"torch", "click", "zscore_kd", "models", "data", "recipes", "teacher", "run"},
 }

@@ -7,19 +7,21 @@ import os
 import re
 import tarfile
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
-import teacher
-from data import synthetic
+import data
+import teacher as rooms_teacher
+from data import crop_and_flip, epoch_draws, normalise, synthetic
 from models import create_model
 from teacher import Teacher, download_teachers, find_teacher, load_teacher, weights_sha256
 
 
 @pytest.fixture(autouse=True)
 def checkpoints(tmp_path, monkeypatch):
-    monkeypatch.setattr(teacher, "CHECKPOINTS", tmp_path / "checkpoints")
+    monkeypatch.setattr(rooms_teacher, "CHECKPOINTS", tmp_path / "checkpoints")
     return tmp_path / "checkpoints"
 
 
@@ -61,7 +63,7 @@ def add(file, name, content):
 def test_the_named_file_comes_first(checkpoints):
     checkpoints.mkdir()
     (checkpoints / "resnet56.pt").write_bytes(b"")
-    assert find_teacher("resnet56", "mine.pt") == (teacher.Path("mine.pt"), "mine.pt")
+    assert find_teacher("resnet56", "mine.pt") == (Path("mine.pt"), "mine.pt")
     assert find_teacher("resnet56") == (checkpoints / "resnet56.pt", "checkpoints/resnet56.pt")
 
 
@@ -112,26 +114,147 @@ def test_no_network_or_no_address_says_why(url):
     assert path is None and "could not be downloaded" in reason
 
 
-def test_answers_are_the_frozen_networks_logits():
-    network = create_model("resnet8").train()
-    images = torch.rand(4, 3, 32, 32, requires_grad=True)
-    answers = Teacher(network, "cpu").answers(images)
+def trained(name):
+    """A network whose batch norms have seen images, so that folding them is no matter of ones and zeros."""
+    torch.manual_seed(0)
+    network = create_model(name).train()
     with torch.no_grad():
-        expected = network.eval()(images.detach())
-    torch.testing.assert_close(answers, expected)
-    assert not answers.requires_grad and answers.dtype == torch.float32
+        for _ in range(3):
+            network(normalise(synthetic(64, 3).images))
+    return network
+
+
+@pytest.mark.parametrize("name", ["resnet56", "resnet32x4", "wrn_40_2", "vgg13", "ResNet50", "MobileNetV2", "ShuffleV1", "ShuffleV2"])
+def test_a_teachers_logits_are_the_frozen_networks(name):
+    network, images = trained(name), normalise(synthetic(5, 1).images)
     before = weights_sha256(network)
-    Teacher(network, "cpu").answers(images)
-    assert weights_sha256(network) == before        # no batch norm statistics moved
-    half = Teacher(network, "cpu", "bf16").answers(images)
-    assert half.dtype == torch.float32 and 0 < (half - expected).abs().max() < 0.1 * expected.abs().max()
+    teacher = Teacher(network, "cpu")
+    logits = teacher.logits(images.requires_grad_())
+    with torch.no_grad():
+        expected = network.double().eval()(images.double()).float()
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    assert not logits.requires_grad and logits.dtype == torch.float32
+    assert weights_sha256(network.float()) == before == teacher.sha256       # no batch norm statistics moved
+
+
+def test_bf16_is_for_the_network_not_for_its_logits():
+    network, images = trained("resnet8"), normalise(synthetic(5, 1).images)
+    whole, half = (Teacher(network, "cpu", precision).logits(images) for precision in ("fp32", "bf16"))
+    assert half.dtype == torch.float32 and 0 < (half - whole).abs().max() < 0.1 * whole.abs().max()
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    teacher = Teacher(trained("resnet8"), "cpu")
+    teacher.split = synthetic(40, 1)
+    teacher.attend(teacher.split, tmp_path / "answers")
+    teacher.asked = []
+
+    def logits(images, real=teacher.logits):
+        teacher.asked.append(len(images))
+        return real(images)
+
+    teacher.logits = logits
+    return teacher
+
+
+def views(n=40, seed=0):
+    order, drawn = epoch_draws(seed, 0, n)
+    return torch.from_numpy(order), torch.from_numpy(drawn)
+
+
+def test_answers_are_computed_once_and_are_those_of_the_view(teacher, tmp_path):
+    indices, drawn = views()
+    first = teacher.answers(indices, drawn)
+    images = normalise(crop_and_flip(teacher.split.images[indices], drawn))
+    torch.testing.assert_close(first, teacher.network(images).half().float(), rtol=2e-3, atol=1e-3)
+    assert torch.equal(first, first.half().float())         # the rounded value, the first time too
+    assert teacher.asked == [40]
+    assert torch.equal(teacher.answers(indices[7:], drawn[7:]), first[7:]) and teacher.asked == [40]
+    other = (drawn + torch.arange(40) % 2) % data.VIEWS     # every second image at another view
+    assert torch.equal(teacher.answers(indices, other)[::2], first[::2]) and teacher.asked == [40, 20]
+    again = Teacher(trained("resnet8"), "cpu")              # another process with the same weights
+    again.attend(teacher.split, tmp_path / "answers")
+    again.logits = None
+    assert torch.equal(again.answers(indices, drawn), first)
+
+
+def test_answers_without_a_memory_are_the_same_numbers(teacher, tmp_path):
+    indices, drawn = views()
+    kept = teacher.answers(indices, drawn)
+    teacher.attend(teacher.split, None)
+    assert torch.equal(teacher.answers(indices, drawn), kept)
+    teacher.attend(teacher.split, tmp_path, exact=True)
+    exact = teacher.answers(indices, drawn)
+    assert torch.equal(exact.half().float(), kept) and not torch.equal(exact, kept)
+    assert torch.equal(teacher.answers(indices, drawn), exact)
+
+
+@pytest.mark.parametrize("change", ["weights", "data", "precision", "rounding"])
+def test_a_memory_is_of_one_teacher_data_and_precision(teacher, tmp_path, change):
+    indices, drawn = views()
+    kept = teacher.answers(indices, drawn)
+    network, split = trained("resnet8"), teacher.split
+    if change == "weights":
+        network.fc.bias.data += 1
+    if change == "data":
+        split = synthetic(40, 2)
+    other = Teacher(network, "cpu", "bf16" if change == "precision" else "fp32")
+    other.attend(split, tmp_path / "answers", exact=change == "rounding")
+    assert not torch.equal(other.answers(indices, drawn), kept)
+    assert len(os.listdir(tmp_path / "answers")) == 2
+
+
+def test_a_damaged_answer_is_computed_again(teacher):
+    """Half a record, a flipped bit, a lost page: what a kill, a bad disk, or a crash of the machine leaves."""
+    indices, drawn = views()
+    kept = teacher.answers(indices, drawn)
+    path, size = teacher.memory.path, teacher.memory.size
+    whole, slots = path.read_bytes(), (indices * data.VIEWS + drawn).sort().values
+    for harm in (lambda b, at: b[:at + size // 2], lambda b, at: b[:at + 9] + bytes([b[at + 9] ^ 1]) + b[at + 10:],
+                 lambda b, at: b[:at] + bytes(size) + b[at + size:], lambda b, at: b""):
+        path.write_bytes(harm(whole, slots[20].item() * size))
+        teacher.asked.clear()
+        assert torch.equal(teacher.answers(indices, drawn), kept) and sum(teacher.asked) >= 1
+        assert path.read_bytes() == whole
+
+
+def test_two_writers_share_a_memory(teacher, tmp_path):
+    indices, drawn = views()
+    other = Teacher(trained("resnet8"), "cpu")
+    other.attend(teacher.split, tmp_path / "answers")
+    first = teacher.answers(indices[:20], drawn[:20])
+    both = other.answers(indices, drawn)
+    assert torch.equal(both[:20], first)
+    teacher.asked.clear()
+    assert torch.equal(teacher.answers(indices, drawn), both) and teacher.asked == []
+
+
+def test_a_disk_without_room_costs_the_memory_not_the_run(teacher, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    teacher.attend(teacher.split, tmp_path / "file")        # no folder can be made there
+    indices, drawn = views()
+    first = teacher.answers(indices, drawn)
+    assert torch.equal(teacher.answers(indices, drawn), first)
+    assert capsys.readouterr().out.count("notice: the teacher's answers cannot be kept in") == 1
+
+
+@pytest.mark.parametrize("name", ["resnet8", "wrn_16_1", "ShuffleV1", "MobileNetV2"])
+def test_an_answer_does_not_depend_on_what_else_is_asked(name):
+    """What makes a run that goes on, or one that finds half of the answers known, equal to an unbroken one."""
+    teacher = Teacher(trained(name), "cpu")
+    teacher.attend(synthetic(150, 1))
+    indices, drawn = views(150)
+    whole = teacher.answers(indices, drawn)
+    for part in (slice(100, 150), slice(0, 1), slice(3, 140, 7)):
+        assert torch.equal(teacher.answers(indices[part], drawn[part]), whole[part])
 
 
 def test_a_teacher_below_the_published_accuracy_is_a_warning():
-    split = synthetic(100, 1)
-    top1, line = Teacher(create_model("resnet8"), "cpu", source="mine.pt").check(split, published=79.42)
+    split, network = synthetic(100, 1), trained("resnet8")
+    top1, line = Teacher(network, "cpu", source="mine.pt").check(split, published=79.42)
     assert f"teacher resnet8 (mine.pt): {top1:.2f} % top-1" in line and "published 79.42" in line and "warning" in line
-    assert "warning" not in Teacher(create_model("resnet8"), "cpu").check(split, published=top1 + 0.9)[1]
+    assert "warning" not in Teacher(network, "cpu").check(split, published=top1 + 0.9)[1]
 
 
 def test_the_hash_tells_weights_apart():

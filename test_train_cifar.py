@@ -1,5 +1,6 @@
 """train_cifar.py as its users call it: in this process through click, on small made or real data."""
 
+import copy
 import json
 import math
 import os
@@ -11,9 +12,11 @@ import torch
 from click.testing import CliRunner
 
 import data
+import recipes
 import teacher
 import train_cifar
 from models import create_model, load_weights
+from teacher import Teacher
 from train_cifar import kd_weight, learning_rate, main, recipe_epoch, reversal
 from zscore_kd import dkd_loss, kd_loss, mlkd_loss
 
@@ -243,6 +246,63 @@ def test_two_epochs_equal_a_plain_loop(pair, tmp_path, monkeypatch):
     ours = torch.load(tmp_path / "runs" / "resnet14-resnet8-kd-synthetic-seed0" / "student.pt")["model"]
     for key, value in student.state_dict().items():
         torch.testing.assert_close(ours[key], value, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA GPU"))])
+@pytest.mark.parametrize("method", ["kd", "ctkd", "mlkd"])
+def test_ten_fast_steps_equal_a_plain_loop(device, method, tmp_path):
+    """Folded teacher in large batches, its remembered answers, lookahead, channels last, fused optimizer, on a GPU the
+    captured step: the same numbers as a loop that does one thing after the other, the smaller last batch included."""
+    device = torch.device(device)
+    recipe = {**recipes.recipe("resnet32x4", "resnet8x4", method, True, "authors"), "teacher": "resnet14", "student": "resnet8",
+              "method": method, "zscore": True, "seed": 3, "precision": "fp32", "batch_size": 16, "epochs": 2, "lr": 0.01}
+    recipe["full_epochs"] = 480 if method == "mlkd" else 240
+    split = data.Split(*(x.to(device) for x in data.synthetic(75, 1)))          # 5 steps an epoch, the last of 11 images
+    made = data.Data(split, split, split, "test")
+    torch.manual_seed(1)
+    network = create_model("resnet14")
+    teacher = Teacher(copy.deepcopy(network), device)
+    teacher.attend(split, tmp_path, exact=True)
+    student, curriculum, *_, step, set_epoch = train_cifar.build(recipe, 100, device)
+    plain, start = (copy.deepcopy(student).to(memory_format=torch.contiguous_format) for _ in range(2))
+    network.to(device).eval()
+    g = torch.tensor(1.0, device=device, requires_grad=True)
+    optimizer = torch.optim.SGD([*plain.parameters(), g], 0.01, momentum=0.9, weight_decay=5e-4, foreach=False)
+    for epoch in range(2):
+        student.train()
+        order, views = (torch.from_numpy(x).to(device) for x in data.epoch_draws(3, epoch, 75))
+        strong = data.strong_draws(3, epoch, 75).to(device)
+        for i, lesson in enumerate(train_cifar.lessons(recipe, made, teacher, epoch, 0, device)):
+            now = train_cifar.recipe_epoch(epoch * 5 + i, 5, recipe)
+            set_epoch(now)
+            sums, _ = step(*lesson)
+
+            part = slice(16 * i, 16 * i + 16)
+            chosen, y = split.images[order[part]], split.targets[order[part]]
+            images = [data.normalise(data.crop_and_flip(chosen, views[part])).contiguous()]
+            if method == "mlkd":
+                images.append(data.normalise(data.strong_view(chosen, strong[part])).contiguous())
+            z, v = [plain(x) for x in images], [network(x).detach() for x in images]
+            ce = sum(torch.nn.functional.cross_entropy(x, y) for x in z)
+            if method == "mlkd":
+                kd = mlkd_loss(z[0], v[0], z[1], v[1], 2.0)
+            else:
+                kd = kd_loss(z[0], v[0], 2 + 40 * torch.sigmoid(g) if method == "ctkd" else 2.0)
+            loss = recipe["ce_weight"] * ce + recipe["kd_weight"] * kd
+            optimizer.zero_grad()
+            loss.backward()
+            if method == "ctkd":
+                g.grad *= -train_cifar.reversal(now, recipe)
+            for group in optimizer.param_groups:
+                group["lr"] = train_cifar.learning_rate(now, recipe)
+            optimizer.step()
+            assert sums[0].item() / len(y) == pytest.approx(loss.item(), rel=1e-3), (epoch, i)
+    for read in (dict.values, lambda d: [v for k, v in d.items() if "running" in k]):
+        ours, theirs, before = (torch.cat([v.flatten().double() for v in read(dict(m.state_dict()))]) for m in (student, plain, start))
+        assert (ours - theirs).norm() < 0.01 * (theirs - before).norm()     # of the way that ten steps went
+    if method == "ctkd":
+        assert curriculum.g.item() == pytest.approx(g.item(), abs=1e-2 * abs(g.item() - 1))
 
 
 METHODS = [[method, z] for method in ("kd", "dkd", "mlkd", "ctkd", "ttm", "wttm") for z in ("--zscore", "--no-zscore")]

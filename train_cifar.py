@@ -36,6 +36,8 @@ from run import Progress, Run, RunError, Stop
 from teacher import ARCHIVE_URL, CHECKPOINTS, Teacher, find_teacher, load_teacher
 from zscore_kd import METHODS, CurriculumTemperature, distillation_loss
 
+AHEAD = {"cuda": 128, "mps": 16, "cpu": 16}       # steps that are prepared at once
+REST = 10           # seconds without a save at the end of an epoch on a GPU, where an epoch may take less than one
 ADVICE = ("take a CUDA GPU, or a short run of small networks, for instance --student resnet8 --epochs 12 "
           "--train-images 10000")
 
@@ -72,60 +74,144 @@ class Learner(NamedTuple):
     optimizer: torch.optim.Optimizer
     predict: Callable                       # images -> float32 logits
     step: Callable                          # one update
+    set_epoch: Callable                     # the recipe's epoch, for what changes with it
 
 
-def build(recipe, num_classes, device):
+def build(recipe, num_classes, device, compile=False):
     """The student as the seed makes it, its optimizer, and what one step of Algorithm 2 does with them."""
     torch.manual_seed(recipe["seed"])
     student = create_model(recipe["student"], num_classes).to(device, memory_format=torch.channels_last)
     curriculum = CurriculumTemperature(recipe["base_temp"], recipe["span"]).to(device) if recipe["method"] == "ctkd" else None
     learned = [*student.parameters(), *(curriculum.parameters() if curriculum else ())]
-    optimizer = torch.optim.SGD(learned, lr=recipe["lr"], momentum=recipe["momentum"], weight_decay=recipe["weight_decay"])
+    # tensors, as a captured or compiled step reads their values again each time
+    lr, weight, reverse = (torch.zeros((), device=device) for _ in range(3))
+    optimizer = torch.optim.SGD(learned, lr=lr, momentum=recipe["momentum"], weight_decay=recipe["weight_decay"], fused=True)
+    for parameter in learned:
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe["precision"] == "bf16")
     options = {k: recipe[k] for k in ("alpha", "beta", "zscore_relations") if k in recipe}
+
+    shown = None
+
+    def set_epoch(epoch):
+        nonlocal shown
+        if epoch != shown:
+            lr.fill_(learning_rate(epoch, recipe))
+            weight.fill_(kd_weight(epoch, recipe))
+            reverse.fill_(reversal(epoch, recipe))
+            shown = epoch
 
     def predict(images):
         with autocast:
             return student(images).float()
 
-    def step(images, target, teacher_logits, epoch):
-        """images and teacher_logits: one view's, or the weak and the strong view's. epoch: the recipe's, for schedules.
-
-        Returns the batch's sums of loss, L_CE, L_KD and hits, (5,), and the student's logits of the first view.
-        """
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(epoch, recipe)
+    def losses(images, target, teacher_logits):
         student_logits = [predict(view) for view in images]                             # Algorithm 2, line 2: z_n
         ce = sum(F.cross_entropy(z, target) for z in student_logits)                    # lines 5 and 6: L_CE
         kd = torch.zeros_like(ce)
         if teacher_logits:
-            temp = curriculum(reversal(epoch, recipe)) if curriculum else recipe["base_temp"]
+            temp = curriculum(reverse) if curriculum else recipe["base_temp"]
             kd = distillation_loss(recipe["method"], student_logits[0], teacher_logits[0], target, temp,
                                    student_strong=student_logits[-1], teacher_strong=teacher_logits[-1],
                                    zscore=recipe["zscore"], **options)                  # lines 3, 4 and 6: tau^2 L_KD
-        loss = recipe["ce_weight"] * ce + kd_weight(epoch, recipe) * kd                 # line 6
+        return recipe["ce_weight"] * ce + weight * kd, ce, kd, student_logits[0]        # line 6
+
+    if compile:
+        losses = torch.compile(losses, dynamic=False)
+
+    def step(images, target, teacher_logits):
+        """images and teacher_logits: one view's, or the weak and the strong view's.
+
+        Returns the batch's sums of loss, L_CE, L_KD and hits, (5,), and the student's logits of the first view.
+        """
+        loss, ce, kd, logits = losses(images, target, teacher_logits)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        logits = student_logits[0].detach()
+        logits = logits.detach()
         sums = torch.stack([len(target) * x.detach() for x in (loss, ce, kd)])
         return torch.cat([sums, torch.stack(top_k_hits(logits, target))]), logits
 
-    return Learner(student, curriculum, optimizer, predict, step)
+    if device.type == "cuda":
+        step = Captured(step, [*student.state_dict(keep_vars=True).values(), *learned,
+                               *(optimizer.state[p]["momentum_buffer"] for p in learned)])
+    return Learner(student, curriculum, optimizer, predict, step, set_epoch)
 
 
-def train(recipe, data, teacher, run, state, device, stop, *, save_every=60, until=None):
+class Captured:
+    """A training step as CUDA graphs, one for each batch size: one launch instead of hundreds, and the same numbers.
+
+    state: the tensors that a step changes in place. They must stay where they are, and so must what the step reads.
+    """
+
+    def __init__(self, step, state):
+        self.step, self.state, self.graphs = step, state, {}
+
+    def __call__(self, images, target, teacher_logits):
+        arguments = [*images, target, *teacher_logits]
+        if len(target) not in self.graphs:
+            self.graphs[len(target)] = self._capture(arguments, len(images))
+        graph, inputs, outputs = self.graphs[len(target)]
+        for held, argument in zip(inputs, arguments):
+            held.copy_(argument)
+        graph.replay()
+        return outputs
+
+    def _capture(self, arguments, views):
+        inputs = [x.clone() for x in arguments]
+        call = lambda: self.step(inputs[:views], inputs[views], inputs[views + 1:])
+        before = [x.detach().clone() for x in self.state]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):          # kernels are chosen, workspaces made
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        pool = next((g.pool() for g, _, _ in self.graphs.values()), None)
+        with torch.cuda.graph(graph, pool=pool):
+            outputs = call()
+        for now, then in zip(self.state, before):       # as if the rehearsal had not been
+            now.detach().copy_(then)
+        return graph, inputs, outputs
+
+
+def lessons(recipe, data, teacher, epoch, first_step, device):
+    """What each step of an epoch learns from: (the images of each view, targets, the teacher's logits of each view).
+
+    Made for AHEAD steps at once: the teacher does not depend on the student, and few large operations beat many small ones.
+    """
+    n, batch = len(data.train.targets), recipe["batch_size"]
+    order, views = map(torch.from_numpy, epoch_draws(recipe["seed"], epoch, n))
+    strong = strong_draws(recipe["seed"], epoch, n) if recipe["method"] == "mlkd" else None
+    size = AHEAD[device.type] * batch
+    for start in range(first_step * batch, n, size):
+        part = slice(start, start + size)
+        indices = order[part].to(device)
+        chosen, target = data.train.images[indices], data.train.targets[indices]
+        images = [normalise(crop_and_flip(chosen, views[part].to(device)))]
+        teacher_logits = [teacher.answers(order[part], views[part], images[0])] if teacher else []  # Algorithm 2, line 2: v_n
+        if strong:
+            images.append(normalise(strong_view(chosen, strong[part].to(device))))
+            teacher_logits.append(teacher.logits(images[1]))
+        for first in range(0, len(target), batch):
+            now = slice(first, first + batch)
+            yield [x[now] for x in images], target[now], [v[now] for v in teacher_logits]
+
+
+def train(recipe, data, teacher, run, state, device, stop, *, save_every=60, until=None, compile=False):
     """One run (Algorithm 2). Returns its result, a dict.
 
-    teacher: a Teacher, None for method none. state: the checkpoint to go on from, or None. stop: a Stop.
+    teacher: a Teacher that attends to data.train, None for method none. state: the checkpoint to go on from, or None. stop: a Stop.
     save_every: seconds between saves inside an epoch; every epoch saves too.
     until: leave after so many epochs, as a kill would; returns None.
     """
-    student, curriculum, optimizer, predict, step = build(recipe, data.num_classes, device)
+    student, curriculum, optimizer, predict, step, set_epoch = build(recipe, data.num_classes, device, compile)
     state = state or {"epoch": 0, "step": 0, "seconds": 0.0, "sums": torch.zeros(5), "best": {"top1": -1.0}, "row": {}}
     if "model" in state:
         student.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for held, kept in zip(optimizer.state.values(), state["optimizer"]["state"].values()):
+            held["momentum_buffer"].copy_(kept["momentum_buffer"])      # in place: a captured step reads it there
         if curriculum:
             curriculum.load_state_dict(state["curriculum"])
         click.echo(f"going on from epoch {state['epoch']}, step {state['step']} ({run.folder})")
@@ -147,22 +233,14 @@ def train(recipe, data, teacher, run, state, device, stop, *, save_every=60, unt
     for epoch in range(start, recipe["epochs"]):
         epoch_begun, seen = time.monotonic(), n - first_step * batch
         student.train()
-        order, views = (torch.from_numpy(x).to(device) for x in epoch_draws(recipe["seed"], epoch, n))
-        strong = strong_draws(recipe["seed"], epoch, n).to(device) if recipe["method"] == "mlkd" else None
-        for i in range(first_step, steps):                                          # Algorithm 2, line 1
-            part = slice(i * batch, (i + 1) * batch)
-            chosen, target = data.train.images[order[part]], data.train.targets[order[part]]
-            images = [normalise(crop_and_flip(chosen, views[part]))]
-            if strong:
-                images.append(normalise(strong_view(chosen, strong[part])))
-            teacher_logits = [teacher.answers(view) for view in images] if teacher else []      # line 2: v_n
-            now = recipe_epoch(epoch * steps + i, steps, recipe)
-            losses, student_logits = step(images, target, teacher_logits, now)          # lines 2 to 6
+        for i, (images, target, teacher_logits) in enumerate(lessons(recipe, data, teacher, epoch, first_step, device), first_step):
+            set_epoch(recipe_epoch(epoch * steps + i, steps, recipe))
+            losses, student_logits = step(images, target, teacher_logits)               # Algorithm 2, lines 2 to 6
             sums += losses
 
             progress.step(epoch, len(target))
             due = i < steps - 1 and (stop.asked or time.monotonic() - saved >= save_every)
-            if due or device.type == "cpu" or i % 64 == 63 or i == steps - 1:       # on a GPU looking waits for it
+            if due or device.type != "cuda" or i == steps - 1:      # on a GPU looking waits for it
                 check_finite(sums, losses, epoch, i, student_logits, teacher_logits, run)
             if due:
                 save(epoch, i + 1)
@@ -182,8 +260,10 @@ def train(recipe, data, teacher, run, state, device, stop, *, save_every=60, unt
             best = {"top1": row[f"{data.eval_name}_top1"], "top5": row[f"{data.eval_name}_top5"], "epoch": epoch + 1}
         first_step, sums = 0, torch.zeros_like(sums)
         run.log(row)
-        save(epoch + 1, 0)
-        saved = time.monotonic()
+        last = epoch + 1 in (recipe["epochs"], until)
+        if device.type != "cuda" or last or stop.asked or time.monotonic() - saved >= min(save_every, REST):
+            save(epoch + 1, 0)
+            saved = time.monotonic()
         progress.print(epoch_line(row, best, data.eval_name, recipe["epochs"]))
         if epoch + 1 == until:
             return None
@@ -198,7 +278,7 @@ def epoch_row(epoch, optimizer, means, scores, eval_name):
     With MLKD ce is the sum over its two views, as it is in the loss, and the training accuracy the weak view's.
     """
     loss, ce, kd, top1, top5 = means.tolist()
-    return {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], "loss": loss, "ce": ce, "kd": kd,
+    return {"epoch": epoch + 1, "lr": float(optimizer.param_groups[0]["lr"]), "loss": loss, "ce": ce, "kd": kd,
             "train_top1": 100 * top1, "train_top5": 100 * top5, **{f"{eval_name}_{k}": v for k, v in scores.items()}}
 
 
@@ -252,8 +332,10 @@ def resolve(flags, device):
     recipe = {"teacher": teacher, "student": student, "method": method, "zscore": zscore, "data": flags["data"],
               **found, "full_epochs": found["epochs"], **given,
               "precision": runs.pick_precision(flags["precision"], device),
-              "deterministic": flags["deterministic"], "train_images": flags["train_images"],
-              "val_from_train": flags["val_from_train"]}
+              "deterministic": flags["deterministic"], "compile": flags["compile"],
+              "train_images": flags["train_images"], "val_from_train": flags["val_from_train"]}
+    if teacher:
+        recipe["exact_teacher"] = flags["exact_teacher"]
     return recipe, lines
 
 
@@ -265,11 +347,11 @@ def run_name(recipe):
                      f"seed{recipe['seed']}"])
 
 
-def get_teacher(recipe, flags, device):
-    """The Teacher of a recipe, trained here first where there is none."""
+def get_teacher(recipe, data, flags, device):
+    """The Teacher of a recipe, trained here first where there is none; it attends to the training images."""
     name, precision = recipe["teacher"], recipe["precision"]
     if flags["dry_run"] and flags["teacher_checkpoint"] is None:
-        return Teacher(create_model(name), device, precision)
+        return attending(Teacher(create_model(name), device, precision), data, flags)
     if recipe["data"] == "synthetic" and flags["teacher_checkpoint"] is None:
         path, source = None, "no teacher is published for the synthetic set"
     else:
@@ -278,14 +360,19 @@ def get_teacher(recipe, flags, device):
         click.echo(f"{source}; training {name} here first")
         path = train_teacher(recipe, flags, device)
         source = f"trained here, {path}"
-    return load_teacher(name, path, source, device, precision)
+    return attending(load_teacher(name, path, source, device, precision, compile=flags["compile"]), data, flags)
+
+
+def attending(teacher, data, flags):
+    teacher.attend(data.train, Path(flags["out"]) / "answers" if flags["teacher_memory"] else None, flags["exact_teacher"])
+    return teacher
 
 
 def train_teacher(recipe, flags, device):
     """Trains recipe["teacher"] alone by its own recipe, keeps it, and returns its file."""
     alone = {**dict.fromkeys(flags), "teacher": None, "student": recipe["teacher"], "method": "none", "zscore": False,
              "recipe": "authors", "data": recipe["data"], "deterministic": flags["deterministic"], "val_from_train": 0,
-             "precision": recipe["precision"]}
+             "precision": recipe["precision"], "compile": flags["compile"]}
     if recipe["data"] == "synthetic":       # made data: the teacher's training is as short as the run's
         alone |= {k: flags[k] for k in ("epochs", "train_images")}
     teacher_recipe, _ = resolve(alone, device)
@@ -307,9 +394,10 @@ def distil(recipe, data, teacher, flags, device, until=None):
         recipe = recipe | {"teacher_sha256": teacher.sha256}
     run = Run(Path(flags["out"]) / run_name(recipe), recipe, runs.collect_facts(device))
     shown = [k for k in ("lr", "epochs", "batch_size", "weight_decay", "ce_weight", "kd_weight", "base_temp", "alpha", "beta",
-                         "span", "zscore_relations", "precision", "train_images", "val_from_train") if k in recipe]
+                         "span", "zscore_relations", "precision", "compile", "exact_teacher", "train_images",
+                         "val_from_train") if k in recipe]
     click.echo(f"{run.folder}: {recipes.key(recipe['method'], recipe['zscore'])}, "
-               + ", ".join(f"{k} {recipe[k]}" for k in shown if recipe[k] is not None))
+               + ", ".join(f"{k} {recipe[k]}" for k in shown if recipe[k] not in (None, False)))
     if recipe["batch_size"] > len(data.train.targets):
         raise click.UsageError(f"--batch-size {recipe['batch_size']}: there are {len(data.train.targets)} training images")
     try:
@@ -318,7 +406,7 @@ def distil(recipe, data, teacher, flags, device, until=None):
             click.echo("finished before")
         with Stop() as stop:
             result = run.finished() or train(recipe, data, teacher, run, state, device, stop, save_every=flags["save_every"],
-                                             until=until)
+                                             until=until, compile=flags["compile"])
     finally:
         run.close()
     if result:
@@ -356,7 +444,7 @@ def evaluate_file(flags, device, data=None):
     network = create_model(name)
     load_weights(network, path)
     data = data or load_data(flags["data"], flags["data_dir"], device, val_from_train=flags["val_from_train"])
-    scores = evaluate(Teacher(network, device, flags["precision"] or "fp32").answers, data.eval)
+    scores = Teacher(network, device, flags["precision"] or "fp32").evaluate(data.eval)
     click.echo(f"{name}: {scores['top1']:.2f} top-1, {scores['top5']:.2f} top-5 (%), loss {scores['loss']:.4f} on the "
                f"{len(data.eval.targets)} {data.eval_name} images of {flags['data']} ({path})")
 
@@ -367,9 +455,9 @@ def dry_run(recipe, flags, device):
     data = Data(synthetic(size, 1), synthetic(size, 2), synthetic(size, 2), "test")
     data = Data(*(type(s)(*(x.to(device) for x in s)) for s in data[:3]), *data[3:])
     recipe |= {"data": "synthetic", "epochs": 2, "train_images": None, "val_from_train": 0, "seed": flags["seed"]}
-    teacher = get_teacher(recipe, flags, device) if recipe["teacher"] else None
     with tempfile.TemporaryDirectory() as folder:
         flags = flags | {"out": folder}
+        teacher = get_teacher(recipe, data, flags, device) if recipe["teacher"] else None
         distil(recipe, data, teacher, flags, device, until=1)
         distil(recipe, data, teacher, flags, device)
         student = str(Path(folder, run_name(recipe), "student.pt"))
@@ -394,7 +482,8 @@ def demo(flags, device):
             recipe, _ = resolve(flags | setting, device)
             result, folder = distil(recipe | {"seed": seed}, data, teacher if setting["teacher"] else None, flags, device)
             accuracies[name].append(result["last"]["top1"])
-            teacher = teacher or load_teacher("resnet20", folder / "student.pt", str(folder), device, recipe["precision"])
+            teacher = teacher or attending(load_teacher("resnet20", folder / "student.pt", str(folder), device,
+                                                        recipe["precision"]), data, flags)
     click.echo(f"\n{'made images of 100 classes':36s}top-1, last epoch")
     for name, values in accuracies.items():
         spread = f" ± {statistics.stdev(values):.2f} (n = {len(values)})" if len(values) > 1 else ""
@@ -443,6 +532,9 @@ def check_usage(flags):
 @click.option("--train-images", type=runs.COUNT, metavar="N", help="Train on the first N images of a fixed shuffle.")
 @click.option("--teacher-url", default=ARCHIVE_URL, envvar="TEACHER_URL", metavar="URL",
               help="Archive of mdistiller's teachers, or a mirror of it (also TEACHER_URL).")
+@click.option("--teacher-memory/--no-teacher-memory", default=True,
+              help="Keep the teacher's answers (on a GPU there, else in OUT/answers, up to 1.7 GB).  [default: on]")
+@click.option("--exact-teacher", is_flag=True, help="Keep the teacher's logits in float32, not rounded to float16.")
 @click.option("--demo", is_flag=True, help="Teacher, student alone, KD and KD+Z on made images, in minutes on two CPU cores.")
 @click.option("--save-every", type=runs.POSITIVE, default=60, show_default=True, help="Seconds between saves in an epoch.")
 def main(**flags):
@@ -453,6 +545,9 @@ def main(**flags):
     try:
         device = runs.pick_device(flags["device"])
         runs.pick_kernels(flags["deterministic"])
+        runs.keep_memory()
+        if flags["compile"]:
+            runs.check_compiler(device)
         if flags["demo"]:
             demo(flags, device)
             return
@@ -469,7 +564,7 @@ def main(**flags):
                          val_from_train=recipe["val_from_train"])
         teacher = None
         if recipe["teacher"]:
-            teacher = get_teacher(recipe, flags, device)
+            teacher = get_teacher(recipe, data, flags, device)
             click.echo(teacher.check(data.test, recipes.ALONE.get(recipe["teacher"]) if recipe["data"] == "cifar100" else None)[1])
         seeds = range(flags["seed"], flags["seed"] + flags["seeds"])
         results = {seed: distil(recipe | {"seed": seed}, data, teacher, flags, device)[0] for seed in seeds}
