@@ -285,6 +285,13 @@ def load_data(name, data_dir, device, *, train_images=None, val_from_train=0):
     return Data(train, test, *((held_out, "val") if val_from_train else (test, "test")))
 
 
+def has_cifar100(data_dir):
+    """Whether CIFAR-100 is in `data_dir`, unpacked or as its archive; nothing is downloaded."""
+    folder = Path(data_dir).expanduser()
+    return folder.name == CIFAR100.base_folder and folder.is_dir() or any(
+        (folder / name).exists() for name in (CIFAR100.base_folder, CIFAR100.filename))
+
+
 def read_cifar100(data_dir):
     """(train, test) of the official CIFAR-100 under `data_dir`, downloaded there (169 MB) if it is missing.
 

@@ -9,8 +9,10 @@ All networks take 32 x 32 images, except MobileNetV1 (ImageNet, 224 x 224).
 """
 
 import argparse
+import hashlib
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import nn
 
@@ -191,6 +193,12 @@ class WideResNet(nn.Module):
 # ---------------------------------------------------------------- VGG with batch norm (Simonyan and Zisserman 2015)
 
 
+@torch.fx.wrap     # one operation for who traces a network, as it looks at the size
+def halve_large(x):
+    """The field's VGGs pool once more before the last block on 64 x 64 images, which are 8 x 8 by then."""
+    return F.max_pool2d(x, 2) if x.shape[-1] == 8 else x
+
+
 class VGG(nn.Module):
     """Five blocks of 3x3 convolutions with bias; `convs` of them in each block; one linear layer."""
 
@@ -209,11 +217,12 @@ class VGG(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, x):
-        large = x.shape[-1] == 64       # the field's nets pool once more before the last block on 64 x 64 images
         for i, block in enumerate((self.block0, self.block1, self.block2, self.block3, self.block4)):
             x = F.relu(block(x))
-            if i < 3 or (i == 3 and large):
+            if i < 3:
                 x = F.max_pool2d(x, 2)
+            elif i == 3:
+                x = halve_large(x)
         return self.classifier(pool(x))
 
 
@@ -509,3 +518,12 @@ def guess_network(state):
         if shapes == {k: v.shape[1:] for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}:
             return name
     return None
+
+
+def weights_sha256(network):
+    """SHA-256 of a network's parameters and buffers, names included; the same on every device."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,9 @@ from pathlib import Path
 
 import click
 import torch
+
+
+VERSION = "0.5"         # of the project, kept in every run and every exported file
 
 
 class RunError(click.ClickException):
@@ -84,6 +88,8 @@ class Run:
         except (OSError, ValueError, KeyError, TypeError):
             raise RunError(f"{config} is not a run's configuration; choose another --out") from None
         now = json.loads(json.dumps(self.recipe))
+        if "compile" in now:
+            recipe = {"compile": False} | recipe        # older runs do not say
         differ = [f"{k} was {recipe.get(k)}, now {now.get(k)}" for k in recipe | now if recipe.get(k) != now.get(k)]
         if differ:
             raise RunError(f"{self.folder} holds a run of another recipe ({'; '.join(differ)}); choose another --out, "
@@ -250,7 +256,9 @@ class Stop:
 class Progress:
     """A line that moves on a terminal, one plain row an epoch elsewhere, and the projected time after some seconds."""
 
-    def __init__(self, images, epochs, done, device, advice=""):
+    def __init__(self, images, epochs, done, device, advice="", stretch=1):
+        """stretch: images that are prepared at once; speed is judged over whole stretches."""
+        self.stretch = stretch
         self.images, self.epochs, self.device, self.advice = images, epochs, device, advice
         self.left = images * epochs - done      # images still to be trained on
         self.seen, self.begun, self.printed, self.projected = 0, None, 0.0, False
@@ -263,7 +271,7 @@ class Progress:
             return
         self.seen += images
         elapsed = now - self.begun
-        if not self.projected and elapsed >= 5:
+        if not self.projected and elapsed >= 5 and self.seen % self.stretch == 0:
             self.projected = True
             remaining = self.left * elapsed / self.seen
             line = (f"about {duration(remaining)} for the {self.left:,} images to go ({self.seen / elapsed:,.0f} images/s "
@@ -307,7 +315,7 @@ def collect_facts(device):
     except OSError:
         commit = None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}"
-    return {"python": platform.python_version(), "torch": torch.__version__, "device": name,
+    return {"version": VERSION, "python": platform.python_version(), "torch": torch.__version__, "device": name,
             "threads": torch.get_num_threads(), "commit": commit, "command": " ".join(sys.argv)}
 
 
@@ -322,7 +330,8 @@ def keep_memory():
     """Lets the C library keep freed memory. It would give it back and fault it in again at every step: 10 % on a CPU."""
     try:
         mallopt = ctypes.CDLL(None).mallopt         # glibc's; M_MMAP_THRESHOLD and M_TRIM_THRESHOLD
-        mallopt(-3, 2**30), mallopt(-1, 2**31 - 1)
+        if mallopt(-3, 2**30) or mallopt(-3, 2**25):        # older ones take 32 MiB at most
+            mallopt(-1, 2**31 - 1)
     except (AttributeError, OSError, TypeError):    # another C library
         pass
 
@@ -343,6 +352,10 @@ def peak_memory(device):
     """Peak memory in MiB: of the allocator on CUDA, of the process elsewhere; None where it cannot be known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    try:                    # Linux; getrusage there counts the process that started this one too
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
+    except (OSError, TypeError):
+        pass
     try:
         import resource     # not on Windows
     except ImportError:

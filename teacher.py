@@ -7,10 +7,12 @@ Its answers are finite in number: a frozen network gives the same logits for the
 are computed in large batches, once, and remembered: on a GPU in its memory, elsewhere in a file that runs share.
 """
 
+import errno
 import hashlib
 import http.client
 import operator
 import os
+import shutil
 import tarfile
 import urllib.request
 import zlib
@@ -22,13 +24,15 @@ from torch.fx.experimental.optimization import fuse
 from torch.fx.proxy import TraceError
 
 from data import VIEWS, crop_and_flip, evaluate, normalise
-from models import create_model, load_weights
+from models import create_model, load_weights, weights_sha256
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 ARCHIVE_URL = "https://github.com/megvii-research/mdistiller/releases/download/checkpoints/cifar_teachers.tar"
 IN_ARCHIVE = ("resnet32x4", "resnet56", "resnet110", "wrn_40_2", "vgg13", "ResNet50")
 TIMEOUT = 30    # seconds without an answer before a download is given up
+BATCH = {"cuda": 1024, "mps": 256, "cpu": 256}      # images that a teacher is asked about at once
 SPARE = 4 * 2**30       # bytes that a GPU must have left for the rest of a run
+RESERVE = 2**30         # bytes of a disk that answers leave free for what matters more
 
 
 class Teacher:
@@ -43,9 +47,10 @@ class Teacher:
         self.device, self.precision = torch.device(device), precision
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
         self.network = fold(network.to(device).eval().requires_grad_(False)).to(memory_format=torch.channels_last)
+        self.compiled = compile
         if compile:
             self.network = torch.compile(self.network, dynamic=False)
-        self.batch = 2048 if self.device.type == "cuda" else 256
+        self.batch = BATCH[self.device.type]
         self.images = self.memory = None
 
     @torch.no_grad()
@@ -65,18 +70,19 @@ class Teacher:
         """Take the views of `split` for what `answers` is asked about, and remember what was answered.
 
         folder: where a file of answers may stand (n x 162 x K numbers at most), used where the GPU has no room for them; None:
-        remember nothing. exact: keep float32; else answers are rounded to float16, relative error 5e-4.
+        remember nothing. exact: keep float32; else answers are rounded to float16, relative error 5e-4, largest 65504.
         """
         self.images, self.dtype = split.images, torch.float32 if exact else torch.float16
         classes = self.logits(normalise(split.images[:1])).shape[1]
         size = len(split.images) * VIEWS * classes * self.dtype.itemsize
         if folder is None:
             self.memory = None
-        elif self.device.type == "cuda" and torch.cuda.mem_get_info(self.device)[0] > size + SPARE:
+        elif self.device.type == "cuda" and not torch.cuda.empty_cache() and torch.cuda.mem_get_info(self.device)[0] > size + SPARE:
             self.memory = OnDevice(len(split.images) * VIEWS, classes, self.dtype, self.device)
         else:
             data = hashlib.sha256(split.images.cpu().numpy()).hexdigest()
-            key = f"{self.sha256} {data} {self.device.type} {self.precision} {self.dtype}"
+            key = (f"1 {self.sha256} {data} {self.device.type} {self.precision} {self.dtype} {self.compiled} {torch.__version__} "
+                   f"{torch.get_num_threads()}")        # all that may change an answer's last bits
             self.memory = OnDisk(Path(folder) / f"{self.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.answers", classes, self.dtype)
 
     def answers(self, indices, views, images=None):
@@ -97,7 +103,10 @@ class Teacher:
                 seen = images[where]
             else:
                 seen = normalise(crop_and_flip(self.images[indices[chosen].to(self.device)], views[chosen].to(self.device)))
-            new = self.logits(seen).to(self.dtype)
+            computed = self.logits(seen)
+            new = computed.to(self.dtype)
+            if self.device.type == "cpu" and new.isinf().any() and computed.isfinite().all():
+                raise ValueError(f"the teacher's logits, up to {computed.abs().max():.3g}, do not fit float16: give --exact-teacher")
             if logits is None:
                 logits = torch.empty(len(slots), new.shape[1], dtype=self.dtype, device=self.device)
             logits[where] = new
@@ -138,7 +147,7 @@ def fold(network):
 
 
 class OnDevice:
-    """Answers in the GPU's memory. Which are known is kept on the host, so that asking does not wait for the GPU."""
+    """Answers in the GPU's memory; which are known is kept on the host."""
 
     def __init__(self, slots, classes, dtype, device):
         self.table = torch.empty(slots, classes, dtype=dtype, device=device)
@@ -183,9 +192,13 @@ class OnDisk:
             return b""
 
     def write(self, slots, logits):
+        if self.problem:
+            return
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if shutil.disk_usage(self.path.parent).free < RESERVE:
+                raise OSError(errno.ENOSPC, "the disk is nearly full")
             if self.file is None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
                 self.path.touch()
                 self.file = open(self.path, "r+b", buffering=0)
             for slot, row in zip(slots.tolist(), logits.cpu().numpy()):
@@ -193,12 +206,10 @@ class OnDisk:
                 self.file.seek(slot * self.size)
                 self.file.write(values + zlib.crc32(values).to_bytes(4, "little"))
         except OSError as error:
-            self._give_up(error)
-
-    def _give_up(self, error):
-        if self.problem is None:        # said once
             self.problem = error
-            print(f"notice: the teacher's answers cannot be kept in {self.path} ({error.strerror or error}); going on without")
+            if self.file and error.errno == errno.ENOSPC and shutil.disk_usage(self.path.parent).free < RESERVE // 100:
+                self.file.truncate(0)       # the saves need the room more; whoever shares the file computes again
+            print(f"notice: no more of the teacher's answers are kept in {self.path} ({error.strerror or error}); going on without")
 
 
 def load_teacher(name, path, source, device, precision="fp32", num_classes=100, compile=False):
@@ -246,12 +257,3 @@ def download_teachers(url, folder):
                 os.replace(partial, folder / f"{name}.pth")
             finally:
                 partial.unlink(missing_ok=True)
-
-
-def weights_sha256(network):
-    """SHA-256 of a network's parameters and buffers, names included; the same on every device."""
-    digest = hashlib.sha256()
-    for name, tensor in network.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

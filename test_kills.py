@@ -13,6 +13,8 @@ import pytest
 import torch
 
 import data
+import teacher
+import train_cifar
 from models import create_model
 from train_cifar import main
 
@@ -33,6 +35,8 @@ def child(arguments, output, file_size):
     """The command in a process of its own."""
     import resource
     data.SYNTHETIC_SIZES = (256, 64)
+    train_cifar.AHEAD["cpu"] = 3        # stretches of steps that neither a save nor an epoch divides
+    teacher.BATCH["cpu"] = 40
     torch.set_num_threads(1)
     if file_size:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))

@@ -135,6 +135,8 @@ def test_a_teachers_logits_are_the_frozen_networks(name):
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
     assert not logits.requires_grad and logits.dtype == torch.float32
     assert weights_sha256(network.float()) == before == teacher.sha256       # no batch norm statistics moved
+    left = [m for m in teacher.network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert (len(left) == 18) if name == "wrn_40_2" else not left        # those before a convolution cannot be folded into it
 
 
 def test_bf16_is_for_the_network_not_for_its_logits():
@@ -236,7 +238,32 @@ def test_a_disk_without_room_costs_the_memory_not_the_run(teacher, tmp_path, cap
     indices, drawn = views()
     first = teacher.answers(indices, drawn)
     assert torch.equal(teacher.answers(indices, drawn), first)
-    assert capsys.readouterr().out.count("notice: the teacher's answers cannot be kept in") == 1
+    assert capsys.readouterr().out.count("notice: no more of the teacher's answers are kept in") == 1
+
+
+def test_a_nearly_full_disk_is_left_to_the_saves(teacher, tmp_path, monkeypatch, capsys):
+    indices, drawn = views()
+    first = teacher.answers(indices[:10], drawn[:10])
+    usage = rooms_teacher.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(rooms_teacher.shutil, "disk_usage", lambda path: usage._replace(free=rooms_teacher.RESERVE - 1))
+    size = teacher.memory.path.stat().st_size
+    whole = teacher.answers(indices, drawn)
+    assert torch.equal(whole[:10], first) and teacher.memory.path.stat().st_size == size
+    assert "nearly full" in capsys.readouterr().out
+    monkeypatch.setattr(rooms_teacher.shutil, "disk_usage", lambda path: usage._replace(free=0))
+    teacher.attend(teacher.split, tmp_path / "answers")
+    assert torch.equal(teacher.answers(indices, drawn), whole) and teacher.memory.path.stat().st_size == 0
+
+
+def test_logits_that_float16_cannot_hold_are_an_error(tmp_path):
+    network = trained("resnet8")
+    network.fc.weight.data *= 1e6
+    teacher = Teacher(network, "cpu")
+    teacher.attend(synthetic(40, 1), tmp_path)
+    with pytest.raises(ValueError, match="do not fit float16: give --exact-teacher"):
+        teacher.answers(*views())
+    teacher.attend(synthetic(40, 1), tmp_path, exact=True)
+    assert teacher.answers(*views()).isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["resnet8", "wrn_16_1", "ShuffleV1", "MobileNetV2"])
@@ -245,8 +272,9 @@ def test_an_answer_does_not_depend_on_what_else_is_asked(name):
     teacher = Teacher(trained(name), "cpu")
     teacher.attend(synthetic(150, 1))
     indices, drawn = views(150)
+    teacher.batch = 64
     whole = teacher.answers(indices, drawn)
-    for part in (slice(100, 150), slice(0, 1), slice(3, 140, 7)):
+    for part in (slice(100, 150), slice(0, 1), slice(3, 140, 7), slice(20, 150)):
         assert torch.equal(teacher.answers(indices[part], drawn[part]), whole[part])
 
 

@@ -30,6 +30,9 @@ def nowhere_else(tmp_path, monkeypatch):
     monkeypatch.setattr(teacher, "CHECKPOINTS", tmp_path / "checkpoints")
     monkeypatch.setattr(train_cifar, "CHECKPOINTS", tmp_path / "checkpoints")
     monkeypatch.setattr(data, "SYNTHETIC_SIZES", (600, 200))
+    monkeypatch.setitem(train_cifar.AHEAD, "cpu", 2)        # small runs too prepare their steps in several stretches
+    monkeypatch.setitem(train_cifar.AHEAD, "cuda", 2)
+    monkeypatch.setitem(teacher.BATCH, "cpu", 48)
     monkeypatch.setenv("TEACHER_URL", "http://127.0.0.1:9/none.tar")
     monkeypatch.setenv("CIFAR100_URL", "http://127.0.0.1:9/none.tar.gz")
 
@@ -255,6 +258,7 @@ def test_ten_fast_steps_equal_a_plain_loop(device, method, tmp_path):
     """Folded teacher in large batches, its remembered answers, lookahead, channels last, fused optimizer, on a GPU the
     captured step: the same numbers as a loop that does one thing after the other, the smaller last batch included."""
     device = torch.device(device)
+    torch.backends.cudnn.allow_tf32 = False
     recipe = {**recipes.recipe("resnet32x4", "resnet8x4", method, True, "authors"), "teacher": "resnet14", "student": "resnet8",
               "method": method, "zscore": True, "seed": 3, "precision": "fp32", "batch_size": 16, "epochs": 2, "lr": 0.01}
     recipe["full_epochs"] = 480 if method == "mlkd" else 240
@@ -270,6 +274,7 @@ def test_ten_fast_steps_equal_a_plain_loop(device, method, tmp_path):
     g = torch.tensor(1.0, device=device, requires_grad=True)
     optimizer = torch.optim.SGD([*plain.parameters(), g], 0.01, momentum=0.9, weight_decay=5e-4, foreach=False)
     for epoch in range(2):
+        data.evaluate(student.eval(), split)        # in between, as in a run
         student.train()
         order, views = (torch.from_numpy(x).to(device) for x in data.epoch_draws(3, epoch, 75))
         strong = data.strong_draws(3, epoch, 75).to(device)
@@ -303,6 +308,22 @@ def test_ten_fast_steps_equal_a_plain_loop(device, method, tmp_path):
         assert (ours - theirs).norm() < 0.01 * (theirs - before).norm()     # of the way that ten steps went
     if method == "ctkd":
         assert curriculum.g.item() == pytest.approx(g.item(), abs=1e-2 * abs(g.item() - 1))
+
+
+def test_a_run_is_the_same_with_and_without_a_memory(pair, tmp_path):
+    """And a second run finds the first one's answers; rounding to float16 is a recipe of its own."""
+    flags = [*pair, *SMALL, "--zscore"]
+    call(*flags)
+    answers = list((tmp_path / "runs" / "answers").iterdir())
+    before = answers[0].stat().st_size
+    call(*flags, "--no-teacher-memory", "--out", "without")
+    call(*flags, "--exact-teacher", "--out", "exact")
+    name = "resnet14-resnet8-kd-z-synthetic-seed0"
+    weights = [torch.load(tmp_path / out / name / "last.pt")["model"] for out in ("runs", "without", "exact")]
+    assert all(map(torch.equal, weights[0].values(), weights[1].values())) and not (tmp_path / "without" / "answers").exists()
+    assert not all(map(torch.equal, weights[0].values(), weights[2].values()))
+    assert "exact_teacher was False, now True" in call(*flags, "--exact-teacher", code=1)
+    assert len(answers) == 1 and before > 160 * 200
 
 
 METHODS = [[method, z] for method in ("kd", "dkd", "mlkd", "ctkd", "ttm", "wttm") for z in ("--zscore", "--no-zscore")]

@@ -77,8 +77,11 @@ class Learner(NamedTuple):
     set_epoch: Callable                     # the recipe's epoch, for what changes with it
 
 
-def build(recipe, num_classes, device, compile=False):
-    """The student as the seed makes it, its optimizer, and what one step of Algorithm 2 does with them."""
+def build(recipe, num_classes, device, compile=False, capture=True):
+    """The student as the seed makes it, its optimizer, and what one step of Algorithm 2 does with them.
+
+    compile: the step by torch.compile. capture: on CUDA, the step as a CUDA graph.
+    """
     torch.manual_seed(recipe["seed"])
     student = create_model(recipe["student"], num_classes).to(device, memory_format=torch.channels_last)
     curriculum = CurriculumTemperature(recipe["base_temp"], recipe["span"]).to(device) if recipe["method"] == "ctkd" else None
@@ -132,7 +135,7 @@ def build(recipe, num_classes, device, compile=False):
         sums = torch.stack([len(target) * x.detach() for x in (loss, ce, kd)])
         return torch.cat([sums, torch.stack(top_k_hits(logits, target))]), logits
 
-    if device.type == "cuda":
+    if device.type == "cuda" and capture:
         step = Captured(step, [*student.state_dict(keep_vars=True).values(), *learned,
                                *(optimizer.state[p]["momentum_buffer"] for p in learned)])
     return Learner(student, curriculum, optimizer, predict, step, set_epoch)
@@ -149,8 +152,14 @@ class Captured:
 
     def __call__(self, images, target, teacher_logits):
         arguments = [*images, target, *teacher_logits]
-        if len(target) not in self.graphs:
-            self.graphs[len(target)] = self._capture(arguments, len(images))
+        if self.graphs is not None and len(target) not in self.graphs:
+            try:
+                self.graphs[len(target)] = self._capture(arguments, len(images))
+            except RuntimeError as error:
+                click.echo(f"notice: no CUDA graph of the step ({str(error).splitlines()[0]}); going on without, slower")
+                self.graphs = None
+        if self.graphs is None:
+            return self.step(images, target, teacher_logits)
         graph, inputs, outputs = self.graphs[len(target)]
         for held, argument in zip(inputs, arguments):
             held.copy_(argument)
@@ -158,22 +167,25 @@ class Captured:
         return outputs
 
     def _capture(self, arguments, views):
+        """(graph, the tensors that it reads, the tensors that it writes); RuntimeError where a step cannot be captured."""
         inputs = [x.clone() for x in arguments]
         call = lambda: self.step(inputs[:views], inputs[views], inputs[views + 1:])
         before = [x.detach().clone() for x in self.state]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):          # kernels are chosen, workspaces made
-                call()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        pool = next((g.pool() for g, _, _ in self.graphs.values()), None)
-        with torch.cuda.graph(graph, pool=pool):
-            outputs = call()
-        for now, then in zip(self.state, before):       # as if the rehearsal had not been
-            now.detach().copy_(then)
-        return graph, inputs, outputs
+        try:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):          # kernels are chosen, workspaces made
+                    call()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            pool = next((g.pool() for g, _, _ in self.graphs.values()), None)
+            with torch.cuda.graph(graph, pool=pool):
+                outputs = call()
+            return graph, inputs, outputs
+        finally:
+            for now, then in zip(self.state, before):       # as if the rehearsal had not been
+                now.detach().copy_(then)
 
 
 def lessons(recipe, data, teacher, epoch, first_step, device):
@@ -193,20 +205,20 @@ def lessons(recipe, data, teacher, epoch, first_step, device):
         teacher_logits = [teacher.answers(order[part], views[part], images[0])] if teacher else []  # Algorithm 2, line 2: v_n
         if strong:
             images.append(normalise(strong_view(chosen, strong[part].to(device))))
-            teacher_logits.append(teacher.logits(images[1]))
+            teacher_logits += [teacher.logits(images[1])] if teacher else []
         for first in range(0, len(target), batch):
             now = slice(first, first + batch)
             yield [x[now] for x in images], target[now], [v[now] for v in teacher_logits]
 
 
-def train(recipe, data, teacher, run, state, device, stop, *, save_every=60, until=None, compile=False):
+def train(recipe, data, teacher, run, state, device, stop, *, save_every=60, until=None, compile=False, capture=True):
     """One run (Algorithm 2). Returns its result, a dict.
 
     teacher: a Teacher that attends to data.train, None for method none. state: the checkpoint to go on from, or None. stop: a Stop.
-    save_every: seconds between saves inside an epoch; every epoch saves too.
+    save_every: seconds between saves inside an epoch; every epoch saves too, on a GPU every REST seconds.
     until: leave after so many epochs, as a kill would; returns None.
     """
-    student, curriculum, optimizer, predict, step, set_epoch = build(recipe, data.num_classes, device, compile)
+    student, curriculum, optimizer, predict, step, set_epoch = build(recipe, data.num_classes, device, compile, capture)
     state = state or {"epoch": 0, "step": 0, "seconds": 0.0, "sums": torch.zeros(5), "best": {"top1": -1.0}, "row": {}}
     if "model" in state:
         student.load_state_dict(state["model"])
@@ -229,7 +241,7 @@ def train(recipe, data, teacher, run, state, device, stop, *, save_every=60, unt
 
     n, batch = len(data.train.targets), recipe["batch_size"]
     steps = -(-n // batch)                                                              # the last batch is smaller
-    progress = Progress(n, recipe["epochs"], start * n + first_step * batch, device, ADVICE)
+    progress = Progress(n, recipe["epochs"], start * n + first_step * batch, device, ADVICE, AHEAD[device.type] * batch)
     for epoch in range(start, recipe["epochs"]):
         epoch_begun, seen = time.monotonic(), n - first_step * batch
         student.train()
@@ -260,14 +272,14 @@ def train(recipe, data, teacher, run, state, device, stop, *, save_every=60, unt
             best = {"top1": row[f"{data.eval_name}_top1"], "top5": row[f"{data.eval_name}_top5"], "epoch": epoch + 1}
         first_step, sums = 0, torch.zeros_like(sums)
         run.log(row)
-        last = epoch + 1 in (recipe["epochs"], until)
-        if device.type != "cuda" or last or stop.asked or time.monotonic() - saved >= min(save_every, REST):
+        asked, last = stop.asked, epoch + 1 in (recipe["epochs"], until)
+        if device.type != "cuda" or last or asked or time.monotonic() - saved >= min(save_every, REST):
             save(epoch + 1, 0)
             saved = time.monotonic()
         progress.print(epoch_line(row, best, data.eval_name, recipe["epochs"]))
         if epoch + 1 == until:
             return None
-        if epoch + 1 < recipe["epochs"]:
+        if asked and not last:
             stop.leave_if_asked(run.folder)
     return finish(recipe, data, run, student, row, best, (time.monotonic() - begun) / 60, device)
 
@@ -288,7 +300,8 @@ def finish(recipe, data, run, student, row, best, minutes, device):
               "best_chosen_on": data.eval_name, "epochs": recipe["epochs"], "minutes": minutes,
               "img_s": len(data.train.targets) * recipe["epochs"] / (60 * minutes),
               "peak_memory_mib": runs.peak_memory(device)}
-    facts = {k: recipe[k] for k in ("student", "teacher", "method", "zscore", "base_temp", "epochs", "seed", "data")}
+    facts = {k: recipe[k] for k in ("student", "teacher", "method", "zscore", "base_temp", "epochs", "seed", "data", "train_images",
+                                    "val_from_train")}
     weights = {k: v.cpu().contiguous() for k, v in student.state_dict().items()}
     run.finish(result, {"model": weights, **facts, "num_classes": data.num_classes, **result["last"]})
     return result
@@ -364,7 +377,9 @@ def get_teacher(recipe, data, flags, device):
 
 
 def attending(teacher, data, flags):
-    teacher.attend(data.train, Path(flags["out"]) / "answers" if flags["teacher_memory"] else None, flags["exact_teacher"])
+    """The teacher, ready to answer about the training images. An untrained one's logits need not fit float16."""
+    remember = flags["teacher_memory"] and not flags["dry_run"]
+    teacher.attend(data.train, Path(flags["out"]) / "answers" if remember else None, flags["exact_teacher"] or flags["dry_run"])
     return teacher
 
 
@@ -406,7 +421,7 @@ def distil(recipe, data, teacher, flags, device, until=None):
             click.echo("finished before")
         with Stop() as stop:
             result = run.finished() or train(recipe, data, teacher, run, state, device, stop, save_every=flags["save_every"],
-                                             until=until, compile=flags["compile"])
+                                             until=until, compile=flags["compile"], capture=flags["capture"])
     finally:
         run.close()
     if result:
@@ -532,6 +547,7 @@ def check_usage(flags):
 @click.option("--train-images", type=runs.COUNT, metavar="N", help="Train on the first N images of a fixed shuffle.")
 @click.option("--teacher-url", default=ARCHIVE_URL, envvar="TEACHER_URL", metavar="URL",
               help="Archive of mdistiller's teachers, or a mirror of it (also TEACHER_URL).")
+@click.option("--capture/--no-capture", default=True, help="On CUDA, the step as a CUDA graph.  [default: on]")
 @click.option("--teacher-memory/--no-teacher-memory", default=True,
               help="Keep the teacher's answers (on a GPU there, else in OUT/answers, up to 1.7 GB).  [default: on]")
 @click.option("--exact-teacher", is_flag=True, help="Keep the teacher's logits in float32, not rounded to float16.")

@@ -1,0 +1,356 @@
+"""export.py and predict.py as their users call them; what is written is read back through onnxruntime alone."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+import data
+import export
+from models import MODELS, create_model
+from train_cifar import main as train
+
+ROOT = Path(__file__).resolve().parent
+
+
+@pytest.fixture(autouse=True)
+def quick(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "SYNTHETIC_SIZES", (600, 200))
+    monkeypatch.setattr(export, "SECONDS", 0.05)
+
+
+def call(*arguments, code=0, command=export.main):
+    result = CliRunner().invoke(command, [str(a) for a in arguments], standalone_mode=True)
+    assert result.exit_code == code, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.output
+    return result.output
+
+
+def lively(name, num_classes=100):
+    """A network whose batch norms have seen images and whose logits differ from image to image."""
+    torch.manual_seed(0)
+    network = create_model(name, num_classes).train()
+    with torch.no_grad():
+        for part in data.synthetic(300, 3).images.split(100):
+            network(data.normalise(part))
+    return network.eval()
+
+
+def checkpoint(name, path="student.pt", **facts):
+    torch.save({"model": lively(name).state_dict(), "student": name, "data": "synthetic", "epochs": 3, "seed": 0, **facts}, path)
+    return path
+
+
+def session(path):
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+def metadata(path):
+    return session(path).get_modelmeta().custom_metadata_map
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory):
+    """A student of a real, small run on made images, with its exported files."""
+    folder, before = tmp_path_factory.mktemp("distilled"), os.getcwd()
+    os.chdir(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "SYNTHETIC_SIZES", (3000, 500))
+        patch.setattr(export, "SECONDS", 0.05)
+        call("--method", "none", "--student", "resnet8", "--data", "synthetic", "--epochs", 6, "--device", "cpu", command=train)
+        student = folder / "runs" / "resnet8-none-synthetic-seed0" / "student.pt"
+        output = call("--checkpoint", student, "--fp16", "--probabilities", "--out", folder / "out")
+    os.chdir(before)
+    return folder / "out", output, student
+
+
+def test_three_files_and_a_report_and_nothing_else(distilled):
+    folder, output, _ = distilled
+    assert sorted(os.listdir(folder)) == ["resnet8.fp16.onnx", "resnet8.int8.onnx", "resnet8.json", "resnet8.onnx"]
+    report = json.loads((folder / "resnet8.json").read_text())
+    for name in ("PyTorch", "fp32", "fp16", "int8"):
+        row = report["files"][name]
+        assert f"\n{name}" in output and row["speed"]["1"]["median_ms"] > 0 and row["speed"]["all"]["img_s"] > 0
+    assert report["files"]["fp32"]["top1"] == report["files"]["PyTorch"]["top1"] and report["files"]["fp32"]["error"] < 1e-5
+    assert report["files"]["int8"]["agreement"] >= 0.95
+    sizes = [(folder / f"resnet8{p}.onnx").stat().st_size for p in ("", ".fp16", ".int8")]
+    assert sizes[0] > 1.7 * sizes[1] and sizes[0] > 2.5 * sizes[2]
+
+
+@pytest.mark.parametrize("precision", ["", ".fp16", ".int8"])
+def test_a_file_computes_what_pytorch_computes_on_batches_of_any_size(distilled, precision):
+    folder, _, student = distilled
+    network = create_model("resnet8")
+    network.load_state_dict(torch.load(student)["model"])
+    runner = session(folder / f"resnet8{precision}.onnx")
+    assert [(i.name, i.type, i.shape[1:]) for i in runner.get_inputs()] == [("image", "tensor(uint8)", [3, 32, 32])]
+    images = data.synthetic(5, 9).images
+    mean, std = (np.array(x).reshape(3, 1, 1) for x in (data.MEAN, data.STD))
+    with torch.no_grad():
+        expected = network.double().eval()(torch.from_numpy((images.numpy() / 255 - mean) / std)).numpy()
+    for batch in (1, 3, 5):
+        logits, probabilities = runner.run(["logits", "probabilities"], {"image": images[:batch].numpy()})
+        tolerance = {"": 1e-5, ".fp16": 5e-3, ".int8": 0.15}[precision] * abs(expected).max()
+        assert logits.dtype == np.float32 and abs(logits - expected[:batch]).max() < tolerance
+        z = logits / float(metadata(folder / f"resnet8{precision}.onnx")["temperature"])
+        softmax = np.exp(z - z.max(1, keepdims=True)) / np.exp(z - z.max(1, keepdims=True)).sum(1, keepdims=True)
+        np.testing.assert_allclose(probabilities, softmax, atol=2e-3)
+
+
+def test_metadata_are_inside_and_source_paths_are_not(distilled):
+    folder, _, student = distilled
+    facts = torch.load(student)
+    for precision in ("fp32", "fp16", "int8"):
+        path = folder / ("resnet8.onnx" if precision == "fp32" else f"resnet8.{precision}.onnx")
+        found = metadata(path)
+        assert found["network"] == "resnet8" and found["precision"] == precision and found["method"] == "none"
+        assert json.loads(found["size"]) == [32, 32] and json.loads(found["mean"]) == list(data.MEAN)
+        assert json.loads(found["classes"])[3] == "class 3" and found["input"] == "uint8" and found["version"]
+        assert float(found["top1"]) > 5 and len(found["weights_sha256"]) == 64 and float(found["temperature"]) > 0
+        model = onnx.load(path, load_external_data=False)
+        assert not any(t.external_data for t in model.graph.initializer)
+        assert next(o.version for o in model.opset_import if o.domain == "") == 18
+        text = path.read_bytes()
+        assert b".py" not in text and str(ROOT).encode() not in text
+    assert float(metadata(folder / "resnet8.onnx")["top1"]) == pytest.approx(facts["top1"], abs=0.01)
+
+
+def test_the_temperature_makes_probabilities_honest(distilled):
+    """KD+Z's small logits are the case: here they are made ten times too small, and come back."""
+    torch.manual_seed(0)
+    targets = torch.randint(10, (4000,))
+    z = torch.randn(4000, 10).double()
+    sure = z * 3
+    targets = torch.distributions.Categorical(logits=sure).sample()     # a classifier that is right about itself
+    temperature = export.fit_temperature(sure / 10, targets)
+    assert temperature == pytest.approx(0.1, rel=0.05)
+    before, after = (export.calibration_of(sure / 10, targets, t) for t in (1, temperature))
+    assert after["nll"] < before["nll"] and before["ece"] > 0.3 and after["ece"] < 0.03
+    slower = torch.nn.functional.cross_entropy
+    assert slower(sure / 10 / temperature, targets) <= min(slower(sure / 10 / temperature / f, targets) for f in (0.9, 1.1))
+    assert "temperature" in distilled[1] and "expected calibration error" in distilled[1]
+
+
+def test_the_expected_calibration_error_is_guos():
+    """Two bins filled by hand: 4 images of confidence 0.75, one of them wrong more than said; 2 of confidence 0.55, both right."""
+    p = torch.tensor([[0.75, 0.25]] * 4 + [[0.55, 0.45]] * 2).double()
+    targets = torch.tensor([0, 0, 1, 1, 0, 0])
+    expected = 4 / 6 * abs(0.5 - 0.75) + 2 / 6 * abs(1 - 0.55)
+    assert export.calibration_of(p.log(), targets, 1.0)["ece"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_temperature_is_fitted_on_views_that_training_did_not_draw(tmp_path):
+    checkpoint("resnet8", epochs=40)
+    images, _ = export.find_images({"data": "synthetic", "epochs": 40, "seed": 0}, None, 8)
+    train_set = data.load_data("synthetic", None, "cpu").train
+    drawn = set()
+    for epoch in range(40):
+        order, views = data.epoch_draws(0, epoch, 600)
+        drawn |= {i for i, v in zip(order.tolist(), views.tolist()) if v == export.CENTRE}
+    centre = data.crop_and_flip(train_set.images[:3], torch.full((3,), export.CENTRE))
+    assert torch.equal(centre, train_set.images[:3]) and 100 < len(drawn) < 200
+    held_out = {x.numpy().tobytes() for x in images.held_out.images}
+    assert len(held_out) == 600 - len(drawn)
+    assert not any(train_set.images[i].numpy().tobytes() in held_out for i in drawn)
+    images, _ = export.find_images({"data": "synthetic", "epochs": 40, "seed": 0, "val_from_train": 50}, None, 8)
+    assert images.held_out_name == "50 held-out training images" and len(images.held_out.targets) == 50
+
+
+@pytest.mark.parametrize("name", ["MobileNetV2", "wrn_16_1"])
+def test_other_families_and_depthwise_convolutions_are_quantized(name, tmp_path):
+    call("--checkpoint", checkpoint(name), "--out", "out", "--float-input", "--name", "edge")
+    runner = session("out/edge.int8.onnx")
+    assert runner.get_inputs()[0].type == "tensor(float)" and metadata("out/edge.onnx")["input"] == "normalised float32"
+    nodes = onnx.load("out/edge.int8.onnx").graph.node
+    assert sum(n.op_type == "QuantizeLinear" for n in nodes) > 5 and os.path.getsize("out/edge.int8.onnx") < 0.45 * os.path.getsize("out/edge.onnx")
+    images = data.normalise(data.synthetic(2, 1).images)
+    expected = lively(name)(images).detach().numpy()
+    np.testing.assert_allclose(session("out/edge.onnx").run(["logits"], {"image": images.contiguous().numpy()})[0], expected, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in MODELS if n != "MobileNetV1"])
+def test_every_network_is_exported(name, tmp_path):
+    call("--checkpoint", checkpoint(name), "--out", "out", "--fp16")
+    assert len(os.listdir("out")) == 4
+
+
+def test_a_bare_checkpoint_of_the_field_and_no_data(tmp_path):
+    torch.save({"module." + k: v for k, v in lively("resnet8").state_dict().items()}, "bare.pth")
+    output = call("--checkpoint", "bare.pth", "--student", "resnet8")
+    assert "int8 is not calibrated" in output and sorted(os.listdir()) == ["bare.pth", "resnet8.json", "resnet8.onnx"]
+    assert json.loads(metadata("resnet8.onnx")["classes"])[:2] == ["apple", "aquarium_fish"]
+    assert metadata("resnet8.onnx")["temperature_fitted_on"] == "nothing"
+    call("--checkpoint", "bare.pth", "--name", "guessed")       # its keys say what it is
+    assert metadata("guessed.onnx")["network"] == "resnet8"
+
+
+# ---------------------------------------------------------------- what must not be shipped
+
+
+@pytest.mark.parametrize("harm", ["bias", "weight", "graph", "nan"])
+def test_a_broken_graph_is_caught_and_not_kept(harm, monkeypatch):
+    def broken(module, path, *rest, real=export.write_fp32):
+        real(module, path, *rest)
+        model = onnx.load(path)
+        arrays = {t.name: t for t in model.graph.initializer}
+        name = next(n for n in arrays if n.endswith("fc.bias" if harm in ("bias", "nan") else "fc.weight"))
+        values = onnx.numpy_helper.to_array(arrays[name]).copy()
+        values[-1] += np.nan if harm == "nan" else 0.1
+        if harm == "graph":
+            model.graph.node[-1].input[0] = "nothing"
+        arrays[name].CopyFrom(onnx.numpy_helper.from_array(values, name))
+        onnx.save(model, path)
+
+    monkeypatch.setattr(export, "write_fp32", broken)
+    output = call("--checkpoint", checkpoint("resnet8"), "--out", "out", "--no-int8", code=1)
+    assert "resnet8.onnx was not written: " in output.splitlines()[-1] and "Traceback" not in output
+    assert os.listdir("out") == []
+
+
+def test_an_int8_file_that_disagrees_is_not_kept_but_float32_is(monkeypatch):
+    def broken(source, path, *rest, real=export.write_int8, **more):
+        real(source, path, *rest, **more)
+        model = onnx.load(path)
+        scale = next(t for t in model.graph.initializer if t.name.endswith("_scale") and "logits" not in t.name)
+        scale.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(scale) * np.float32(0.01), scale.name))
+        onnx.save(model, path)
+
+    monkeypatch.setattr(export, "write_int8", broken)
+    monkeypatch.setattr(export, "AGREEMENT", 0.999)
+    output = call("--checkpoint", checkpoint("resnet8"), "--out", "out", code=1)
+    assert "resnet8.int8.onnx was not written: only" in output and "--exclude-first-last" in output
+    assert sorted(os.listdir("out")) == ["resnet8.json", "resnet8.onnx"]
+
+
+@pytest.mark.parametrize("words, code, flags", [
+    ("no such file", 1, "--checkpoint nothing.pt"),
+    ("is not a PyTorch checkpoint", 1, "--checkpoint text.pt"),
+    ("student.pt is not a resnet14 but a resnet8", 1, "--checkpoint student.pt --student resnet14"),
+    ("--student resnet9: no such network", 2, "--checkpoint student.pt --student resnet9"),
+    ("opset 15 cannot be had, the exporter gave 18", 1, "--checkpoint student.pt --opset 15"),
+    ("opset 99", 1, "--checkpoint student.pt --opset 99"),
+    ("could not write in text.pt", 1, "--checkpoint student.pt --out text.pt"),
+    ("no CIFAR-100 in nowhere", 1, "--checkpoint real.pt --data-dir nowhere"),
+    ("--int8 needs training images", 1, "--checkpoint real.pt --int8"),
+    ("--name a/b: a name, not a path", 2, "--checkpoint student.pt --name a/b"),
+    ("'media' is not known", 2, "--checkpoint student.pt --calibration-method media"),
+])
+def test_mistakes_are_one_line_and_leave_nothing(words, code, flags):
+    checkpoint("resnet8")
+    checkpoint("resnet8", "real.pt", data="cifar100")
+    Path("text.pt").write_text("no checkpoint")
+    before = sorted(os.listdir())
+    output = call(*flags.split(), code=code)
+    assert words in output.splitlines()[-1] and "Traceback" not in output
+    assert sorted(os.listdir()) == before
+
+
+# ---------------------------------------------------------------- real images
+
+
+def test_the_public_resnet56_loses_nothing_in_float32_and_half_a_point_in_int8(shared, cifar, tmp_path):
+    call("--checkpoint", shared / "teachers" / "resnet56.pt", "--student", "resnet56", "--data-dir", cifar, "--out", "out")
+    files = json.loads(Path("out/resnet56.json").read_text())["files"]
+    assert files["PyTorch"]["top1"] == files["fp32"]["top1"] == 72.61
+    assert files["int8"]["top1"] >= 72.61 - 0.5 and files["int8"]["bytes"] <= 0.33 * files["fp32"]["bytes"]
+    facts = metadata("out/resnet56.int8.onnx")
+    assert json.loads(facts["classes"]) == list(data.CIFAR100_CLASSES) and float(facts["top1"]) == pytest.approx(files["int8"]["top1"], abs=1e-3)
+
+
+# ---------------------------------------------------------------- predict.py
+
+
+def predict(*arguments, blocked=("torch", "torchvision", "onnx", "click")):
+    """predict.py in a process where only onnxruntime, numpy and Pillow can be imported."""
+    code = f"""
+import sys, runpy
+sys.path[:] = [p for p in sys.path if p not in ("", {str(ROOT)!r})]
+for name in {blocked!r}:
+    sys.modules[name] = None
+sys.argv = ["predict.py", *{[str(a) for a in arguments]!r}]
+runpy.run_path("predict.py", run_name="__main__")
+"""
+    Path("predict.py").write_bytes((ROOT / "predict.py").read_bytes())      # copied, as it is to a device
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def pictures(folder, count=3):
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    images = data.synthetic(count, 9).images
+    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        Image.fromarray(image).save(f"{folder}/{i}.png")
+    return images
+
+
+def test_predict_says_what_pytorch_would_say(distilled):
+    folder, _, student = distilled
+    images = pictures("photos/inner")
+    result = predict(folder / "resnet8.onnx", "photos", "--json")
+    assert result.returncode == 0, result.stderr
+    network = create_model("resnet8")
+    network.load_state_dict(torch.load(student)["model"])
+    temperature = float(metadata(folder / "resnet8.onnx")["temperature"])
+    with torch.no_grad():
+        expected = (network.eval()(data.normalise(images)) / temperature).softmax(1).topk(5)
+    for i, line in enumerate(result.stdout.splitlines()):
+        found = json.loads(line)
+        assert found["image"].endswith(f"{i}.png")
+        assert [t["index"] for t in found["top"]] == expected.indices[i].tolist()
+        assert [t["probability"] for t in found["top"]] == pytest.approx(expected.values[i].tolist(), abs=1e-4)
+        assert found["top"][0]["class"] == f"class {found['top'][0]['index']}"
+    assert "%" in predict(folder / "resnet8.int8.onnx", "photos/inner/1.png").stdout
+
+
+def test_predict_resizes_with_a_notice_and_takes_every_kind_of_image(distilled):
+    folder, _, _ = distilled
+    pictures("p")
+    square = Image.open("p/0.png")
+    square.resize((100, 60)).save("p/large.JPG")
+    square.convert("L").save("p/grey.png")
+    square.convert("CMYK").save("p/print.jpeg")
+    square.convert("RGBA").save("p/clear.png")
+    square.convert("P").save("p/palette.png")
+    Image.fromarray(np.arange(1024, dtype=np.uint16).reshape(32, 32) * 60).save("p/deep.png")
+    Path("p/notes.txt").write_text("not an image, and not asked for")
+    result = predict(folder / "resnet8.onnx", "p", "--top", 2)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) == 9 and result.stdout.count("%") == 18
+    assert "notice: p/large.JPG is 100 x 60, resized and cropped to 32 x 32" in result.stderr and result.stderr.count("notice") == 1
+
+
+def test_predict_names_what_it_cannot_read_and_goes_on(distilled):
+    folder, _, _ = distilled
+    pictures("p")
+    Path("p/0.png").write_bytes(Path("p/1.png").read_bytes()[:200])
+    result = predict(folder / "resnet8.onnx", "p", "missing.png")
+    assert result.returncode == 1 and len(result.stdout.splitlines()) == 2
+    assert [line.split()[:2] for line in result.stderr.splitlines()] == [["Error:", "p/0.png"], ["Error:", "missing.png"]]
+    for arguments, words in (((folder / "none.onnx", "p"), "cannot be used"), (("p/1.png", "p"), "cannot be used"),
+                             ((folder / "resnet8.onnx", folder), "no images"), ((folder / "resnet8.onnx",), "arguments are required")):
+        result = predict(*arguments)
+        assert result.returncode in (1, 2) and words in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_file_that_is_not_ours_is_named():
+    torch.manual_seed(0)
+    buffer = io.BytesIO()
+    model = onnx.helper.make_model(onnx.helper.make_graph(
+        [onnx.helper.make_node("Identity", ["image"], ["logits"])], "g",
+        [onnx.helper.make_tensor_value_info("image", 1, [1])], [onnx.helper.make_tensor_value_info("logits", 1, [1])]),
+        opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save(model, buffer)
+    Path("other.onnx").write_bytes(buffer.getvalue())
+    result = predict("other.onnx", "x.png")
+    assert result.returncode == 1 and "was not written by export.py" in result.stderr and len(result.stderr.splitlines()) == 1
