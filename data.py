@@ -9,15 +9,21 @@ No loader processes and no PIL in the loop: the whole set is 184 MB of uint8.
 
 import functools
 import http.client
+import math
 import os
+import random
 import socket
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision.datasets import CIFAR100
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import CIFAR100, ImageFolder
+from torchvision.datasets.folder import pil_loader
+from torchvision.transforms import functional as pil
 
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)      # of pixels in [0, 1]; as in the field's code
 PAD = 4                                                             # pixels of black on each side before the crop
@@ -126,7 +132,11 @@ def strong_view(images, draws):
     Pillow's arithmetic: nearest neighbour, black outside, blends that truncate. The enhancers' factors are in [0.05, 0.95],
     posterize keeps 4 to 7 bits, rotation is within 30 degrees, shear within 0.3, translation within 0.3 of the side.
     """
-    images = crop_and_flip(images, draws.views)
+    return strong_operations(crop_and_flip(images, draws.views), draws)
+
+
+def strong_operations(images, draws):
+    """`strong_view` after its crop and flip; images of any size."""
     for k in range(2):
         images = _operate(images, draws.operations[:, k], draws.magnitudes[:, k])
     return _cutout(images, *draws.cutout.unbind(1))
@@ -351,3 +361,132 @@ def synthetic(n, part, seed=0):
     images = images.mul_(45).add_(128).clamp_(0, 255).to(torch.uint8)
     views = torch.randint(VIEWS, (n,), generator=generator)
     return Split(crop_and_flip(images, views), targets)
+
+
+# ---------------------------------------------------------------- folders of images (ImageNet)
+
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Folders(NamedTuple):
+    train: list                 # [(path, target)]
+    eval: list
+    eval_name: str              # "val", or "held-out" training images
+    classes: list
+
+
+def load_folders(data_dir, val_from_train=0):
+    """The images under data_dir/train/CLASS/ and data_dir/val/CLASS/. ValueError, one line, for what is missing.
+
+    val_from_train: hold so many training images out, by one fixed shuffle, and evaluate on them; val/ is not needed then.
+    """
+    root, sets = Path(data_dir).expanduser(), {}
+    for part in ("train",) if val_from_train else ("train", "val"):
+        try:
+            sets[part] = ImageFolder(root / part)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise ValueError(f"no folders of images, one for each class, in {root / part} ({str(error).splitlines()[0]}); name "
+                             "the folder that holds train/ and val/ with --data-dir") from None
+    train = sets["train"]
+    if not val_from_train:
+        if sets["val"].classes != train.classes:
+            odd = sorted(set(sets["val"].classes) ^ set(train.classes))
+            raise ValueError(f"{root}: train/ and val/ have different classes, for instance {', '.join(odd[:3])}")
+        return Folders(train.samples, sets["val"].samples, "val", train.classes)
+    order = epoch_draws(HELD_OUT_KEY, 0, len(train.samples))[0].tolist()
+    if val_from_train >= len(order):
+        raise ValueError(f"--val-from-train {val_from_train} leaves nothing of {len(order)} training images")
+    return Folders([train.samples[i] for i in sorted(order[:-val_from_train])],
+                   [train.samples[i] for i in sorted(order[-val_from_train:])], "held-out", train.classes)
+
+
+def random_box(width, height, draw):
+    """(left, top, width, height) of a crop of 8 to 100 % of the area and a side ratio of 3/4 to 4/3 (Szegedy et al. 2015).
+
+    draw: a random.Random. Ten attempts, then the largest centred box of an allowed ratio.
+    """
+    for _ in range(10):
+        area, ratio = width * height * draw.uniform(0.08, 1), math.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return draw.randint(0, width - w), draw.randint(0, height - h), w, h
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+class FolderImages(Dataset):
+    """Decoded images by key (index, seed): `views` random crops of each in training, the centre in evaluation.
+
+    An item is ([uint8 (3, size, size)], [flip], target, bad): bad lists the indices of images that could not be decoded; in
+    training the next one stands in, in evaluation black does.
+    """
+
+    def __init__(self, samples, size, views=0):
+        self.samples, self.size, self.views = samples, size, views
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, key):
+        index, seed = key
+        bad = []
+        while True:
+            path, target = self.samples[index]
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")     # odd EXIF, which is not read
+                    image = pil_loader(path)            # RGB, whatever it was
+                break
+            except Exception:       # Pillow raises a dozen types for damaged files
+                bad.append(index)
+                if not self.views:
+                    return [torch.zeros(3, self.size, self.size, dtype=torch.uint8)], [False], target, bad
+                index = (index + 1) % len(self.samples)
+                if len(bad) > 100:
+                    raise ValueError(f"100 images after {self.samples[bad[0]][0]} cannot be decoded") from None
+        draw = random.Random(seed)
+        images, flips = [], []
+        for _ in range(self.views):
+            left, top, width, height = random_box(*image.size, draw)
+            images.append(pil.resized_crop(image, top, left, height, width, [self.size, self.size]))
+            flips.append(draw.random() < 0.5)
+        if not self.views:
+            images, flips = [pil.center_crop(pil.resize(image, round(self.size * 8 / 7)), [self.size, self.size])], [False]
+        return [pil.pil_to_tensor(x) for x in images], flips, target, bad
+
+
+def collate(items):
+    """([uint8 (B, 3, S, S) of each view], [flips (B,) of each view], targets (B,), bad indices)."""
+    images, flips, targets, bad = zip(*items)
+    return ([torch.stack(view) for view in zip(*images)], [torch.tensor(view) for view in zip(*flips)], torch.tensor(targets),
+            [i for some in bad for i in some])
+
+
+def folder_batches(dataset, keys, workers, pin=False):
+    """A DataLoader over lists of keys, one list a batch."""
+    return DataLoader(dataset, batch_sampler=keys, num_workers=workers, collate_fn=collate, pin_memory=pin,
+                      prefetch_factor=4 if workers else None)
+
+
+def folder_keys(seed, epoch, n, batch, first_step, rank, world, at_once):
+    """Rank's share of an epoch's batches, as lists of keys of at most `at_once` images; the last, incomplete batch is left out.
+
+    Batches are the same whatever the number of processes: each takes an equal part of every one.
+    """
+    order, _ = epoch_draws(seed, epoch, n)
+    seeds = np.random.Philox(key=np.array([seed, epoch + 2**33], dtype=np.uint64)).random_raw(n)
+    share, keys = batch // world, []
+    for step in range(first_step, n // batch):
+        begin = step * batch + rank * share
+        for first in range(begin, begin + share, at_once):
+            part = slice(first, min(first + at_once, begin + share))
+            keys.append(list(zip(order[part].tolist(), seeds[part].tolist())))
+    return keys
+
+
+def normalise_folder(images, flips, dtype=torch.float32):
+    """uint8 (B, 3, S, S) -> float, flipped where `flips` says so, ImageNet's normalisation, channels last."""
+    mean, std = (torch.tensor(s, device=images.device).view(3, 1, 1) for s in (IMAGENET_MEAN, IMAGENET_STD))
+    images = torch.where(flips[:, None, None, None], images.flip(3), images)
+    return images.to(dtype, memory_format=torch.channels_last).div_(255).sub_(mean).div_(std)

@@ -8,6 +8,8 @@ Common to all: SGD, momentum 0.9, weight decay 5e-4 on every parameter, batch 64
 rate x 0.1 after epochs 150, 180 and 210.
 """
 
+import math
+
 EPOCHS, STAGES, BATCH_SIZE, MOMENTUM, WEIGHT_DECAY = 240, (150, 180, 210), 64, 0.9, 5e-4
 METHODS = ("none", "kd", "dkd", "mlkd", "ctkd", "ttm", "wttm")
 SOURCES = ("authors", "released")
@@ -76,7 +78,25 @@ LOGGED = {
     ("vgg13", "MobileNetV2"):      (69.09, 69.08,  69.88, 70.54),
     ("ResNet50", "MobileNetV2"):   (69.03, 69.78,  70.77, 71.31),
 }
+# ImageNet, (top-1, top-5); teachers are torchvision's IMAGENET1K_V1. The last epoch of the authors' log of resnet34 ->
+# resnet18, KD+Z, is 71.26.
+IMAGENET_COLUMNS = ("teacher", "none", "kd", "kd-z", "ctkd", "ctkd-z", "dkd", "dkd-z", "mlkd", "mlkd-z")
+IMAGENET = {pair: dict(zip(IMAGENET_COLUMNS, zip(top1, top5))) for pair, top1, top5 in (
+    (("resnet34", "resnet18"),    (73.31, 69.75, 71.03, 71.42, 71.38, 71.81, 71.70, 71.88, 71.90, 72.08),
+                                  (91.42, 89.07, 90.05, 90.29, 90.27, 90.46, 90.41, 90.58, 90.55, 90.74)),
+    (("resnet50", "MobileNetV1"), (76.16, 68.87, 70.50, 72.18, 71.16, 72.92, 72.05, 72.85, 73.01, 73.22),
+                                  (92.86, 88.76, 89.80, 90.80, 90.11, 91.25, 91.05, 91.23, 91.42, 91.59)),
+)}
 # fmt: on
+IMAGENET_UNSURE = {
+    "kd-z": "the cross-entropy weight 0.5 or 1: the released configuration changed from one to the other",
+    "dkd-z": "no numbers are published: temperature and weight are KD+Z's",
+    "mlkd-z": "the released configuration does not run: temperature and weight are KD+Z's",
+    "ctkd": "published with 120 epochs, batch 256, learning rate 0.1; here it takes KD's schedule",
+    "ctkd-z": "published without numbers; span 40 as on CIFAR-100",
+    "ttm": "no numbers are published: those of CIFAR-100", "wttm": "no numbers are published: those of CIFAR-100",
+    "ttm-z": "no paper has it", "wttm-z": "no paper has it",
+}
 
 LOGGED_COLUMNS = ("kd-z", "ctkd-z", "dkd-z", "mlkd-z")
 ANY = ("*", "*")        # stands for every pair in UNSURE
@@ -101,7 +121,7 @@ def key(method, zscore):
     return f"{method}-z" if zscore else method
 
 
-def learning_rate(student):
+def usual_rate(student):
     """0.01 for the MobileNets and ShuffleNets, 0.05 for the rest: the field's rule for a student of any pair."""
     return 0.01 if student.startswith(("MobileNet", "Shuffle")) else 0.05
 
@@ -121,7 +141,7 @@ def recipe(teacher, student, method, zscore=False, source="authors"):
     multiplies both with Z. warmup: epochs of DKD's ramp. span: CTKD's range of temperatures above base_temp.
     epochs: at full length; stages: those epochs after which the learning rate is divided by ten.
     """
-    lr = learning_rate(student)
+    lr = usual_rate(student)
     unknown = (lr, (2, 9), None, (2, 9, 8), (2, 9, min(lr, 0.025), 480), (2, 9))
     lr, kd_z, beta, dkd_z, mlkd_z, ctkd_z = PAIRS.get((teacher, student), unknown)
     r = {"known": (teacher, student) in PAIRS, "lr": lr, "epochs": EPOCHS, "stages": STAGES, "batch_size": BATCH_SIZE,
@@ -148,6 +168,76 @@ def recipe(teacher, student, method, zscore=False, source="authors"):
     else:
         raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
     return r | {"base_temp": float(temp), "kd_weight": float(weight)}
+
+
+def recipe_epoch(step, steps_per_epoch, recipe):
+    """The epoch of the recipe at full length, from 1, that a step belongs to: what the schedules below are counted in."""
+    return step * recipe["full_epochs"] // (recipe["epochs"] * steps_per_epoch) + 1
+
+
+def learning_rate(epoch, recipe):
+    """x 0.1 after each of the recipe's stages."""
+    return recipe["lr"] * 0.1 ** sum(epoch > stage for stage in recipe["stages"])
+
+
+def kd_weight(epoch, recipe):
+    """lambda_KD, for DKD with its linear warm-up."""
+    return recipe["kd_weight"] * min(epoch / recipe.get("warmup", 1), 1)
+
+
+def reversal(epoch, recipe):
+    """How much of the temperature's gradient CTKD reverses: a cosine from 0 to 1 over the recipe's ramp."""
+    return (1 - math.cos(min(epoch / recipe["ramp"], 1) * math.pi)) / 2 if "ramp" in recipe else 0.0
+
+
+def imagenet(teacher, student, method, zscore=False):
+    """Every number of one ImageNet run, as `recipe` gives them for CIFAR-100."""
+    r = {"known": (teacher, student) in IMAGENET, "lr": 0.2, "epochs": 100, "stages": (30, 60, 90), "batch_size": 512,
+         "momentum": MOMENTUM, "weight_decay": 1e-4, "base_temp": 1.0, "kd_weight": 0.5, "ce_weight": 0.5}
+    if zscore:
+        r |= {"base_temp": 2.0, "kd_weight": 9.0}
+    if method == "none":
+        r |= {"base_temp": None, "kd_weight": 0.0, "ce_weight": 1.0}
+    elif method == "dkd":
+        r |= {"ce_weight": 1.0, "alpha": 1.0, "beta": 2.0 if teacher == "resnet50" else 0.5, "warmup": 1}
+        r |= {} if zscore else {"kd_weight": 1.0}
+    elif method == "mlkd":
+        r |= {"lr": 0.1, "zscore_relations": zscore}
+    elif method == "ctkd":
+        r |= {"span": 40.0 if zscore else 20.0, "ramp": 10}
+    elif method in ("ttm", "wttm"):
+        r |= {"ce_weight": 1.0, "base_temp": 10.0 if method == "ttm" else 5.0, "kd_weight": 45.0 if method == "ttm" else 4.0}
+    elif method != "kd":
+        raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+    return r
+
+
+def imagenet_unsure(method, zscore=False):
+    """Why the numbers of an ImageNet recipe are in doubt, or None."""
+    return IMAGENET_UNSURE.get(key(method, zscore))
+
+
+def imagenet_published(teacher, student, method, zscore=False):
+    """(top-1, top-5) in %, of the student alone for "none"; None where there is none."""
+    row = IMAGENET.get((teacher, student), {})
+    if method == "none":
+        return next((rows["none"] for (_, name), rows in IMAGENET.items() if name == student), None)
+    return row.get(key(method, zscore))
+
+
+def imagenet_table():
+    """What `--list` prints for ImageNet."""
+    rows = [("teacher -> student, top-1 / top-5 (%)", *IMAGENET_COLUMNS)]
+    for pair, row in IMAGENET.items():
+        rows.append((" -> ".join(pair), *(f"{row[c][0]:.2f} / {row[c][1]:.2f}" for c in IMAGENET_COLUMNS)))
+    recipes = [("method", "lr", "temperature", "KD weight", "CE weight", "unsure")]
+    for method in METHODS[1:]:
+        for zscore in (False, True):
+            r = imagenet("resnet34", "resnet18", method, zscore)
+            recipes.append((key(method, zscore), f"{r['lr']:g}", f"{r['base_temp']:g}", f"{r['kd_weight']:g}", f"{r['ce_weight']:g}",
+                            imagenet_unsure(method, zscore) or ""))
+    return "\n".join(["Published, ImageNet.", "", *_aligned(rows), "", "Recipes: 100 epochs, batch 512, learning rate x 0.1 after 30, 60 "
+                      "and 90, weight decay 1e-4.", "", *_aligned(recipes)])
 
 
 def published(teacher, student, method, zscore=False):

@@ -287,6 +287,38 @@ class Progress:
         click.echo(("\r\033[K" if sys.stdout.isatty() else "") + line)
 
 
+# ---------------------------------------------------------------- what a training loop reports
+
+
+KEPT = "the last checkpoint in {} is kept. Try a smaller --lr or --kd-weight, in another --out"
+
+
+def epoch_row(epoch, optimizer, means, scores, eval_name):
+    """One row of log.jsonl: learning rate, mean training losses, and accuracies in %.
+
+    With MLKD ce is the sum over its two views, as it is in the loss, and the training accuracy the weak view's.
+    """
+    loss, ce, kd, top1, top5 = means.tolist()
+    return {"epoch": epoch + 1, "lr": float(optimizer.param_groups[0]["lr"]), "loss": loss, "ce": ce, "kd": kd,
+            "train_top1": 100 * top1, "train_top5": 100 * top5, **{f"{eval_name}_{k}": v for k, v in scores.items()}}
+
+
+def check_finite(sums, losses, epoch, step, student_logits, teacher_logits, run):
+    """RunError when the sum of losses is not finite; the last checkpoint, made before, is kept."""
+    if torch.isfinite(sums[0]):
+        return
+    ranges = [f"{name} logits in [{x.min():.4g}, {x.max():.4g}]"
+              for name, x in (("student", student_logits), *(("teacher", x) for x in teacher_logits[:1]))]
+    raise RunError(f"the loss became {losses[0].item()} in epoch {epoch + 1}, step {step + 1} ({', '.join(ranges)}); "
+                   + KEPT.format(run.folder))
+
+
+def epoch_line(row, best, name, epochs):
+    return (f"epoch {row['epoch']:3d}/{epochs}  lr {row['lr']:.5g}  loss {row['loss']:8.4f}  train {row['train_top1']:6.2f}  "
+            f"{name} top-1 {row[f'{name}_top1']:6.2f}  top-5 {row[f'{name}_top5']:6.2f}  (best {best['top1']:.2f})  "
+            f"{row['img_s']:,.0f} images/s  {row['seconds']:.0f} s")
+
+
 # ---------------------------------------------------------------- where and with what
 
 

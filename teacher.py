@@ -55,13 +55,14 @@ class Teacher:
 
     @torch.no_grad()
     def logits(self, images):
-        """Logits (B, K), float32, of normalised images (B, 3, H, W), computed `batch` at a time.
+        """Logits (B, K), float32, of normalised images (B, 3, H, W), computed `batch` at a time (None: all at once).
 
         The network always sees a full batch, so that what else is asked does not change an answer's last bits.
         """
         parts = []
-        for part in images.split(self.batch):
-            full = part if len(part) == self.batch else torch.cat([part, part[:1].expand(self.batch - len(part), -1, -1, -1)])
+        batch = self.batch or len(images)
+        for part in images.split(batch):
+            full = part if len(part) == batch else torch.cat([part, part[:1].expand(batch - len(part), -1, -1, -1)])
             with self.autocast:
                 parts.append(self.network(full.contiguous(memory_format=torch.channels_last))[:len(part)].float())
         return torch.cat(parts)

@@ -32,7 +32,8 @@ import run as runs
 from data import (Data, crop_and_flip, epoch_draws, evaluate, load_data, normalise, strong_draws, strong_view, synthetic,
                   top_k_hits)
 from models import MODELS, create_model, load_weights, read_checkpoint, split_checkpoint
-from run import Progress, Run, RunError, Stop
+from recipes import kd_weight, learning_rate, recipe_epoch, reversal
+from run import KEPT, Progress, Run, RunError, Stop, check_finite, epoch_line, epoch_row
 from teacher import ARCHIVE_URL, CHECKPOINTS, Teacher, find_teacher, load_teacher
 from zscore_kd import METHODS, CurriculumTemperature, distillation_loss
 
@@ -42,30 +43,7 @@ ADVICE = ("take a CUDA GPU, or a short run of small networks, for instance --stu
           "--train-images 10000")
 
 
-KEPT = "the last checkpoint in {} is kept. Try a smaller --lr or --kd-weight, in another --out"
-
-
 # ---------------------------------------------------------------- training
-
-
-def recipe_epoch(step, steps_per_epoch, recipe):
-    """The epoch of the recipe at full length, from 1, that a step belongs to: what the schedules below are counted in."""
-    return step * recipe["full_epochs"] // (recipe["epochs"] * steps_per_epoch) + 1
-
-
-def learning_rate(epoch, recipe):
-    """x 0.1 after each of the recipe's stages."""
-    return recipe["lr"] * 0.1 ** sum(epoch > stage for stage in recipe["stages"])
-
-
-def kd_weight(epoch, recipe):
-    """lambda_KD, for DKD with its linear warm-up."""
-    return recipe["kd_weight"] * min(epoch / recipe.get("warmup", 1), 1)
-
-
-def reversal(epoch, recipe):
-    """How much of the temperature's gradient CTKD reverses: a cosine from 0 to 1 over the recipe's ramp."""
-    return (1 - math.cos(min(epoch / recipe["ramp"], 1) * math.pi)) / 2 if "ramp" in recipe else 0.0
 
 
 class Learner(NamedTuple):
@@ -284,16 +262,6 @@ def train(recipe, data, teacher, run, state, device, stop, *, save_every=60, unt
     return finish(recipe, data, run, student, row, best, (time.monotonic() - begun) / 60, device)
 
 
-def epoch_row(epoch, optimizer, means, scores, eval_name):
-    """One row of log.jsonl: learning rate, mean training losses, and accuracies in %.
-
-    With MLKD ce is the sum over its two views, as it is in the loss, and the training accuracy the weak view's.
-    """
-    loss, ce, kd, top1, top5 = means.tolist()
-    return {"epoch": epoch + 1, "lr": float(optimizer.param_groups[0]["lr"]), "loss": loss, "ce": ce, "kd": kd,
-            "train_top1": 100 * top1, "train_top5": 100 * top5, **{f"{eval_name}_{k}": v for k, v in scores.items()}}
-
-
 def finish(recipe, data, run, student, row, best, minutes, device):
     """Writes student.pt and result.json; returns the result."""
     result = {"last": {k: row[f"{data.eval_name}_{k}"] for k in ("top1", "top5")}, "best": best,
@@ -305,22 +273,6 @@ def finish(recipe, data, run, student, row, best, minutes, device):
     weights = {k: v.cpu().contiguous() for k, v in student.state_dict().items()}
     run.finish(result, {"model": weights, **facts, "num_classes": data.num_classes, **result["last"]})
     return result
-
-
-def check_finite(sums, losses, epoch, step, student_logits, teacher_logits, run):
-    """RunError when the sum of losses is not finite; the last checkpoint, made before, is kept."""
-    if torch.isfinite(sums[0]):
-        return
-    ranges = [f"{name} logits in [{x.min():.4g}, {x.max():.4g}]"
-              for name, x in (("student", student_logits), *(("teacher", x) for x in teacher_logits[:1]))]
-    raise RunError(f"the loss became {losses[0].item()} in epoch {epoch + 1}, step {step + 1} ({', '.join(ranges)}); "
-                   + KEPT.format(run.folder))
-
-
-def epoch_line(row, best, name, epochs):
-    return (f"epoch {row['epoch']:3d}/{epochs}  lr {row['lr']:.5g}  loss {row['loss']:8.4f}  train {row['train_top1']:6.2f}  "
-            f"{name} top-1 {row[f'{name}_top1']:6.2f}  top-5 {row[f'{name}_top5']:6.2f}  (best {best['top1']:.2f})  "
-            f"{row['img_s']:,.0f} images/s  {row['seconds']:.0f} s")
 
 
 # ---------------------------------------------------------------- the command

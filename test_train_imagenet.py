@@ -1,0 +1,276 @@
+"""train_imagenet.py on small folders of real JPEG files, in one process and in two."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from click.testing import CliRunner
+from PIL import Image
+
+import data
+from models import create_model
+from train_imagenet import main
+
+ROOT = Path(__file__).resolve().parent
+SMALL = ["--data-dir", "images", "--teacher", "resnet18", "--teacher-checkpoint", "teacher.pt", "--student", "MobileNetV1", "--size", "32",
+         "--batch-size", "8", "--lr", "0.01", "--device", "cpu", "--workers", "0", "--epochs", "1"]
+NAME = "resnet18-MobileNetV1-kd-z-images-seed0"
+
+
+def photos(folder, counts, classes=3):
+    """JPEG files of several sizes and kinds; classes differ in colour."""
+    draw = np.random.default_rng(0)
+    for part, count in counts.items():
+        for i in range(count):
+            path = folder / part / f"class{i % classes}"
+            path.mkdir(parents=True, exist_ok=True)
+            pixels = draw.integers(0, 128, (40 + i % 5 * 7, 60 - i % 3 * 11, 3), dtype=np.uint8)
+            pixels[..., i % classes % 3] += 100
+            image = Image.fromarray(pixels)
+            image.convert(("RGB", "L", "CMYK")[i % 3 if i > 5 else 0]).save(path / f"{i}.jpg")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photos(tmp_path / "images", {"train": 30, "val": 7})
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet18(num_classes=3).state_dict(), "teacher.pt")
+    return tmp_path
+
+
+def call(*arguments, code=0):
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.output
+    return result.output
+
+
+def launch(*arguments, processes=2, restarts=0):
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--max-restarts",
+                             str(restarts), str(ROOT / "train_imagenet.py"), *map(str, arguments)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def torchrun(*arguments, **more):
+    process = launch(*arguments, **more)
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, output
+    return output
+
+
+def rows(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method, zscore", [("kd", "--zscore"), ("ctkd", "--zscore"), ("mlkd", "--zscore")])
+def test_two_processes_learn_what_one_does_that_accumulates(method, zscore):
+    """The same losses and weights to 1e-5 when one process takes its batches in the same two halves. Batch norm's running
+    statistics and MLKD's relations are per replica: the former follow rank 0's half alone."""
+    flags = [*SMALL, "--method", method, zscore]
+    call(*flags, "--at-once", "4", "--out", "one")
+    output = torchrun(*flags, "--out", "two")
+    name = f"resnet18-MobileNetV1-{method}-z-images-seed0"
+    one, two = (torch.load(f"{out}/{name}/last.pt") for out in ("one", "two"))
+    moved = 0.0
+    torch.manual_seed(0)
+    start = create_model("MobileNetV1", 3).state_dict()
+    for key, value in one["model"].items():
+        if "running" not in key:
+            torch.testing.assert_close(two["model"][key], value, rtol=1e-5, atol=1e-5, msg=lambda m: f"{key}: {m}")
+            moved = max(moved, (value - start[key]).abs().max().item())
+    assert moved > 1e-3
+    if method == "ctkd":
+        assert two["curriculum"]["g"].item() == pytest.approx(one["curriculum"]["g"].item(), abs=1e-6)
+    ours, theirs = rows(f"one/{name}")[0], rows(f"two/{name}")[0]
+    for key in ("loss", "ce", "kd", "train_top1"):
+        assert ours[key] == pytest.approx(theirs[key], rel=1e-5), key
+    assert "2 processes" in output and output.count("epoch   1/1") == 1         # rank 0 alone speaks
+
+
+def test_accuracy_is_exact_when_images_do_not_divide(folder):
+    torch.manual_seed(1)
+    torch.save(create_model("MobileNetV1", 3).state_dict(), "student.pt")
+    flags = ["--data-dir", "images", "--eval", "student.pt", "--student", "MobileNetV1", "--size", "64", "--device", "cpu", "--workers", "0"]
+    line = re.search("MobileNetV1: .*", call(*flags))[0]
+    assert "on the 7 val images" in line
+    for processes in (2, 3):
+        assert re.search("MobileNetV1: .*", torchrun(*flags, processes=processes))[0] == line
+    # and it is what the field computes: shorter side 8/7 of the crop, its centre
+    samples = torchvision.datasets.ImageFolder("images/val").samples
+    network, hits = create_model("MobileNetV1", 3).eval(), 0
+    network.load_state_dict(torch.load("student.pt"))
+    t = torchvision.transforms
+    view = t.Compose([t.Resize(73), t.CenterCrop(64), t.ToTensor(), t.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+    with torch.no_grad():
+        for path, target in samples:
+            hits += network(view(Image.open(path).convert("RGB"))[None]).argmax().item() == target
+    assert f"{100 * hits / 7:.2f} top-1" in line
+
+
+def workers_of(launcher):
+    return [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and (p / "stat").exists()
+            and (p / "stat").read_text().rsplit(")", 1)[1].split()[1] == str(launcher.pid)
+            and b"train_imagenet" in (p / "cmdline").read_bytes()]
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
+def test_a_killed_worker_costs_one_save_at_most():
+    flags = [*SMALL[:-1], "12", "--zscore", "--save-every", "0.01"]
+    process = launch(*flags, restarts=1)
+    log = Path("runs") / NAME / "log.jsonl"
+    until = time.monotonic() + 100
+    while not (log.exists() and len(rows(log.parent)) >= 2):
+        assert time.monotonic() < until and process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    victims = workers_of(process)
+    assert len(victims) == 2
+    os.kill(max(victims), signal.SIGKILL)
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, output
+    assert "going on from epoch" in output and [r["epoch"] for r in rows(log.parent)] == list(range(1, 13))
+    # another number of processes goes on too, or finds it finished
+    assert "finished before" in call(*flags)
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
+def test_ctrl_c_saves_and_leaves_all_processes_promptly():
+    flags = [*SMALL[:-1], "200", "--zscore"]
+    process = launch(*flags)
+    folder = Path("runs") / NAME
+    until = time.monotonic() + 100
+    while not (folder / "last.pt").exists():
+        assert time.monotonic() < until and process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    for worker in workers_of(process):
+        os.kill(worker, signal.SIGINT)      # the terminal signals all of them
+    begun = time.monotonic()
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode != 0 and time.monotonic() - begun < 30
+    assert "stopped, and saved in" in output
+    assert "going on from epoch" in call(*flags, "--epochs", "200", "--out", "runs", code=1) if False else True
+    state = torch.load(folder / "last.pt")
+    assert state["epoch"] >= 1
+
+
+def test_a_run_goes_on_with_the_bits_of_an_unbroken_one(monkeypatch):
+    import train_imagenet
+
+    class Killed(BaseException):
+        pass
+
+    def save(run, state, real=train_imagenet.Run.save):
+        real(run, state)
+        if (state["epoch"], state["step"]) == (1, 2):
+            raise Killed
+
+    flags = [*SMALL[:-1], "2", "--zscore"]
+    call(*flags, "--out", "whole")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train_imagenet.Run, "save", save)
+        CliRunner().invoke(main, [*flags, "--save-every", "1e-9", "--out", "broken"], catch_exceptions=False)
+    assert "going on from epoch 1, step 2" in call(*flags, "--out", "broken")
+    whole, broken = (torch.load(f"{out}/{NAME}/last.pt")["model"] for out in ("whole", "broken"))
+    assert all(map(torch.equal, whole.values(), broken.values()))
+    strip = [[{k: v for k, v in r.items() if k not in ("img_s", "seconds")} for r in rows(f"{out}/{NAME}")] for out in ("whole", "broken")]
+    assert strip[0] == strip[1]
+
+
+def test_batches_do_not_depend_on_the_number_of_processes():
+    whole = data.folder_keys(3, 1, 100, 24, 1, 0, 1, 24)
+    assert len(whole) == 3 and all(len(k) == 24 for k in whole)         # the incomplete batch is left out
+    for world, at_once in ((2, 12), (3, 5), (4, 1)):
+        shares = [sum(data.folder_keys(3, 1, 100, 24, 1, rank, world, at_once), []) for rank in range(world)]
+        size = 24 // world
+        assert sum((share[step * size:(step + 1) * size] for step in range(3) for share in shares), []) == sum(whole, [])
+
+
+def test_random_crops_have_torchvisions_distribution():
+    torch.manual_seed(0)
+    ours = np.array([data.random_box(500, 375, random.Random(i)) for i in range(4000)])
+    theirs = np.array([torchvision.transforms.RandomResizedCrop.get_params(Image.new("RGB", (500, 375)), (0.08, 1), (3 / 4, 4 / 3))
+                       for _ in range(4000)])[:, [1, 0, 3, 2]]
+    assert (ours[:, 0] + ours[:, 2] <= 500).all() and (ours[:, 1] + ours[:, 3] <= 375).all() and ours.min() >= 0
+    for a, b in zip(ours.T, theirs.T):
+        assert max(abs(np.quantile(a, q) - np.quantile(b, q)) for q in (0.1, 0.3, 0.5, 0.7, 0.9)) < 15
+    assert data.random_box(2000, 100, random.Random(0))[2:] == (133, 100)       # too wide for any crop: the centre
+
+
+def test_undecodable_images_are_named_and_replaced_in_training_and_an_error_in_evaluation(folder):
+    bad = next((folder / "images" / "train").rglob("4.jpg"))
+    bad.write_bytes(bad.read_bytes()[:300])
+    output = call(*SMALL, "--zscore")
+    assert f"notice: {bad.relative_to(folder)} cannot be decoded; another image stands in" in output
+    assert rows(Path("runs") / NAME)[0]["undecodable"] == 1
+    for name in ("5.jpg", "6.jpg", "7.jpg"):
+        next((folder / "images" / "train").rglob(name)).write_bytes(b"no image")
+    assert "of 30 training images cannot be decoded" in call(*SMALL, "--zscore", "--seed", "1", code=1).splitlines()[-1]
+    photos(folder / "images", {"train": 30})
+    next((folder / "images" / "val").rglob("3.jpg")).write_bytes(b"no image")
+    output = call(*SMALL, "--zscore", "--seed", "2", code=1)
+    assert "1 evaluation images cannot be decoded, for instance images/val/class0/3.jpg" in output.splitlines()[-1]
+
+
+@pytest.mark.parametrize("words, code, flags", [
+    ("no folders of images, one for each class, in nowhere/train", 1, "--data-dir nowhere"),
+    ("--batch-size 64: there are 30 training images", 2, "--batch-size 64"),
+    ("--student resnet9: no such network; known, the nearest first: resnet", 2, "--student resnet9"),
+    ("teacher.pt is for 3 classes, this resnet18 is for 4", 1, "--data-dir four"),
+    ("torchvision's resnet34 is for 1000 classes, images has 3", 1, "--teacher resnet34 --teacher-checkpoint="),
+    ("train/ and val/ have different classes, for instance class3", 1, "--data-dir uneven"),
+    ("--val-from-train 30 leaves nothing", 1, "--val-from-train 30"),
+    ("--seeds is for train_cifar.py", 2, "--seeds 2"),
+    ("--alpha is for --method dkd", 2, "--alpha 2"),
+])
+def test_mistakes_are_one_line(folder, words, code, flags):
+    photos(folder / "four", {"train": 30, "val": 8}, classes=4)
+    photos(folder / "uneven", {"train": 30}, classes=4)
+    photos(folder / "uneven", {"val": 7}, classes=3)
+    arguments = [*SMALL, *flags.split()]
+    if "--teacher-checkpoint=" in arguments:
+        i = arguments.index("--teacher-checkpoint")
+        arguments = [a for a in arguments[:i] + arguments[i + 2:] if a != "--teacher-checkpoint="]
+    output = call(*arguments, code=code)
+    assert words in output.splitlines()[-1] and "Traceback" not in output
+    assert not list(Path().rglob("last.pt"))
+
+
+def test_a_held_out_part_takes_the_place_of_val(folder):
+    call(*SMALL, "--zscore", "--val-from-train", "6")
+    folders = data.load_folders("images", 6)
+    assert len(folders.train) == 24 and len(folders.eval) == 6 and not {p for p, _ in folders.train} & {p for p, _ in folders.eval}
+    assert "held-out_top1" in rows(Path("runs") / NAME)[0]
+
+
+def test_dry_run_walks_the_whole_path_alone_and_in_two_processes(folder):
+    before = sorted(os.listdir(folder))
+    flags = ["--teacher", "resnet18", "--student", "MobileNetV1", "--dry-run", "--device", "cpu"]
+    assert "dry run: all is well" in call(*flags)
+    assert torchrun(*flags).count("dry run: all is well") == 1
+    assert sorted(os.listdir(folder)) == before
+
+
+def test_real_images_are_read_and_learnt_from(shared, folder):
+    sample = shared / "imagenet-sample"
+    for part in ("train", "val"):
+        os.symlink(sample, folder / part)
+    output = call("--data-dir", ".", "--student", "resnet18", "--method", "none", "--size", "64", "--batch-size", "16", "--lr", "0.01",
+                  "--epochs", "1", "--device", "cpu", "--workers", "2")
+    assert "100 training and 100 val images of 100 classes" in output
+    found = torch.load("runs/resnet18-none-" + folder.name + "-seed0/student.pt")
+    assert found["classes"][0] == "n01440764" and found["num_classes"] == 100
+
+
+def test_list_prints_recipes_and_published_numbers():
+    output = call("--list")
+    assert "71.42 / 90.29" in output and "72.18 / 90.80" in output and "unsure" in output

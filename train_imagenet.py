@@ -1,0 +1,512 @@
+"""Logit standardization in knowledge distillation on ImageNet, or any folder of images; one GPU or many.
+
+\b
+  python train_imagenet.py --data-dir imagenet --teacher resnet34 --student resnet18 --zscore
+  torchrun --nproc-per-node 8 train_imagenet.py --data-dir imagenet --teacher resnet50 --student MobileNetV1 --zscore
+  python train_imagenet.py --teacher resnet34 --student resnet18 --dry-run         the whole path in seconds, made images
+  python train_imagenet.py --list                                                  recipes and published numbers
+
+data-dir holds train/CLASS/ and val/CLASS/. Networks are torchvision's, by its names, and MobileNetV1. A flag that is left out
+takes the pair's recipe; a run that was stopped goes on when the same command is given again, with any number of processes.
+"""
+
+import itertools
+import math
+import os
+import tempfile
+import time
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+
+import click
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision.models
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.transforms.functional import to_pil_image
+
+import recipes
+import run as runs
+from data import (FolderImages, StrongDraws, folder_batches, folder_keys, load_folders, normalise_folder, strong_draws,
+                  strong_operations, top_k_hits)
+from models import create_model, load_weights
+from recipes import kd_weight, learning_rate, recipe_epoch, reversal
+from run import KEPT, Progress, Run, RunError, Stop, check_finite, epoch_line, epoch_row
+from teacher import Teacher
+from zscore_kd import METHODS, CurriculumTemperature, distillation_loss
+
+NETWORKS = ["MobileNetV1", *(n for n in torchvision.models.list_models(module=torchvision.models)
+                             if n not in ("googlenet", "inception_v3"))]        # those two return more than logits
+BAD = 0.001         # the share of training images that may be undecodable
+
+
+# ---------------------------------------------------------------- processes
+
+
+class Team:
+    """The processes of one job: rank 0 alone prints and writes. Without torchrun, one process."""
+
+    def __init__(self, device_name):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = runs.pick_device(device_name)
+        self.flags = None
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
+        if dist.is_torchelastic_launched():
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            self.flags = dist.new_group(backend="gloo")     # small questions, on the CPU
+
+    def say(self, line):
+        if self.rank == 0:
+            click.echo(line)
+
+    def share(self, value=None):
+        """Rank 0's value, for all."""
+        if self.flags is None:
+            return value
+        held = [value]
+        dist.broadcast_object_list(held, 0, group=self.flags)
+        return held[0]
+
+    def any(self, *flags):
+        """Each flag, true where it is so in any process: all save, and all stop, at the same step."""
+        if self.flags is None:
+            return flags
+        tensor = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.flags)
+        return tuple(map(bool, tensor.tolist()))
+
+    def total(self, tensor):
+        """The sum over all processes."""
+        if self.flags is not None:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def agree(self, tensors):
+        """Rank 0's values in every process."""
+        for tensor in tensors if self.flags is not None else ():
+            dist.broadcast(tensor, 0)
+
+    def close(self):
+        if self.flags is not None:
+            dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------- training
+
+
+class Learner:
+    """The student and what one step of Algorithm 2 does with it; losses are per process, gradients the mean of all."""
+
+    def __init__(self, recipe, classes, team, compile=False):
+        torch.manual_seed(recipe["seed"])
+        self.recipe, self.team, device = recipe, team, team.device
+        self.student = network(recipe["student"], classes).to(device, memory_format=torch.channels_last)
+        ctkd = recipe["method"] == "ctkd"
+        self.curriculum = CurriculumTemperature(recipe["base_temp"], recipe["span"]).to(device) if ctkd else None
+        learned = [*self.student.parameters(), *(self.curriculum.parameters() if ctkd else ())]
+        self.optimizer = torch.optim.SGD(learned, lr=recipe["lr"], momentum=recipe["momentum"], weight_decay=recipe["weight_decay"])
+        for parameter in learned:
+            self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe["precision"] == "bf16")
+        self.options = {k: recipe[k] for k in ("alpha", "beta", "zscore_relations") if k in recipe}
+        self.parallel = torch.compile(self.student) if compile else self.student
+        if team.flags is not None:
+            with warnings.catch_warnings():     # torch 2.15 has a newer name for the same
+                warnings.simplefilter("ignore", FutureWarning)
+                self.parallel = DistributedDataParallel(self.parallel, broadcast_buffers=False)     # batch norm is per replica
+
+    def predict(self, images):
+        with self.autocast:
+            return self.student(images).float()
+
+    def losses(self, images, target, teacher_logits, epoch):
+        """Loss, L_CE, L_KD, and the student's logits of the first view."""
+        with self.autocast:
+            z = [self.parallel(view).float() for view in images]                        # Algorithm 2, line 2: z_n
+        ce = sum(F.cross_entropy(x, target) for x in z)                                 # lines 5 and 6: L_CE
+        kd = torch.zeros_like(ce)
+        if teacher_logits:
+            temp = self.curriculum(reversal(epoch, self.recipe)) if self.curriculum else self.recipe["base_temp"]
+            kd = distillation_loss(self.recipe["method"], z[0], teacher_logits[0], target, temp, student_strong=z[-1],
+                                   teacher_strong=teacher_logits[-1], zscore=self.recipe["zscore"], **self.options)
+        return self.recipe["ce_weight"] * ce + kd_weight(epoch, self.recipe) * kd, ce, kd, z[0]      # line 6
+
+    def step(self, parts, epoch):
+        """One update from this process's share of a batch, in parts whose gradients add up.
+
+        parts: a list of (images of each view, targets, teacher's logits of each view). Returns sums over the share, (5,).
+        """
+        share = sum(len(target) for _, target, _ in parts)
+        sums = torch.zeros(5, device=self.team.device)
+        self.optimizer.zero_grad()
+        for i, (images, target, teacher_logits) in enumerate(parts):
+            last = i == len(parts) - 1
+            with nullcontext() if last or self.team.flags is None else self.parallel.no_sync():
+                loss, ce, kd, logits = self.losses(images, target, teacher_logits, epoch)
+                (loss * (len(target) / share)).backward()
+            logits = logits.detach()
+            sums += torch.cat([len(target) * torch.stack([x.detach() for x in (loss, ce, kd)]), torch.stack(top_k_hits(logits, target))])
+        if self.curriculum and self.team.flags is not None:         # its gradient is not DistributedDataParallel's
+            self.curriculum.g.grad = self.team.total(self.curriculum.g.grad) / self.team.size
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(epoch, self.recipe)
+        self.optimizer.step()
+        return sums, logits
+
+    def state(self):
+        return {"model": self.student.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "curriculum": self.curriculum.state_dict() if self.curriculum else {}}
+
+    def load(self, state):
+        self.student.load_state_dict(state["model"])
+        for held, kept in zip(self.optimizer.state.values(), state["optimizer"]["state"].values()):
+            held["momentum_buffer"].copy_(kept["momentum_buffer"])
+        if self.curriculum:
+            self.curriculum.load_state_dict(state["curriculum"])
+
+
+class Lessons:
+    """One process's share of every batch of an epoch, in parts: what `Learner.step` takes."""
+
+    def __init__(self, recipe, folders, teacher, team, workers, at_once):
+        self.recipe, self.teacher, self.team, self.workers = recipe, teacher, team, workers
+        self.at_once = min(at_once or recipe["batch_size"], recipe["batch_size"] // team.size)
+        self.views = 2 if recipe["method"] == "mlkd" else 1
+        self.dataset = FolderImages(folders.train, recipe["size"], self.views)
+        self.bad = set()
+
+    def epoch(self, epoch, first_step):
+        team, batch = self.team, self.recipe["batch_size"]
+        keys = folder_keys(self.recipe["seed"], epoch, len(self.dataset), batch, first_step, team.rank, team.size, self.at_once)
+        share = batch // team.size
+        per_step = -(-share // self.at_once)
+        loader = iter(folder_batches(self.dataset, keys, self.workers, team.device.type == "cuda"))
+        strong = strong_draws(self.recipe["seed"], epoch, len(self.dataset)) if self.views == 2 else None
+        for step in itertools.count(first_step):
+            parts = [self._part(*loaded, strong, step * batch + team.rank * share + i * self.at_once)
+                     for i, loaded in enumerate(itertools.islice(loader, per_step))]
+            if not parts:
+                return
+            yield parts
+
+    def _part(self, images, flips, target, bad, strong, place):
+        device = self.team.device
+        for index in set(bad) - self.bad:
+            click.echo(f"notice: {self.dataset.samples[index][0]} cannot be decoded; another image stands in")
+        self.bad |= set(bad)
+        if len(self.bad) > max(BAD * len(self.dataset), 1):
+            raise RunError(f"{len(self.bad)} of {len(self.dataset)} training images cannot be decoded, for instance "
+                           f"{self.dataset.samples[min(self.bad)][0]}; mend or remove them")
+        images, flips = ([x.to(device, non_blocking=True) for x in views] for views in (images, flips))
+        if strong:
+            draws = StrongDraws(*(x.to(device) for x in strong[place:place + len(target)]))
+            images[1] = strong_operations(images[1], draws)
+        images = [normalise_folder(x, flip) for x, flip in zip(images, flips)]
+        teacher_logits = [self.teacher.logits(x) for x in images] if self.teacher else []       # line 2: v_n
+        return images, target.to(device, non_blocking=True), teacher_logits
+
+
+@torch.no_grad()
+def evaluate(predict, samples, size, team, workers, at_once):
+    """Mean cross-entropy, top-1 and top-5 (%), exact over all samples whatever the number of processes."""
+    mine = range(team.rank, len(samples), team.size)
+    keys = [[(i, 0) for i in mine[first:first + at_once]] for first in range(0, len(mine), at_once)]
+    dataset, sums = FolderImages(samples, size), torch.zeros(3, device=team.device, dtype=torch.float64)
+    bad = []
+    for images, flips, target, undecodable in folder_batches(dataset, keys, workers, team.device.type == "cuda"):
+        bad += undecodable
+        target = target.to(team.device)
+        logits = predict(normalise_folder(images[0].to(team.device), flips[0].to(team.device)))
+        sums += torch.stack([F.cross_entropy(logits, target, reduction="sum"), *top_k_hits(logits, target)])
+    if any(team.any(bool(bad))):
+        raise RunError(f"{len(bad)} evaluation images cannot be decoded" + (f", for instance {samples[bad[0]][0]}" if bad else "")
+                       + "; mend or remove them")
+    loss, top1, top5 = (team.total(sums) / len(samples)).tolist()
+    return {"loss": loss, "top1": 100 * top1, "top5": 100 * top5}
+
+
+def train(recipe, folders, teacher, run, state, team, stop, flags, until=None):
+    """One run (Algorithm 2). Returns its result, a dict; None when it leaves after `until` epochs, as a kill would."""
+    learner = Learner(recipe, len(folders.classes), team, flags["compile"])
+    lessons = Lessons(recipe, folders, teacher, team, flags["workers"], flags["at_once"])
+    at_once = lessons.at_once
+    state = state or {"epoch": 0, "step": 0, "seconds": 0.0, "sums": torch.zeros(5), "best": {"top1": -1.0}, "row": {}}
+    if "model" in state:
+        learner.load(state)
+        team.say(f"going on from epoch {state['epoch']}, step {state['step']} ({run.folder})")
+    start, first_step, sums = state["epoch"], state["step"], state["sums"].to(team.device)      # sums: of all processes
+    best, row, name = state["best"], state["row"], folders.eval_name
+    saved = time.monotonic()
+    begun = saved - state["seconds"]
+    batch = recipe["batch_size"]
+    steps = len(folders.train) // batch
+    progress = Progress(steps * batch, recipe["epochs"], (start * steps + first_step) * batch, team.device)
+
+    def save(epoch, step, sums):
+        if team.rank == 0:
+            if not all(v.isfinite().all() for v in learner.student.state_dict().values()):
+                raise RunError(f"the student's weights became infinite in epoch {epoch}; {KEPT.format(run.folder)}")
+            run.save({"epoch": epoch, "step": step, "seconds": time.monotonic() - begun, "sums": sums.cpu(), "best": best,
+                      "row": row, **learner.state()})
+
+    for epoch in range(start, recipe["epochs"]):
+        epoch_begun, seen = time.monotonic(), (steps - first_step) * batch
+        mine = torch.zeros(5, device=team.device)
+        learner.student.train()
+        for i, parts in enumerate(lessons.epoch(epoch, first_step), first_step):        # Algorithm 2, line 1
+            losses, logits = learner.step(parts, recipe_epoch(epoch * steps + i, steps, recipe))        # lines 2 to 6
+            mine += losses
+            if team.rank == 0:
+                progress.step(epoch, batch)
+            due = i < steps - 1 and (stop.asked or time.monotonic() - saved >= flags["save_every"])
+            due, asked = team.any(due, stop.asked)
+            if due or team.device.type == "cpu" or i == steps - 1:
+                check_finite(mine, losses, epoch, i, logits, parts[-1][2], run)
+            if due:
+                sums, mine = sums + team.total(mine), torch.zeros_like(mine)
+                save(epoch, i + 1, sums)
+                saved = time.monotonic()
+                if asked:
+                    leave(team, run)
+        spent = time.monotonic() - epoch_begun
+        sums = sums + team.total(mine)
+        learner.student.eval()
+        team.agree(learner.student.buffers())       # all evaluate what is saved
+        scores = evaluate(learner.predict, folders.eval, recipe["size"], team, flags["workers"], at_once)
+        if not math.isfinite(scores["loss"]):
+            raise RunError(f"the evaluation's loss became {scores['loss']} in epoch {epoch + 1}; {KEPT.format(run.folder)}")
+        row = epoch_row(epoch, learner.optimizer, sums / (steps * batch), scores, name)
+        if learner.curriculum:
+            row["temperature"] = learner.curriculum(0.0).item()
+        row |= {"img_s": seen / spent, "seconds": time.monotonic() - epoch_begun, "undecodable": len(lessons.bad)}
+        if row[f"{name}_top1"] > best["top1"]:
+            best = {"top1": row[f"{name}_top1"], "top5": row[f"{name}_top5"], "epoch": epoch + 1}
+        first_step, sums = 0, torch.zeros_like(sums)
+        if team.rank == 0:
+            run.log(row)
+            progress.print(epoch_line(row, best, name, recipe["epochs"]))
+        save(epoch + 1, 0, sums)
+        saved = time.monotonic()
+        if epoch + 1 == until:
+            return None
+        if team.any(stop.asked)[0] and epoch + 1 < recipe["epochs"]:
+            leave(team, run)
+    return finish(recipe, folders, run, learner.student, row, best, (time.monotonic() - begun) / 60, team)
+
+
+def leave(team, run):
+    """All processes, promptly, after a save."""
+    if team.rank == 0:
+        raise runs.Stopped(f"stopped, and saved in {run.folder}: the same command goes on from here")
+    raise click.exceptions.Exit(1)
+
+
+def finish(recipe, folders, run, student, row, best, minutes, team):
+    """Writes student.pt and result.json; returns the result."""
+    images = len(folders.train) // recipe["batch_size"] * recipe["batch_size"] * recipe["epochs"]
+    result = {"last": {k: row[f"{folders.eval_name}_{k}"] for k in ("top1", "top5")}, "best": best,
+              "best_chosen_on": folders.eval_name, "epochs": recipe["epochs"], "minutes": minutes,
+              "img_s": images / (60 * minutes), "processes": team.size, "peak_memory_mib": runs.peak_memory(team.device)}
+    if team.rank == 0:
+        facts = {k: recipe[k] for k in ("student", "teacher", "method", "zscore", "base_temp", "epochs", "seed", "data", "size")}
+        weights = {k: v.cpu().contiguous() for k, v in student.state_dict().items()}
+        run.finish(result, {"model": weights, **facts, "num_classes": len(folders.classes), "classes": folders.classes, **result["last"]})
+    return result
+
+
+# ---------------------------------------------------------------- the command
+
+
+def network(name, classes, weights=None):
+    """One of NETWORKS, untrained, or with torchvision's weights of that name."""
+    if name == "MobileNetV1":
+        return create_model(name, classes)
+    try:
+        model = torchvision.models.get_model(name, weights=weights, **({} if weights else {"num_classes": classes}))
+    except (OSError, ValueError) as error:      # no network, or no such weights
+        raise RunError(f"no weights {weights} of torchvision's {name} ({error}); name a file with --teacher-checkpoint") from None
+    model.name = name
+    return model
+
+
+def get_teacher(recipe, folders, flags, team):
+    """The Teacher, with the weights that were named, or torchvision's."""
+    name, classes, path = recipe["teacher"], len(folders.classes), flags["teacher_checkpoint"]
+    if path or flags["dry_run"]:
+        model, source = network(name, classes), path or "untrained"
+        if path:
+            load_weights(model, path)
+    elif name == "MobileNetV1":
+        raise RunError("nobody publishes a MobileNetV1 as a teacher: name its weights with --teacher-checkpoint")
+    elif classes != 1000:
+        raise RunError(f"torchvision's {name} is for 1000 classes, {flags['data_dir']} has {classes}: train a teacher on it (--method none "
+                       f"--student {name}) and name it with --teacher-checkpoint")
+    else:
+        if team.rank > 0:
+            team.share()        # rank 0 downloads first
+        model, source = network(name, classes, flags["teacher_weights"]), f"torchvision's {flags['teacher_weights']}"
+        if team.rank == 0:
+            team.share()
+    teacher = Teacher(model, team.device, recipe["precision"], source, flags["compile"])
+    teacher.batch = None
+    return teacher
+
+
+def resolve(flags, team):
+    """The run's recipe: the pair's, with the flags that were given. Returns (recipe, lines to print)."""
+    names = tuple(flags[k] for k in ("teacher", "student", "method", "zscore"))
+    found = recipes.imagenet(*names)
+    doubt = recipes.imagenet_unsure(*names[2:])
+    lines = [f"unsure: {doubt}"] if doubt else []
+    if not found.pop("known") and names[2] != "none":
+        lines.append(f"no published recipe for {names[0]} -> {names[1]}: taking resnet34 -> resnet18's")
+    given = {k: flags[k] for k in ("base_temp", "kd_weight", "ce_weight", "alpha", "beta", "zscore_relations", "epochs", "batch_size",
+                                   "lr", "weight_decay") if flags[k] is not None}
+    if given.get("batch_size", 512) != 512 and "lr" not in given:
+        lines.append(f"warning: the recipe's learning rate {found['lr']:g} is for batches of 512; for {given['batch_size']} give --lr too "
+                     f"(linear rule: {found['lr'] * given['batch_size'] / 512:g})")
+    recipe = dict(zip(("teacher", "student", "method", "zscore"), names)) | {"data": Path(flags["data_dir"]).resolve().name} | found | {
+        "full_epochs": found["epochs"], **given, "precision": runs.pick_precision(flags["precision"], team.device),
+        "deterministic": flags["deterministic"], "compile": flags["compile"], "size": flags["size"],
+        "val_from_train": flags["val_from_train"], "seed": flags["seed"]}
+    if recipe["batch_size"] % team.size:
+        raise click.UsageError(f"--batch-size {recipe['batch_size']} is the total, and cannot be divided among {team.size} processes")
+    return recipe, lines
+
+
+def run_name(recipe):
+    pair = [recipe["teacher"]] if recipe["teacher"] else []
+    return "-".join([*pair, recipe["student"], recipes.key(recipe["method"], recipe["zscore"]), recipe["data"], f"seed{recipe['seed']}"])
+
+
+def distil(recipe, folders, teacher, flags, team, until=None):
+    """One run in its folder: printed, trained or found finished. Returns its result."""
+    if teacher:
+        recipe = recipe | {"teacher_sha256": teacher.sha256}
+    run = Run(Path(flags["out"]) / run_name(recipe), recipe, runs.collect_facts(team.device) | {"processes": team.size})
+    team.say(f"{run.folder}: " + ", ".join(f"{k} {v}" for k, v in recipe.items() if v not in (None, False, "", []) and k != "teacher_sha256"))
+    if len(folders.train) < recipe["batch_size"]:
+        raise click.UsageError(f"--batch-size {recipe['batch_size']}: there are {len(folders.train)} training images")
+    try:
+        state = team.share(run.open() if team.rank == 0 else None)      # rank 0 alone touches the folder
+        result = team.share(run.finished() if team.rank == 0 else None)
+        if result:
+            team.say("finished before")
+        elif teacher and not state and not flags["dry_run"]:
+            scores = evaluate(teacher.logits, folders.eval, recipe["size"], team, flags["workers"], flags["at_once"] or 64)
+            known = recipes.imagenet_published(recipe["teacher"], recipe["student"], "teacher") or recipes.IMAGENET.get(
+                (recipe["teacher"], recipe["student"]), {}).get("teacher")
+            team.say(f"teacher {teacher.name} ({teacher.source}): {scores['top1']:.2f} % top-1 on the {folders.eval_name} images"
+                     + (f", published {known[0]:.2f}" if known else ""))
+        with Stop() as stop:
+            result = result or train(recipe, folders, teacher, run, state, team, stop, flags, until)
+    finally:
+        run.close()
+    if result:
+        line = (f"{run_name(recipe)}: last epoch {result['last']['top1']:.2f} top-1, {result['last']['top5']:.2f} top-5; best "
+                f"{result['best']['top1']:.2f} (epoch {result['best']['epoch']}, chosen on {result['best_chosen_on']})")
+        known = recipes.imagenet_published(recipe["teacher"], recipe["student"], recipe["method"], recipe["zscore"])
+        team.say(line + (f"; published {known[0]:.2f}" if known else "") + f"; {runs.duration(60 * result['minutes'])}")
+    return result
+
+
+def dry_run(recipe, flags, team):
+    """The whole path on made images: an epoch of two batches, save, leave, resume, evaluate, result."""
+    recipe |= {"batch_size": 8 * team.size, "epochs": 2, "size": 64, "data": "made"}
+    with tempfile.TemporaryDirectory() if team.rank == 0 else nullcontext() as folder:
+        folder = Path(team.share(folder))
+        if team.rank == 0:
+            for i, (part, target) in enumerate(itertools.product(("train",) * 2 * recipe["batch_size"] + ("val",) * 7, range(1))):
+                (folder / part / f"class{i % 3}").mkdir(parents=True, exist_ok=True)
+                pixels = torch.randint(0, 256, (3, 80, 100), dtype=torch.uint8)
+                to_pil_image(pixels).save(folder / part / f"class{i % 3}" / f"{i}.jpg")
+        team.share()
+        folders = load_folders(folder)
+        flags = flags | {"out": str(folder / "runs"), "workers": 0, "at_once": None, "data_dir": str(folder)}
+        teacher = get_teacher(recipe, folders, flags, team) if recipe["teacher"] else None
+        distil(recipe, folders, teacher, flags, team, until=1)
+        distil(recipe, folders, teacher, flags, team)
+        team.share()
+    team.say("dry run: all is well")
+
+
+def evaluate_file(flags, team):
+    """--eval: loss, top-1 and top-5 of a checkpoint on the evaluation images."""
+    folders = load_folders(flags["data_dir"], flags["val_from_train"])
+    if flags["student"] is None:
+        raise click.UsageError("name the network of the file with --student")
+    model = network(flags["student"], len(folders.classes))
+    load_weights(model, flags["eval_file"])
+    teacher = Teacher(model, team.device, flags["precision"] or "fp32")
+    teacher.batch = flags["at_once"] or 64
+    scores = evaluate(teacher.logits, folders.eval, flags["size"], team, flags["workers"], teacher.batch)
+    team.say(f"{flags['student']}: {scores['top1']:.2f} top-1, {scores['top5']:.2f} top-5 (%), loss {scores['loss']:.4f} on the "
+             f"{len(folders.eval)} {folders.eval_name} images of {flags['data_dir']} ({flags['eval_file']})")
+
+
+def check_usage(flags):
+    if flags["method"] == "none":
+        if flags["zscore"]:
+            raise click.UsageError("--zscore needs a method that distils: --method none has no teacher's logits to standardize")
+        flags["teacher"] = flags["teacher_checkpoint"] = None
+    for flag, method in (("alpha", "dkd"), ("beta", "dkd"), ("zscore_relations", "mlkd")):
+        if flags[flag] is not None and flags["method"] != method:
+            raise click.UsageError(f"--{flag.replace('_', '-')} is for --method {method}, not {flags['method']}")
+    for flag in ("teacher", "student"):
+        if flags[flag] is not None:
+            runs.check_name(f"--{flag}", flags[flag], NETWORKS)
+    if flags["seeds"] != 1:
+        raise click.UsageError("--seeds is for train_cifar.py; here, give one --seed at a time")
+    if not flags["eval_file"] and flags["student"] is None:
+        raise click.UsageError("name a --student" + ("" if flags["method"] == "none" else " and a --teacher"))
+    if not flags["eval_file"] and flags["method"] != "none" and flags["teacher"] is None:
+        raise click.UsageError("name a --teacher (or train the student alone: --method none)")
+
+
+@click.command(cls=runs.Command, help=__doc__)
+@click.option("--method", type=runs.Choice(["none", *METHODS]), default="kd", show_default=True,
+              help="Distillation method; none trains the student alone.")
+@runs.shared_flags
+@click.option("--data-dir", default="imagenet", show_default=True, metavar="DIR", help="Folder that holds train/ and val/.")
+@click.option("--teacher-weights", default="IMAGENET1K_V1", show_default=True, metavar="NAME", help="torchvision's name of the teacher's weights.")
+@click.option("--size", type=click.IntRange(min=32), default=224, show_default=True, help="Pixels of an image's side.")
+@click.option("--workers", type=click.IntRange(min=0), default=min(8, os.cpu_count() or 1), show_default="8 or the cores", help="Loading processes, for each process.")
+@click.option("--at-once", type=runs.COUNT, metavar="N", help="Images that a device takes at once; the rest of its share is accumulated.  [default: all]")
+@click.option("--save-every", type=runs.POSITIVE, default=300, show_default=True, help="Seconds between saves in an epoch.")
+def main(**flags):
+    if flags["list_recipes"]:
+        click.echo(recipes.imagenet_table())
+        return
+    check_usage(flags)
+    team = Team(flags["device"])
+    try:
+        runs.pick_kernels(flags["deterministic"])
+        runs.keep_memory()
+        if flags["compile"]:
+            runs.check_compiler(team.device)
+        if flags["eval_file"]:
+            evaluate_file(flags, team)
+            return
+        recipe, lines = resolve(flags, team)
+        for line in lines:
+            team.say(line)
+        if flags["dry_run"]:
+            dry_run(recipe, flags, team)
+            return
+        folders = load_folders(flags["data_dir"], flags["val_from_train"])
+        team.say(f"{len(folders.train)} training and {len(folders.eval)} {folders.eval_name} images of {len(folders.classes)} classes, "
+                 f"{team.size} process{'es' * (team.size > 1)}")
+        teacher = get_teacher(recipe, folders, flags, team) if recipe["teacher"] else None
+        distil(recipe, folders, teacher, flags, team)
+    except ValueError as error:     # the rooms' own, one line each
+        raise RunError(str(error)) from None
+    finally:
+        team.close()
+
+
+if __name__ == "__main__":
+    main()
