@@ -15,6 +15,7 @@ ROOMS = {
     "data": {"torch", "torchvision", "numpy"},
     "recipes": set(),
     "teacher": {"torch", "models", "data"},
+    "train_imagenet": {"torch", "torchvision", "click", "zscore_kd", "models", "data", "recipes", "teacher", "run"},
     "export": {"torch", "numpy", "onnx", "onnxruntime", "click", "models", "data", "run"},
     "predict": {"onnxruntime", "numpy", "PIL"},
     "bench": {"torch", "torchvision", "click", "train_cifar", "models", "data", "recipes", "teacher", "run", "zscore_kd"},

@@ -77,19 +77,22 @@ def rows(folder):
 def test_two_processes_learn_what_one_does_that_accumulates(method, zscore):
     """The same losses and weights to 1e-5 when one process takes its batches in the same two halves. Batch norm's running
     statistics and MLKD's relations are per replica: the former follow rank 0's half alone."""
-    flags = [*SMALL, "--method", method, zscore]
-    call(*flags, "--at-once", "4", "--out", "one")
+    flags = [*SMALL, "--method", method, zscore, "--student", "resnet18", "--size", "64", "--batch-size", "12", "--lr", "0.001"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)            # as each of the two has
+    call(*flags, "--at-once", "6", "--out", "one")
+    torch.set_num_threads(threads)
     output = torchrun(*flags, "--out", "two")
-    name = f"resnet18-MobileNetV1-{method}-z-images-seed0"
+    name = f"resnet18-resnet18-{method}-z-images-seed0"
     one, two = (torch.load(f"{out}/{name}/last.pt") for out in ("one", "two"))
     moved = 0.0
     torch.manual_seed(0)
-    start = create_model("MobileNetV1", 3).state_dict()
+    start = torchvision.models.resnet18(num_classes=3).state_dict()
     for key, value in one["model"].items():
-        if "running" not in key:
+        if "running" not in key and "tracked" not in key:
             torch.testing.assert_close(two["model"][key], value, rtol=1e-5, atol=1e-5, msg=lambda m: f"{key}: {m}")
             moved = max(moved, (value - start[key]).abs().max().item())
-    assert moved > 1e-3
+    assert moved > 3e-4         # thirty times what is allowed
     if method == "ctkd":
         assert two["curriculum"]["g"].item() == pytest.approx(one["curriculum"]["g"].item(), abs=1e-6)
     ours, theirs = rows(f"one/{name}")[0], rows(f"two/{name}")[0]
@@ -158,7 +161,6 @@ def test_ctrl_c_saves_and_leaves_all_processes_promptly():
     output = process.communicate(timeout=60)[0]
     assert process.returncode != 0 and time.monotonic() - begun < 30
     assert "stopped, and saved in" in output
-    assert "going on from epoch" in call(*flags, "--epochs", "200", "--out", "runs", code=1) if False else True
     state = torch.load(folder / "last.pt")
     assert state["epoch"] >= 1
 
@@ -209,15 +211,16 @@ def test_random_crops_have_torchvisions_distribution():
 def test_undecodable_images_are_named_and_replaced_in_training_and_an_error_in_evaluation(folder):
     bad = next((folder / "images" / "train").rglob("4.jpg"))
     bad.write_bytes(bad.read_bytes()[:300])
-    output = call(*SMALL, "--zscore")
+    flags = [*SMALL, "--zscore", "--batch-size", "10"]      # every image is drawn
+    output = call(*flags)
     assert f"notice: {bad.relative_to(folder)} cannot be decoded; another image stands in" in output
     assert rows(Path("runs") / NAME)[0]["undecodable"] == 1
     for name in ("5.jpg", "6.jpg", "7.jpg"):
         next((folder / "images" / "train").rglob(name)).write_bytes(b"no image")
-    assert "of 30 training images cannot be decoded" in call(*SMALL, "--zscore", "--seed", "1", code=1).splitlines()[-1]
+    assert "of 30 training images cannot be decoded" in call(*flags, "--seed", "1", code=1).splitlines()[-1]
     photos(folder / "images", {"train": 30})
     next((folder / "images" / "val").rglob("3.jpg")).write_bytes(b"no image")
-    output = call(*SMALL, "--zscore", "--seed", "2", code=1)
+    output = call(*flags, "--seed", "2", code=1)
     assert "1 evaluation images cannot be decoded, for instance images/val/class0/3.jpg" in output.splitlines()[-1]
 
 

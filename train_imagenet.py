@@ -56,7 +56,10 @@ class Team:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
         if dist.is_torchelastic_launched():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            store, rank, size = next(dist.rendezvous("env://"))
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")     # after a restart the store still has the dead one's keys
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", rank=rank, world_size=size,
+                                    store=dist.PrefixStore(f"attempt {attempt}", store))
             self.flags = dist.new_group(backend="gloo")     # small questions, on the CPU
 
     def say(self, line):
