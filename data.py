@@ -86,14 +86,14 @@ def crop_and_flip(images, views):
 
 
 @functools.cache
-def _statistics(device):
-    """MEAN and STD on the device, (3, 1, 1): copied there once."""
-    return tuple(torch.tensor(s, device=device).view(3, 1, 1) for s in (MEAN, STD))
+def _statistics(device, *statistics):
+    """Mean and deviation on the device, (3, 1, 1): copied there once."""
+    return tuple(torch.tensor(s, device=device).view(3, 1, 1) for s in statistics)
 
 
-def normalise(images):
-    """uint8 (B, 3, H, W) -> float32, (x / 255 - MEAN) / STD, channels last. The same bits as ToTensor and Normalize."""
-    mean, std = _statistics(images.device)
+def normalise(images, mean=MEAN, std=STD):
+    """uint8 (B, 3, H, W) -> float32, (x / 255 - mean) / std, channels last. The same bits as ToTensor and Normalize."""
+    mean, std = _statistics(images.device, mean, std)
     x = images.to(torch.float32, memory_format=torch.channels_last)
     return x.div_(255).sub_(mean).div_(std)
 
@@ -485,8 +485,6 @@ def folder_keys(seed, epoch, n, batch, first_step, rank, world, at_once):
     return keys
 
 
-def normalise_folder(images, flips, dtype=torch.float32):
-    """uint8 (B, 3, S, S) -> float, flipped where `flips` says so, ImageNet's normalisation, channels last."""
-    mean, std = (torch.tensor(s, device=images.device).view(3, 1, 1) for s in (IMAGENET_MEAN, IMAGENET_STD))
-    images = torch.where(flips[:, None, None, None], images.flip(3), images)
-    return images.to(dtype, memory_format=torch.channels_last).div_(255).sub_(mean).div_(std)
+def normalise_folder(images, flips):
+    """uint8 (B, 3, S, S), flipped where `flips` says so, with ImageNet's mean and deviation, as `normalise`."""
+    return normalise(torch.where(flips[:, None, None, None], images.flip(3), images), IMAGENET_MEAN, IMAGENET_STD)

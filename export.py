@@ -28,15 +28,18 @@ import onnx
 import onnxruntime
 import torch
 import torch.nn.functional as F
+import torchvision.models
 from onnxruntime import quantization
 from torch import nn
 
 import run as runs
-from data import (CIFAR100_CLASSES, MEAN, PAD, STD, Split, epoch_draws, has_cifar100, load_data, normalise, synthetic)
+from data import (CIFAR100_CLASSES, IMAGENET_MEAN, IMAGENET_STD, MEAN, PAD, STD, FolderImages, Split, epoch_draws, has_cifar100,
+                  load_data, load_folders, normalise, synthetic)
 from models import MODELS, create_model, guess_network, load_weights, read_checkpoint, split_checkpoint, weights_sha256
 
 CENTRE = ((2 * PAD + 1) ** 2 // 2) * 2          # the view that is the image itself
 LIMITS = {"fp32": 1e-4, "fp16": 1e-2}           # largest error allowed, relative to the largest logit
+FOLDER_IMAGES = 2000    # of folders of images, for the temperature and for accuracy
 AGREEMENT = 0.95                                # of int8 with PyTorch, in the first class
 BATCHES = (1, 2, 7, 64)
 WARM_UP, SAMPLES, SECONDS = 20, 200, 1.0        # of a latency measurement, and the time after which fewer samples do
@@ -53,14 +56,22 @@ class Deployed(nn.Module):
     def __init__(self, network, float_input=False, temperature=None):
         super().__init__()
         self.network, self.float_input, self.temperature = network, float_input, temperature
-        scale = torch.tensor([1 / (255 * s) for s in STD])
-        self.register_buffer("scale", scale.view(1, 3, 1, 1))
-        self.register_buffer("shift", torch.tensor([-m / s for m, s in zip(MEAN, STD)]).view(1, 3, 1, 1))
+        _, _, mean, std = network.input
+        self.register_buffer("scale", torch.tensor([1 / (255 * s) for s in std]).view(1, 3, 1, 1))
+        self.register_buffer("shift", torch.tensor([-m / s for m, s in zip(mean, std)]).view(1, 3, 1, 1))
 
     def forward(self, image):
         """image (N, 3, H, W), uint8, or normalised float32 -> logits (N, K), and with a temperature probabilities too."""
         logits = self.network(image if self.float_input else image.float() * self.scale + self.shift)
         return logits if self.temperature is None else (logits, (logits / self.temperature).softmax(1))
+
+
+class Input(NamedTuple):
+    """What a network takes; other sizes are resized, the shorter side to `resize`, and the centre is cut out."""
+    size: int = 32
+    resize: int = 32
+    mean: tuple = MEAN
+    std: tuple = STD
 
 
 class Images(NamedTuple):
@@ -77,17 +88,49 @@ def load_student(path, name):
     """(network in evaluation mode, what the file says about it)."""
     state, facts = split_checkpoint(read_checkpoint(path))
     name = name or facts.get("student") or guess_network(state)
-    if name not in MODELS:
+    classes = len(list(state.values())[-1]) if state and list(state.values())[-1].ndim == 1 else 100
+    if name in MODELS:
+        network = create_model(name, classes)
+    elif name in torchvision.models.list_models(module=torchvision.models):
+        network = torchvision.models.get_model(name, num_classes=classes)
+        network.name = name
+    else:
         raise ValueError(f"{path} does not say which network it holds, and none has its keys: name it with --student")
-    network = create_model(name, len(list(state.values())[-1]) if state and list(state.values())[-1].ndim == 1 else 100)
     load_weights(network, path)
+    size = facts.get("size", 32 if name in MODELS and name != "MobileNetV1" else 224)
+    network.input = Input() if size == 32 else Input(size, round(size * 8 / 7), IMAGENET_MEAN, IMAGENET_STD)
+    network.classes = facts.get("classes")
     known = ("student", "teacher", "method", "zscore", "base_temp", "epochs", "seed", "data", "train_images", "val_from_train",
              "top1", "top5")
     return network.eval(), {k: facts[k] for k in known if isinstance(facts.get(k), (str, int, float, bool))} | {"student": name}
 
 
-def find_images(facts, data_dir, count):
+def find_folders(network, data_dir, count):
+    """`find_images` for folders of images: centre views, which no random crop showed, and every so many-th evaluation image."""
+    if data_dir is None:
+        return Images(None, None, "", None), "no --data-dir: accuracy is not measured, int8 is not calibrated, the temperature is not fitted"
+    folders = load_folders(data_dir)
+    if network.classes not in (None, folders.classes):
+        raise ValueError(f"{data_dir} has other classes than the student was trained on")
+
+    def read(samples, order):
+        views, _, targets, bad = zip(*(FolderImages(samples, network.input.size)[i, 0] for i in order))
+        if any(bad):
+            raise ValueError(f"{samples[next(b for b in bad if b)[0]][0]} cannot be decoded")
+        return Split(torch.stack([v[0] for v in views]), torch.tensor(targets))
+
+    order = epoch_draws(0, 0, len(folders.train))[0].tolist()
+    step = -(-len(folders.eval) // FOLDER_IMAGES)
+    test = read(folders.eval, range(0, len(folders.eval), step))
+    held_out = read(folders.train, order[:FOLDER_IMAGES])
+    line = f"accuracy on every {step}th of {len(folders.eval)} evaluation images" if step > 1 else None
+    return Images(Split(*(x[:count] for x in held_out)), held_out, f"{len(held_out.targets)} training images' centre views", test), line
+
+
+def find_images(network, facts, data_dir, count):
     """The images of the set that the student was trained on, where they are at hand; never downloaded. (Images, line to print)"""
+    if network.input.size != 32:
+        return find_folders(network, data_dir, count)
     name = facts.get("data", "cifar100")
     folder = data_dir or "data"
     if name == "cifar100" and not has_cifar100(folder):
@@ -114,10 +157,15 @@ def find_images(facts, data_dir, count):
 # ---------------------------------------------------------------- probabilities
 
 
-def logits_of(network, images, batch=500):
+def logits_of(network, images):
     """float64 logits (N, K) of uint8 images."""
     with torch.no_grad():
-        return torch.cat([network(normalise(x)) for x in images.split(batch)]).double()
+        return torch.cat([network(normalise(x, *network.input[2:])) for x in images.split(batch_for(images))]).double()
+
+
+def batch_for(images):
+    """As many images at once as 500 of CIFAR-100 have pixels."""
+    return max(1, 500 * 32**2 // images[0, 0].numel())
 
 
 def fit_temperature(logits, targets):
@@ -183,15 +231,14 @@ def write_fp16(source, path, metadata):
 
 
 class Reader(quantization.CalibrationDataReader):
-    def __init__(self, images, float_input):
-        images = [normalise(x).contiguous() if float_input else x for x in images.split(64)]
-        self.batches = iter([{"image": x.numpy()} for x in images])
+    def __init__(self, images, feed):
+        self.batches = ({"image": feed(x).numpy()} for x in images.split(min(64, batch_for(images))))
 
     def get_next(self):
         return next(self.batches, None)
 
 
-def write_int8(source, path, metadata, images, *, float_input, method, activations, exclude_first_last):
+def write_int8(source, path, metadata, images, *, feed, method, activations, exclude_first_last):
     """Static quantization, QDQ: int8 weights for each channel, 8-bit activations whose ranges `images` give."""
     prepared = path.with_name("prepared.onnx")
     with quiet():
@@ -202,7 +249,7 @@ def write_int8(source, path, metadata, images, *, float_input, method, activatio
         excluded += [n.name for n in nodes if n.op_type in ("Softmax", "Div")]
         excluded += [layers[0], layers[-1]] if exclude_first_last else []
         quantization.quantize_static(
-            str(prepared), str(path), Reader(images, float_input), quant_format=quantization.QuantFormat.QDQ, per_channel=True,
+            str(prepared), str(path), Reader(images, feed), quant_format=quantization.QuantFormat.QDQ, per_channel=True,
             activation_type=quantization.QuantType.QUInt8 if activations == "uint8" else quantization.QuantType.QInt8,
             weight_type=quantization.QuantType.QInt8, nodes_to_exclude=excluded,
             extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},   # logits of 256 levels have ties
@@ -239,22 +286,22 @@ def session(path, threads=0):
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def run_all(network, images, float_input, batch=500):
-    """The logits of an onnxruntime session for uint8 images, as a float64 tensor."""
-    feed = [normalise(x).contiguous() if float_input else x for x in images.split(batch)]
-    return torch.cat([torch.from_numpy(network.run(["logits"], {"image": x.numpy()})[0]).double() for x in feed])
+def run_all(network, images, feed, batch=None):
+    """The logits of an onnxruntime session for uint8 images, as a float64 tensor. feed: uint8 -> the file's input."""
+    return torch.cat([torch.from_numpy(network.run(["logits"], {"image": feed(x).numpy()})[0]).double()
+                      for x in images.split(batch or batch_for(images))])
 
 
-def verify(path, precision, images, expected, float_input):
+def verify(path, precision, images, expected, feed):
     """onnx.checker, then onnxruntime at several batch sizes against PyTorch's logits. {"error", "agreement"}; NotVerified."""
     try:
         onnx.checker.check_model(onnx.load(path), full_check=True)
         runner = session(path)
         errors = []
         for batch in BATCHES:
-            ours = run_all(runner, images[:batch], float_input, batch)
+            ours = run_all(runner, images[:batch], feed, batch)
             errors.append(((ours - expected[:batch]).abs().max() / expected[:batch].abs().max()).item())
-        ours = run_all(runner, images, float_input)
+        ours = run_all(runner, images, feed)
         same = (ours.argmax(1) == expected.argmax(1)).double().mean().item()
     except Exception as error:      # onnx's and onnxruntime's own types
         raise NotVerified(first_line(error)) from None
@@ -286,10 +333,10 @@ def latency(call, one, many):
             "img_s": len(many) / statistics.median(batch), "samples": [len(single), len(batch)]}
 
 
-def speeds(path, network, images, float_input):
+def speeds(path, network, images, feed):
     """{"1": ..., "all": ...} latencies of a file, or of the network itself in PyTorch for None."""
     images = images.repeat(-(-64 // len(images)), 1, 1, 1)[:64]
-    inputs = normalise(images).contiguous() if float_input or path is None else images
+    inputs = normalise(images, *network.input[2:]).contiguous() if path is None else feed(images)
     threads, found = torch.get_num_threads(), {}
     for name, count in (("1", 1), ("all", threads)):
         if path is None:
@@ -318,13 +365,14 @@ def table(rows):
 # ---------------------------------------------------------------- the command
 
 
-def describe(network, facts, images, expected, float_input, size):
+def describe(network, facts, images, expected, float_input):
     """expected: PyTorch's logits of the test images, or None. (metadata of every file, temperature or None, lines to print)."""
-    classes = list(CIFAR100_CLASSES) if facts.get("data", "cifar100") == "cifar100" else []
-    k = network(torch.zeros(1, 3, *size)).shape[1]
+    size, resize, mean, std = network.input
+    classes = network.classes or (list(CIFAR100_CLASSES) if facts.get("data", "cifar100") == "cifar100" and size == 32 else [])
+    k = expected.shape[1]
     metadata = {"network": facts["student"], "num_classes": k,
-                "classes": classes if len(classes) == k else [f"class {i}" for i in range(k)], "size": size, "resize": size[0],
-                "input": "normalised float32" if float_input else "uint8", "mean": MEAN, "std": STD,
+                "classes": classes if len(classes) == k else [f"class {i}" for i in range(k)], "size": [size, size], "resize": resize,
+                "input": "normalised float32" if float_input else "uint8", "mean": mean, "std": std,
                 "weights_sha256": weights_sha256(network), "version": runs.VERSION,
                 **{key: facts[key] for key in ("teacher", "method", "zscore", "epochs", "seed", "data") if key in facts}}
     if images.held_out is None or not len(images.held_out.targets):
@@ -341,12 +389,22 @@ def describe(network, facts, images, expected, float_input, size):
     return metadata, temperature, [line]
 
 
+def made(network, count):
+    """Made images where none are at hand, uint8."""
+    return F.interpolate(synthetic(count, 7).images, network.input.size) if network.input.size != 32 else synthetic(count, 7).images
+
+
+def feeder(network, float_input):
+    """uint8 images -> what the file takes."""
+    return (lambda x: normalise(x, *network.input[2:]).contiguous()) if float_input else lambda x: x
+
+
 def convert(flags, network, facts, images, folder):
     """Writes and checks the files in `folder`. Returns {precision: (file, row of the report)}, metadata and the lines of failures."""
-    name, float_input, size = flags["name"] or facts["student"], flags["float_input"], [32, 32]
-    sample = images.test.images if images.test else synthetic(128, 7).images
+    name, float_input, size = flags["name"] or facts["student"], flags["float_input"], [network.input.size] * 2
+    sample, feed = images.test.images if images.test else made(network, 128), feeder(network, float_input)
     expected = logits_of(network, sample)
-    metadata, temperature, lines = describe(network, facts, images, expected, float_input, size)
+    metadata, temperature, lines = describe(network, facts, images, expected, float_input)
     for line in lines:
         click.echo(line)
     if images.test:
@@ -359,7 +417,7 @@ def convert(flags, network, facts, images, folder):
         wanted["fp16"] = lambda path: write_fp16(source, path, metadata | {"precision": "fp16"})
     if flags["int8"] or (flags["int8"] is None and images.calibration):
         wanted["int8"] = lambda path: write_int8(
-            source, path, metadata | {"precision": "int8"}, images.calibration.images, float_input=float_input,
+            source, path, metadata | {"precision": "int8"}, images.calibration.images, feed=feed,
             method=flags["calibration_method"], activations=flags["activations"], exclude_first_last=flags["exclude_first_last"])
 
     done, failures = {}, []
@@ -367,12 +425,12 @@ def convert(flags, network, facts, images, folder):
         path = source if precision == "fp32" else folder / f"{name}.{precision}.onnx"
         try:
             write(path)
-            row = {"bytes": path.stat().st_size, **verify(path, precision, sample[:1024], expected[:1024], float_input)}
+            row = {"bytes": path.stat().st_size, **verify(path, precision, sample[:1024], expected[:1024], feed)}
         except NotVerified as error:
             failures.append(f"{path.name} was not written: {error}")
             continue
         if images.test:
-            row |= accuracy(run_all(session(path), images.test.images, float_input), images.test.targets)
+            row |= accuracy(run_all(session(path), images.test.images, feed), images.test.targets)
             model = onnx.load(path)
             save(model, path, {p.key: p.value for p in model.metadata_props} | {k: row[k] for k in ("top1", "top5")})
             if metadata["top1"] - row["top1"] > 1:
@@ -398,13 +456,13 @@ def convert(flags, network, facts, images, folder):
 @click.option("--exclude-first-last", is_flag=True, help="Keep the first convolution and the classifier of int8 in float.")
 def main(**flags):
     if flags["student"] is not None:
-        runs.check_name("--student", flags["student"], [n for n in MODELS if n != "MobileNetV1"])
+        runs.check_name("--student", flags["student"], [*MODELS, *torchvision.models.list_models(module=torchvision.models)])
     if flags["name"] is not None and Path(flags["name"]).name != flags["name"]:
         raise click.UsageError(f"--name {flags['name']}: a name, not a path; --out names the folder")
     torch.manual_seed(0)
     try:
         network, facts = load_student(flags["checkpoint"], flags["student"])
-        images, line = find_images(facts, flags["data_dir"], flags["calibration"])
+        images, line = find_images(network, facts, flags["data_dir"], flags["calibration"])
         if line:
             click.echo(line)
         if flags["int8"] and not images.calibration:
@@ -423,12 +481,12 @@ def main(**flags):
 def report(flags, network, facts, images, folder, out):
     """Makes the files, moves those that were verified to `out`, and reports on them. Returns the failures."""
     done, metadata, failures = convert(flags, network, facts, images, folder)
-    sample = (images.test.images if images.test else synthetic(64, 7).images)[:64]
+    sample, feed = (images.test.images if images.test else made(network, 64))[:64], feeder(network, flags["float_input"])
     rows = {"PyTorch": {"bytes": sum(v.numel() * v.element_size() for v in network.state_dict().values()),
                         **{k: metadata[k] for k in ("top1", "top5") if k in metadata},
-                        "speed": speeds(None, network, sample, flags["float_input"])}}
+                        "speed": speeds(None, network, sample, feed)}}
     for precision, (path, row) in done.items():
-        rows[precision] = row | {"speed": speeds(path, network, sample, flags["float_input"]), "file": path.name}
+        rows[precision] = row | {"speed": speeds(path, network, sample, feed), "file": path.name}
     for path, _ in done.values():
         os.replace(path, out / path.name)
     if not done:

@@ -12,6 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import torchvision
 from click.testing import CliRunner
 from PIL import Image
 
@@ -152,7 +153,8 @@ def test_the_expected_calibration_error_is_guos():
 
 def test_the_temperature_is_fitted_on_views_that_training_did_not_draw(tmp_path):
     checkpoint("resnet8", epochs=40)
-    images, _ = export.find_images({"data": "synthetic", "epochs": 40, "seed": 0}, None, 8)
+    network, _ = export.load_student("student.pt", None)
+    images, _ = export.find_images(network, {"data": "synthetic", "epochs": 40, "seed": 0}, None, 8)
     train_set = data.load_data("synthetic", None, "cpu").train
     drawn = set()
     for epoch in range(40):
@@ -163,7 +165,7 @@ def test_the_temperature_is_fitted_on_views_that_training_did_not_draw(tmp_path)
     held_out = {x.numpy().tobytes() for x in images.held_out.images}
     assert len(held_out) == 600 - len(drawn)
     assert not any(train_set.images[i].numpy().tobytes() in held_out for i in drawn)
-    images, _ = export.find_images({"data": "synthetic", "epochs": 40, "seed": 0, "val_from_train": 50}, None, 8)
+    images, _ = export.find_images(network, {"data": "synthetic", "epochs": 40, "seed": 0, "val_from_train": 50}, None, 8)
     assert images.held_out_name == "50 held-out training images" and len(images.held_out.targets) == 50
 
 
@@ -268,6 +270,31 @@ def test_the_public_resnet56_loses_nothing_in_float32_and_half_a_point_in_int8(s
     assert files["int8"]["top1"] >= 72.61 - 0.5 and files["int8"]["bytes"] <= 0.33 * files["fp32"]["bytes"]
     facts = metadata("out/resnet56.int8.onnx")
     assert json.loads(facts["classes"]) == list(data.CIFAR100_CLASSES) and float(facts["top1"]) == pytest.approx(files["int8"]["top1"], abs=1e-3)
+
+
+def test_a_student_of_train_imagenet_is_exported_with_its_rule_for_sizes(shared, tmp_path):
+    """Real JPEG files of other sizes: predict.py resizes the shorter side to 8/7 of the crop and takes the centre, as training did."""
+    for part in ("train", "val"):
+        os.symlink(shared / "imagenet-sample", tmp_path / part)
+    torch.manual_seed(0)
+    network = torchvision.models.resnet18(num_classes=100)
+    folders = data.load_folders(".")
+    views = torch.stack([data.FolderImages(folders.eval, 64)[i, 0][0][0] for i in range(24)])
+    with torch.no_grad():
+        for _ in range(8):
+            network.train()(data.normalise(views, data.IMAGENET_MEAN, data.IMAGENET_STD))
+    torch.save({"model": network.state_dict(), "student": "resnet18", "size": 64, "classes": folders.classes, "data": "imagenet"}, "student.pt")
+    call("--checkpoint", "student.pt", "--data-dir", ".", "--out", "out", "--no-int8")
+    facts = metadata("out/resnet18.onnx")
+    assert json.loads(facts["size"]) == [64, 64] and facts["resize"] == "73" and json.loads(facts["classes"]) == folders.classes
+    result = predict("out/resnet18.onnx", *[folders.eval[i][0] for i in range(24)], "--json")
+    assert result.returncode == 0 and result.stderr.count("resized and cropped to 64 x 64") == 24
+    with torch.no_grad():
+        logits = network.eval()(data.normalise(views, data.IMAGENET_MEAN, data.IMAGENET_STD))
+    expected = (logits / float(facts["temperature"])).softmax(1)
+    for row, line in zip(expected, result.stdout.splitlines()):
+        top = json.loads(line)["top"][0]
+        assert row[top["index"]].item() == pytest.approx(top["probability"], abs=0.02)
 
 
 # ---------------------------------------------------------------- predict.py

@@ -16,7 +16,7 @@ ROOMS = {
     "recipes": set(),
     "teacher": {"torch", "models", "data"},
     "train_imagenet": {"torch", "torchvision", "click", "zscore_kd", "models", "data", "recipes", "teacher", "run"},
-    "export": {"torch", "numpy", "onnx", "onnxruntime", "click", "models", "data", "run"},
+    "export": {"torch", "torchvision", "numpy", "onnx", "onnxruntime", "click", "models", "data", "run"},
     "predict": {"onnxruntime", "numpy", "PIL"},
     "bench": {"torch", "torchvision", "click", "train_cifar", "models", "data", "recipes", "teacher", "run", "zscore_kd"},
     "run": {"torch", "click"},
