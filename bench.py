@@ -1,7 +1,7 @@
 """Speed of train_cifar.py, part by part, side by side with a plain loop in one process.
 
 \b
-  python bench.py                                 all three experiments on this machine
+  python bench.py                                 all experiments on this machine
   python bench.py --compile --json bench.json     with torch.compile beside it; the numbers for machines
   python bench.py --only resnet56-resnet20        one of them
 
@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import os
 import statistics
 import tempfile
 import time
@@ -27,11 +28,15 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
+from torchvision.datasets import ImageFolder
+from torchvision.transforms.functional import to_pil_image
 
 import recipes
 import run as runs
 import train_cifar
-from data import MEAN, STD, VIEWS, Data, Split, crop_and_flip, epoch_draws, normalise, strong_draws, strong_view, synthetic
+import train_imagenet
+from data import (IMAGENET_MEAN, IMAGENET_STD, MEAN, STD, VIEWS, Data, Folders, Split, crop_and_flip, epoch_draws, normalise, strong_draws, strong_view,
+                  synthetic)
 from models import create_model
 from teacher import BATCH, Teacher
 from zscore_kd import distillation_loss
@@ -254,6 +259,80 @@ def experiment(name, device, rounds, compile):
     return result
 
 
+# ---------------------------------------------------------------- ImageNet: loading against learning
+
+
+def jpeg_folder(folder, count=256):
+    """`count` JPEG files of ImageNet's typical 500 x 375 pixels, of two classes."""
+    for i, image in enumerate(F.interpolate(synthetic(count, 5).images.float(), (375, 500), mode="bicubic").clamp(0, 255).byte()):
+        path = Path(folder) / "train" / f"class{i % 2}" / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        to_pil_image(image).save(path, quality=90)
+
+
+def imagenet(device, rounds, data_dir, batch):
+    """Images per second of resnet34 -> resnet18 at 224 pixels: loading (torchvision's ImageFolder pipeline, and this program's, with the
+    same workers), the step with images in memory, and both together."""
+    workers = min(8, os.cpu_count() or 1)
+    with tempfile.TemporaryDirectory() as made:
+        if data_dir is None:
+            jpeg_folder(made, max(256, 4 * batch))
+        samples = ImageFolder(Path(data_dir or made) / "train").samples
+        team = train_imagenet.Team(device.type)
+        recipe = recipes.imagenet("resnet34", "resnet18", "kd", True) | {
+            "teacher": "resnet34", "student": "resnet18", "method": "kd", "zscore": True, "seed": 0, "batch_size": batch, "size": 224,
+            "full_epochs": 100, "precision": runs.pick_precision(None, device)}
+        learner = train_imagenet.Learner(recipe, 1000, team)
+        learner.student.train()
+        teacher = Teacher(train_imagenet.network("resnet34", 1000), device, recipe["precision"])
+        teacher.batch = None
+        folders = Folders(samples, samples, "val", [])
+        pipeline = transforms.Compose([transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+                                       transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+        steps = max(1, len(samples) // batch)
+
+        def plain():
+            loader = DataLoader(ImageFolder(Path(data_dir or made) / "train", pipeline), batch, shuffle=True, num_workers=workers, drop_last=True)
+            return sum(batch for images, _ in loader if images.to(device) is not None)
+
+        def loaded(teacher, learn):
+            lessons = train_imagenet.Lessons(recipe, folders, teacher, team, workers, None)
+            for parts in lessons.epoch(next(epochs), 0):
+                if learn:
+                    learner.step(parts, 1)
+            return steps * batch
+
+        def step():
+            for _ in range(few):
+                learner.step([(held[0], held[1], [teacher.logits(held[0][0])])], 1)
+            return few * batch
+
+        epochs, few = itertools.count(), min(steps, 4)
+        held = next(train_imagenet.Lessons(recipe, folders, None, team, 0, None).epoch(0, 0))[0]
+        calls = {"loading, ImageFolder": plain, "loading, this program": lambda: loaded(None, False), "step, images in memory": step,
+                 "step, from JPEG files": lambda: loaded(teacher, True)}
+        rates = {name: [] for name in calls}
+        for turn in range(rounds + 1):          # the first is warm-up
+            for name, call in calls.items():
+                begun = time.perf_counter()
+                images = call()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                if turn:
+                    rates[name].append(images / (time.perf_counter() - begun))
+    rows = {name: {"img_s": statistics.median(r), "low": min(r), "high": max(r)} for name, r in rates.items()}
+    loading, learning, both = (rows[name]["img_s"] for name in list(rows)[1:])
+    return {"experiment": "imagenet", "batch": batch, "workers": workers, "images": len(samples), "rows": rows,
+            "limit": "loading" if loading < learning else "the step", "hours_100_epochs": 1_281_167 * 100 / both / 3600}
+
+
+def imagenet_table(result):
+    lines = [f"| resnet34-resnet18 at 224 pixels, batch {result['batch']}, {result['workers']} workers | images/s |", "|---|---|"]
+    lines += [f"| {name} | {row['img_s']:,.0f} ({row['low']:,.0f} to {row['high']:,.0f}) |" for name, row in result["rows"].items()]
+    return "\n".join(lines) + (f"\n\nimagenet: {result['limit']} limits; 100 epochs of 1,281,167 images would take "
+                               f"{runs.duration(3600 * result['hours_100_epochs'])}, evaluation aside")
+
+
 # ---------------------------------------------------------------- the report
 
 
@@ -297,12 +376,14 @@ def where(result):
 
 
 @click.command(cls=runs.Command, help=__doc__)
-@click.option("--only", type=runs.Choice(list(EXPERIMENTS)), multiple=True, help="An experiment; may be given again.")
+@click.option("--only", type=runs.Choice([*EXPERIMENTS, "imagenet"]), multiple=True, help="An experiment; may be given again.")
 @click.option("--rounds", type=runs.COUNT, default=7, show_default=True, help="Turns of each contestant.")
 @click.option("--compile/--no-compile", default=False, help="Measure torch.compile too; a minute more for each experiment.")
 @click.option("--device", type=runs.Choice(["cuda", "mps", "cpu"]), help="[default: the best there is]")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, writable=True), metavar="FILE", help="Write the numbers there.")
-def main(only, rounds, compile, device, json_file):
+@click.option("--image-dir", type=click.Path(file_okay=False, exists=True), metavar="DIR", help="imagenet: a folder with train/.  [default: made JPEG files]")
+@click.option("--imagenet-batch", type=runs.COUNT, metavar="N", help="imagenet: images a step.  [default: 512 on cuda, else 16]")
+def main(only, rounds, compile, device, json_file, image_dir, imagenet_batch):
     device = runs.pick_device(device)
     runs.pick_kernels(False)
     runs.keep_memory()
@@ -313,9 +394,13 @@ def main(only, rounds, compile, device, json_file):
     click.echo(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, Python {facts['python']}; "
                f"{rounds} rounds of {train_cifar.AHEAD[device.type]} steps of 64\n")
     results = []
-    for name in only or EXPERIMENTS:
-        results.append(experiment(name, device, rounds, compile))
-        click.echo(table(results[-1]) + "\n\n" + where(results[-1]) + "\n")
+    for name in only or [*EXPERIMENTS, "imagenet"]:
+        if name == "imagenet":
+            results.append(imagenet(device, rounds, image_dir, imagenet_batch or (512 if device.type == "cuda" else 16)))
+            click.echo(imagenet_table(results[-1]) + "\n")
+        else:
+            results.append(experiment(name, device, rounds, compile))
+            click.echo(table(results[-1]) + "\n\n" + where(results[-1]) + "\n")
         if json_file:
             Path(json_file).write_text(json.dumps(runs.rounded({"facts": facts, "results": results}), indent=2))
 

@@ -25,6 +25,15 @@ def test_every_contestant_does_its_steps(method, monkeypatch, tmp_path):
     assert bench.peak("resnet56-resnet20", "cpu", "this", 1) > 100
 
 
+def test_imagenets_loading_and_step_are_measured(tmp_path):
+    bench.jpeg_folder(tmp_path, 8)
+    result = bench.imagenet(CPU, 1, tmp_path, 4)
+    assert result["images"] == 8 and all(row["img_s"] > 0 for row in result["rows"].values())
+    slower = min(result["rows"]["loading, this program"]["img_s"], result["rows"]["step, images in memory"]["img_s"])
+    assert (result["limit"] == "loading") == (slower == result["rows"]["loading, this program"]["img_s"])
+    assert f"{result['limit']} limits" in bench.imagenet_table(result)
+
+
 def test_ratios_are_of_the_same_round(monkeypatch):
     times = itertools.accumulate([0, 0, 0, 1, 0, 2, 0, 4, 0, 8])    # warm-up, then plain 1 s and this 2 s, then 4 and 8
     monkeypatch.setattr(bench, "time", types.SimpleNamespace(perf_counter=lambda: next(times)))

@@ -18,7 +18,7 @@ ROOMS = {
     "train_imagenet": {"torch", "torchvision", "click", "zscore_kd", "models", "data", "recipes", "teacher", "run"},
     "export": {"torch", "torchvision", "numpy", "onnx", "onnxruntime", "click", "models", "data", "run"},
     "predict": {"onnxruntime", "numpy", "PIL"},
-    "bench": {"torch", "torchvision", "click", "train_cifar", "models", "data", "recipes", "teacher", "run", "zscore_kd"},
+    "bench": {"torch", "torchvision", "click", "train_cifar", "train_imagenet", "models", "data", "recipes", "teacher", "run", "zscore_kd"},
     "run": {"torch", "click"},
     "train_cifar": {"torch", "click", "zscore_kd", "models", "data", "recipes", "teacher", "run"},
 }

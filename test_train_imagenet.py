@@ -267,11 +267,18 @@ def test_real_images_are_read_and_learnt_from(shared, folder):
     sample = shared / "imagenet-sample"
     for part in ("train", "val"):
         os.symlink(sample, folder / part)
-    output = call("--data-dir", ".", "--student", "resnet18", "--method", "none", "--size", "64", "--batch-size", "16", "--lr", "0.01",
-                  "--epochs", "1", "--device", "cpu", "--workers", "2")
-    assert "100 training and 100 val images of 100 classes" in output
-    found = torch.load("runs/resnet18-none-" + folder.name + "-seed0/student.pt")
+    torch.save(torchvision.models.resnet34(num_classes=100).state_dict(), "large.pt")
+    flags = ["--data-dir", ".", "--teacher", "resnet34", "--teacher-checkpoint", "large.pt", "--student", "resnet18", "--zscore", "--size", "64",
+             "--batch-size", "20", "--lr", "0.01", "--epochs", "1", "--device", "cpu", "--workers", "1"]
+    output = call(*flags)
+    assert "100 training and 100 val images of 100 classes" in output and "published 71.42" in output
+    name = f"resnet34-resnet18-kd-z-{folder.name}-seed0"
+    found = torch.load(f"runs/{name}/student.pt")
     assert found["classes"][0] == "n01440764" and found["num_classes"] == 100
+    torchrun(*flags, "--out", "two")
+    for run in ("runs", "two"):
+        row = rows(f"{run}/{name}")[0]
+        assert row["loss"] > 1 and 0 <= row["val_top1"] <= 100 and row["undecodable"] == 0
 
 
 def test_list_prints_recipes_and_published_numbers():
