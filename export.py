@@ -366,7 +366,7 @@ def table(rows):
 
 
 def describe(network, facts, images, expected, float_input):
-    """expected: PyTorch's logits of the test images, or None. (metadata of every file, temperature or None, lines to print)."""
+    """expected: PyTorch's logits of the test images, or None. (metadata of every file, temperature, lines to print)."""
     size, resize, mean, std = network.input
     classes = network.classes or (list(CIFAR100_CLASSES) if facts.get("data", "cifar100") == "cifar100" and size == 32 else [])
     k = expected.shape[1]
@@ -383,7 +383,7 @@ def describe(network, facts, images, expected, float_input):
             f"error {before['ece']:.4f} -> {after['ece']:.4f}, negative log-likelihood {before['nll']:.4f} -> {after['nll']:.4f}")
     if after["nll"] > before["nll"]:
         line += ("\nwarning: the temperature makes it worse, as the network knows its training images too well: train with "
-                 "--val-from-train and export again, or take temperature 1")
+                 "--val-from-train and export again")
     metadata |= {"temperature": temperature, "temperature_fitted_on": images.held_out_name,
                  "calibration": {"before": before, "after": after}}
     return metadata, temperature, [line]
@@ -424,7 +424,10 @@ def convert(flags, network, facts, images, folder):
     for precision, write in wanted.items():
         path = source if precision == "fp32" else folder / f"{name}.{precision}.onnx"
         try:
-            write(path)
+            try:
+                write(path)
+            except Exception as error:      # the converters' own types
+                raise NotVerified(first_line(error)) from None
             row = {"bytes": path.stat().st_size, **verify(path, precision, sample[:1024], expected[:1024], feed)}
         except NotVerified as error:
             failures.append(f"{path.name} was not written: {error}")

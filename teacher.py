@@ -89,7 +89,8 @@ class Teacher:
     def answers(self, indices, views, images=None):
         """Logits (n, K), float32 on the device, of views (n,) of the training images `indices` (n,); int64 on the CPU.
 
-        images: the normalised views (n, 3, H, W), where the caller has them. Always the rounded value, remembered or not. Those that are known are read, the others computed and remembered.
+        Always the rounded value, remembered or not. Those that are known are read, the others computed and remembered.
+        images: the normalised views (n, 3, H, W), where the caller has them. ValueError for logits that float16 cannot hold.
         """
         slots = indices * VIEWS + views
         if self.memory:

@@ -222,6 +222,20 @@ def test_a_broken_graph_is_caught_and_not_kept(harm, monkeypatch):
     assert os.listdir("out") == []
 
 
+def test_a_converter_that_fails_costs_its_file_alone(monkeypatch):
+    monkeypatch.setattr(export, "write_int8", lambda *rest, **more: 1 / 0)
+    output = call("--checkpoint", checkpoint("resnet8"), "--out", "out", code=1)
+    assert "resnet8.int8.onnx was not written: division by zero" in output.splitlines()[-1] and "Traceback" not in output
+    assert sorted(os.listdir("out")) == ["resnet8.json", "resnet8.onnx"]
+
+
+def test_a_bare_imagenet_checkpoint_without_data(tmp_path):
+    torch.save(torchvision.models.squeezenet1_1(num_classes=7).state_dict(), "bare.pth")
+    call("--checkpoint", "bare.pth", "--student", "squeezenet1_1")
+    assert session("squeezenet1_1.onnx").get_inputs()[0].shape[1:] == [3, 224, 224]
+    assert metadata("squeezenet1_1.onnx")["resize"] == "256" and json.loads(metadata("squeezenet1_1.onnx")["mean"]) == list(data.IMAGENET_MEAN)
+
+
 def test_an_int8_file_that_disagrees_is_not_kept_but_float32_is(monkeypatch):
     def broken(source, path, *rest, real=export.write_int8, **more):
         real(source, path, *rest, **more)

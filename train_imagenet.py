@@ -141,7 +141,8 @@ class Learner:
     def step(self, parts, epoch):
         """One update from this process's share of a batch, in parts whose gradients add up.
 
-        parts: a list of (images of each view, targets, teacher's logits of each view). Returns sums over the share, (5,).
+        parts: a list of (images of each view, targets, teacher's logits of each view). Returns the share's sums of loss, L_CE,
+        L_KD and hits, (5,), and the student's logits of the last part's first view.
         """
         share = sum(len(target) for _, target, _ in parts)
         sums = torch.zeros(5, device=self.team.device)
@@ -401,8 +402,7 @@ def distil(recipe, folders, teacher, flags, team, until=None):
             team.say("finished before")
         elif teacher and not state and not flags["dry_run"]:
             scores = evaluate(teacher.logits, folders.eval, recipe["size"], team, flags["workers"], flags["at_once"] or 64)
-            known = recipes.imagenet_published(recipe["teacher"], recipe["student"], "teacher") or recipes.IMAGENET.get(
-                (recipe["teacher"], recipe["student"]), {}).get("teacher")
+            known = recipes.imagenet_published(recipe["teacher"], recipe["student"], "teacher")
             team.say(f"teacher {teacher.name} ({teacher.source}): {scores['top1']:.2f} % top-1 on the {folders.eval_name} images"
                      + (f", published {known[0]:.2f}" if known else ""))
         with Stop() as stop:
@@ -423,7 +423,7 @@ def dry_run(recipe, flags, team):
     with tempfile.TemporaryDirectory() if team.rank == 0 else nullcontext() as folder:
         folder = Path(team.share(folder))
         if team.rank == 0:
-            for i, (part, target) in enumerate(itertools.product(("train",) * 2 * recipe["batch_size"] + ("val",) * 7, range(1))):
+            for i, part in enumerate(["train"] * 2 * recipe["batch_size"] + ["val"] * 7):
                 (folder / part / f"class{i % 3}").mkdir(parents=True, exist_ok=True)
                 pixels = torch.randint(0, 256, (3, 80, 100), dtype=torch.uint8)
                 to_pil_image(pixels).save(folder / part / f"class{i % 3}" / f"{i}.jpg")
