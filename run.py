@@ -35,6 +35,10 @@ class RunError(click.ClickException):
     """A problem that its message explains in one line; the command ends with exit code 1."""
 
 
+class Busy(RunError):
+    """Another process has the run's folder."""
+
+
 @contextmanager
 def explained(folder):
     """Turns a failed write (disk full, no permission) into one line; what was saved before stays usable."""
@@ -61,7 +65,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.folder / "lock", "a")
         if not lock(self._lock):
-            raise RunError(f"another process is running in {self.folder}; wait for it, or choose another --out")
+            raise Busy(f"another process is running in {self.folder}; wait for it, or choose another --out")
         if not self._same_recipe():
             self._write("config.json", json.dumps({"recipe": self.recipe, "facts": self.facts}, indent=2))
         if self.finished():

@@ -1,0 +1,384 @@
+"""The paper's CIFAR-100 table from one command: many runs of train_cifar.py, their results, the README's tables.
+
+\b
+  python reproduce.py                                            teachers first, then all pairs and methods, one seed
+  python reproduce.py --pairs resnet32x4-resnet8x4 --methods kd,kd-z --seeds 3
+  python reproduce.py --pairs resnet56-resnet8 --epochs 12 --train-images 20000      a short budget, in a table of its own
+  python reproduce.py --table                                    the README's tables from results/; nothing is run
+
+A row is one run: results/NAME.json, its log results/logs/NAME.jsonl.gz. Stopped at any moment, the same command goes on; what
+is finished is not run again. A row that another process has in hand is left to it, so that several may share one GPU.
+"""
+
+import gzip
+import json
+import os
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+
+import recipes
+import run as runs
+import train_cifar
+from data import load_data
+from models import MODELS, create_model, load_weights, read_checkpoint
+from run import Busy, RunError
+from teacher import CHECKPOINTS, Teacher
+
+ROOT = Path(__file__).resolve().parent
+TEACHERS = ("resnet32x4", "wrn_40_2", "resnet56", "resnet110", "vgg13", "ResNet50")
+PAIRS = ("resnet32x4-resnet8x4", "resnet32x4-ShuffleV2", "resnet32x4-wrn_16_2", "resnet32x4-wrn_40_2", "wrn_40_2-wrn_16_2",
+         "resnet56-resnet20", "resnet110-resnet32", "resnet110-resnet20")
+METHODS = ("none", "kd", "kd-z", "dkd", "dkd-z", "mlkd-z", "mlkd-z-released", "ctkd-z", "wttm")
+KNOWN_METHODS = ("none", *(f"{c}{r}" for c in recipes.COLUMNS for r in ("", "-released")))
+KEPT_PAIR = "resnet32x4-resnet8x4"      # its students are kept in checkpoints/, like the teachers
+LARGEST = 16e6      # bytes of a checkpoint that is kept
+BEGIN, END = "<!-- made by reproduce.py: begin -->", "<!-- made by reproduce.py: end -->"
+
+
+class Row(NamedTuple):
+    teacher: str | None
+    student: str
+    method: str         # as in KNOWN_METHODS
+
+    @property
+    def pair(self):
+        return f"{self.teacher}-{self.student}" if self.teacher else self.student
+
+    def flags(self):
+        """The row in train_cifar.py's words."""
+        name, *rest = self.method.split("-")
+        return {"teacher": self.teacher, "student": self.student, "method": name, "zscore": "z" in rest,
+                "recipe": "released" if "released" in rest else "authors"}
+
+
+def rows_of(pairs, methods):
+    """Rows in the order of pairs, then methods. A pair is TEACHER-STUDENT, or one network alone; a student alone counts once."""
+    rows = []
+    for pair in pairs:
+        *teacher, student = pair.split("-")
+        for method in methods if teacher else ["none"]:
+            rows.append(Row(teacher[0] if teacher and method != "none" else None, student, method))
+    return list(dict.fromkeys(rows))
+
+
+# ---------------------------------------------------------------- running
+
+
+def budget_of(flags):
+    """What is shorter than the recipe, as parts of a name."""
+    return [f"{flags[k]}{word}" for k, word in (("epochs", "epochs"), ("train_images", "images")) if flags[k]]
+
+
+def command_of(row, seed, flags):
+    """The command that makes this row alone."""
+    words = ["python train_cifar.py"]
+    for name, value in row.flags().items():
+        if name == "zscore":
+            words += ["--zscore"] * value
+        elif value is not None and (name, value) != ("recipe", "authors"):
+            words.append(f"--{name} {value}")
+    given = {k: flags[k] for k in ("epochs", "train_images", "teacher_checkpoint", "precision") if flags[k] is not None}
+    if row.teacher is None:
+        given.pop("teacher_checkpoint", None)
+    if flags["data"] != "cifar100":
+        given["data"] = flags["data"]
+    words += [f"--{k.replace('_', '-')} {v}" for k, v in {"seed": seed, **given}.items()]
+    return " ".join(words + ["--compile"] * flags["compile"])
+
+
+class Reproduction:
+    """What the rows share: the data, and each teacher with its remembered answers."""
+
+    def __init__(self, flags, device):
+        self.device, self.teachers, self.data = device, {}, None
+        self.flags = dict.fromkeys(p.name for p in train_cifar.main.params) | {
+            "deterministic": False, "val_from_train": 0, "save_every": 60, "capture": True, "teacher_memory": True,
+            "exact_teacher": False, "dry_run": False, "teacher_url": train_cifar.ARCHIVE_URL} | flags
+
+    def name(self, row, seed):
+        recipe, _ = train_cifar.resolve(self.flags | row.flags(), self.device)
+        released = ["released"] if "released" in row.method else []
+        return "-".join([train_cifar.run_name(recipe | {"seed": seed}), *released, *budget_of(self.flags)])
+
+    def run(self, row, seed):
+        """Trains a row, or finds it trained. Returns its record and its run's folder."""
+        flags = self.flags | row.flags()
+        recipe, lines = train_cifar.resolve(flags, self.device)
+        for line in lines:
+            click.echo(line)
+        self.data = self.data or load_data(flags["data"], flags["data_dir"], self.device, train_images=flags["train_images"])
+        teacher, top1 = self.teacher(recipe, flags) if row.teacher else (None, None)
+        out = Path(flags["out"], *(["released"] if "released" in row.method else []), *budget_of(flags))
+        result, folder = train_cifar.distil(recipe | {"seed": seed}, self.data, teacher, flags | {"out": str(out)}, self.device)
+        facts = json.loads((folder / "config.json").read_text())["facts"]
+        facts.pop("command")        # reproduce.py's
+        return {"teacher": row.teacher, "student": row.student, "method": row.method, "seed": seed,
+                **{k: result[k] for k in ("last", "best", "best_chosen_on", "epochs", "minutes", "img_s")},
+                "full_length": not budget_of(flags), "teacher_top1": top1, "teacher_source": teacher and teacher.source,
+                "command": command_of(row, seed, self.flags), "facts": facts,
+                "recipe": json.loads((folder / "config.json").read_text())["recipe"]}, folder
+
+    def teacher(self, recipe, flags):
+        """(the Teacher of a row, trained here first where there is none, its top-1); once for all rows that have it."""
+        name = recipe["teacher"]
+        if name not in self.teachers:
+            teacher = train_cifar.get_teacher(recipe, self.data, flags, self.device)
+            top1, line = teacher.check(self.data.test, recipes.ALONE.get(name) if flags["data"] == "cifar100" else None)
+            click.echo(line)
+            self.teachers[name] = teacher, top1
+        return self.teachers[name]
+
+
+def record_row(record, folder, results, name):
+    """results/NAME.json and results/logs/NAME.jsonl.gz; the JSON, which says that a row is done, last."""
+    with runs.explained(results):
+        (results / "logs").mkdir(parents=True, exist_ok=True)
+        log = gzip.compress((folder / "log.jsonl").read_bytes(), mtime=0)
+        replace(results / "logs" / f"{name}.jsonl.gz", log)
+        replace(results / f"{name}.json", (json.dumps(runs.rounded(record), indent=2) + "\n").encode())
+
+
+def replace(path, content):
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def keep(row, record, folder, data, device, checkpoints=CHECKPOINTS):
+    """A teacher, or a student of KEPT_PAIR, as float16 weights with a model card (JSON) in checkpoints/; returns a line to print.
+
+    Weights of 16 MB and more, and those that lose 0.02 points in float16, are left out; the card stays. An older file is kept.
+    """
+    name = row.student if row.teacher is None else f"{row.pair}-{row.method}"
+    path = checkpoints / f"{name}.pt"
+    weights = {k: v.half() if v.is_floating_point() else v for k, v in read_checkpoint(folder / "student.pt")["model"].items()}
+    with runs.explained(checkpoints):
+        checkpoints.mkdir(exist_ok=True)
+        if path.exists():
+            return f"{path} is there already and stays"
+        partial = runs.write_checkpoint(checkpoints / f"{name}.{os.getpid()}.part", {"model": weights, "student": row.student})
+        try:
+            network = create_model(row.student)
+            load_weights(network, partial)
+            top1 = Teacher(network, device, record["recipe"]["precision"]).evaluate(data.test)["top1"]
+            size, same = partial.stat().st_size, abs(top1 - record["last"]["top1"]) <= 0.02
+            replace(checkpoints / f"{name}.json", (json.dumps(runs.rounded(
+                {k: record[k] for k in ("command", "seed", "last", "best", "best_chosen_on", "facts")}
+                | {"float16_top1": top1, "bytes": size}), indent=2) + "\n").encode())
+            if size >= LARGEST or not same:
+                return f"{name}: {size / 1e6:.1f} MB, {top1:.2f} % in float16: only its card is kept"
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    return f"kept {path}, {top1:.2f} % in float16"
+
+
+# ---------------------------------------------------------------- the tables
+
+
+def load_records(results):
+    """All rows of a results folder; RunError names a file that is not one."""
+    records = []
+    for path in sorted(Path(results).glob("*.json")):
+        try:
+            record = json.loads(path.read_text())
+            record["last"]["top1"], record["recipe"], record["method"], record["full_length"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise RunError(f"{path} is not a row's result; remove it") from None
+        records.append(record)
+    return records
+
+
+def cells_of(records):
+    """Row -> its records by seed. RunError where the seeds of one cell were run by different recipes."""
+    cells = {}
+    for record in records:
+        cell = cells.setdefault(Row(record["teacher"], record["student"], record["method"]), {})
+        for other in cell.values():
+            differ = [k for k in record["recipe"] | other["recipe"] if k != "seed" and record["recipe"].get(k) != other["recipe"].get(k)]
+            if differ:
+                raise RunError(f"seeds {other['seed']} and {record['seed']} of {record['command']} differ in {', '.join(differ)}: no "
+                               "mean is taken over them; move one of them out of the results")
+        cell[record["seed"]] = record
+    return cells
+
+
+def spread(values, sign=""):
+    """Mean ± standard deviation (of a sample, n - 1), and n."""
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.2f}{deviation}" + (f" (n = {len(values)})" if len(values) > 1 else "")
+
+
+def device_of(facts):
+    return facts["device"] + (f", {facts['threads']} threads" if facts["device"].endswith("cpu") else "")
+
+
+def table_row(row, cells):
+    """One line of a table. A cell that has not been run is empty."""
+    flags = row.flags()
+    names = (row.teacher, row.student, flags["method"], flags["zscore"])
+    published, logged = (f"{v:.2f}" if v else "" for v in (recipes.published(*names), recipes.logged(*names)))
+    pair = f"{row.teacher} → {row.student}" if row.teacher else row.student
+    method = flags["method"].upper() + "+Z" * flags["zscore"] + ", released" * (flags["recipe"] == "released")
+    cell = cells.get(row, {})
+    if not cell:
+        return [pair, "alone" if row.teacher is None else method, "", "", published, logged, "", "", "", ""]
+    plain = cells.get(row._replace(method=row.method.replace("-z", "")), {}) if flags["zscore"] else {}
+    delta = [cell[s]["last"]["top1"] - plain[s]["last"]["top1"] for s in sorted(cell.keys() & plain.keys())]
+    shown = list(cell.values())
+    first = shown[0]["command"].split()
+    return [pair, "alone" if row.teacher is None else method, spread([r["last"]["top1"] for r in shown]),
+            spread([r["best"]["top1"] for r in shown]), published, logged, spread(delta, "+") if delta else "",
+            f"{statistics.mean(r['minutes'] for r in shown):.1f}", ", ".join(sorted({device_of(r["facts"]) for r in shown})),
+            "`" + " ".join(first[2:first.index("--seed")]) + "`"]
+
+
+HEAD = ["pair", "method", "last epoch, top-1", "best, chosen on test", "paper", "authors' log, last epoch", "Δ of Z", "minutes",
+        "device", "`python train_cifar.py ...`"]
+
+
+def tables(records):
+    """Markdown of all rows, a table for each budget; full length, also where nothing has been run yet, last."""
+    short = {}
+    for record in records:
+        if not record["full_length"]:
+            short.setdefault((record["recipe"]["data"], record["epochs"], record["recipe"]["train_images"]), []).append(record)
+    text = []
+    for (data, epochs, images), group in sorted(short.items(), key=str):
+        cells = cells_of(group)
+        pairs = dict.fromkeys(row.pair for row in cells if row.teacher)
+        methods = [*METHODS, *sorted({row.method for row in cells} - set(METHODS))]
+        rows = list(dict.fromkeys([*rows_of(pairs, methods), *cells]))
+        options = [w for w in (f"--epochs {epochs}", f"--train-images {images}" if images else "") if w]
+        teachers = {(r["teacher"], r["teacher_top1"], r["teacher_source"]) for r in group if r["teacher"]}
+        seconds = sum(60 * r["minutes"] for r in group)
+        text += [f"**A short budget: {epochs} epochs on {f'{images:,}' if images else 'all'} training images"
+                 f"{'' if data == 'cifar100' else ' of ' + data}, {runs.duration(seconds)} for the {len(group)} runs.** It shows that the "
+                 f"machinery works on real images, not the paper's ranking. Every command takes `{' '.join(options)}` besides"
+                 + "".join(f"; the teacher {n} is {s}, {t:.2f} %" for n, t, s in sorted(teachers)) + ".",
+                 "", *markdown([table_row(row, cells) for row in rows]), ""]
+    full = cells_of([r for r in records if r["full_length"] and r["recipe"]["data"] == "cifar100"])
+    rows = list(dict.fromkeys([*rows_of([*TEACHERS, *PAIRS], METHODS), *full]))
+    lines = markdown([table_row(row, full) for row in rows])
+    title = f"Full length, as in the papers: {len(full.keys() & set(rows))} of {len(rows)} rows have been run"
+    text += ([f"**{title}.**", "", *lines] if full else
+             [f"<details><summary>{title}; the published numbers wait beside the empty places.</summary>", "", *lines, "", "</details>"])
+    return "\n".join(text)
+
+
+def markdown(rows):
+    return ["| " + " | ".join(cells) + " |" for cells in (HEAD, ["---"] * len(HEAD), *rows)]
+
+
+def write_tables(results, readme):
+    """Puts the tables between the marks of a README."""
+    with runs.explained(readme.parent):
+        text = readme.read_text(encoding="utf-8")
+        if text.count(BEGIN) != 1 or text.count(END) != 1:
+            raise RunError(f"{readme} has no place for the tables: it must hold the lines {BEGIN} and {END}, once each")
+        before, after = text.split(BEGIN)[0], text.split(END)[1]
+        replace(readme, f"{before}{BEGIN}\n{tables(load_records(results))}\n{END}{after}".encode())
+
+
+# ---------------------------------------------------------------- the command
+
+
+def check_usage(flags):
+    """The pairs and methods of the flags, as lists of known names."""
+    pairs = flags["pairs"].split(",") if flags["pairs"] else [*TEACHERS, *PAIRS]
+    methods = flags["methods"].split(",") if flags["methods"] else METHODS
+    for pair in pairs:
+        if pair.count("-") > 1:
+            raise click.UsageError(f"--pairs {pair}: a pair is TEACHER-STUDENT, for instance {PAIRS[0]}")
+        for network in pair.split("-"):
+            runs.check_name("--pairs", network, [name for name in MODELS if name != "MobileNetV1"])
+    for method in methods:
+        if method not in KNOWN_METHODS:
+            raise click.UsageError(f"--methods {method}: known, the nearest first: {runs.nearest_first(method, list(KNOWN_METHODS))}")
+    if flags["teacher_checkpoint"] and len({pair.split("-")[0] for pair in pairs if "-" in pair}) != 1:
+        raise click.UsageError("--teacher-checkpoint is one teacher's: name pairs with that teacher alone in --pairs")
+    return pairs, methods
+
+
+@click.command(cls=runs.Command, help=__doc__)
+@click.option("--pairs", metavar="T-S,...", help="TEACHER-STUDENT, or a network alone.  [default: the teachers and eight pairs]")
+@click.option("--methods", metavar="M,...", help=f"Of {', '.join(KNOWN_METHODS[:4])}, ...  [default: {','.join(METHODS)}]")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="First seed.")
+@click.option("--seeds", type=runs.COUNT, default=1, show_default=True, help="Number of seeds; all rows of one before the next.")
+@click.option("--epochs", type=runs.COUNT, help="A shorter budget.  [default: recipe]")
+@click.option("--train-images", type=runs.COUNT, metavar="N", help="Train on the first N images of a fixed shuffle.")
+@click.option("--teacher-checkpoint", metavar="FILE", help="The teacher's weights.")
+@click.option("--data", type=runs.Choice(["cifar100", "synthetic"]), default="cifar100", show_default=True)
+@click.option("--data-dir", default="data", show_default=True, metavar="DIR", help="Folder of cifar-100-python.")
+@click.option("--out", metavar="DIR", default="runs", show_default=True, help="Folder for the runs' folders.")
+@click.option("--results", metavar="DIR", default=ROOT / "results", type=click.Path(path_type=Path), help="[default: results/ here]")
+@click.option("--readme", metavar="FILE", default=ROOT / "README.md", type=click.Path(path_type=Path), help="[default: README.md here]")
+@click.option("--device", type=runs.Choice(["cuda", "mps", "cpu"]), help="[default: the best there is]")
+@click.option("--precision", type=runs.Choice(["fp32", "bf16"]), help="[default: bf16 on cuda, else fp32]")
+@click.option("--compile/--no-compile", default=False, help="torch.compile.  [default: off]")
+@click.option("--table", is_flag=True, help="Only rewrite the README's tables from the results.")
+@click.option("--list", "list_rows", is_flag=True, help="Print the rows and which are done, and exit.")
+def main(**flags):
+    results, readme = flags.pop("results"), flags.pop("readme")
+    if flags.pop("table"):
+        write_tables(results, readme)
+        return
+    pairs, methods = check_usage(flags)
+    todo = [(row, seed) for seed in range(flags["seed"], flags["seed"] + flags["seeds"]) for row in rows_of(pairs, methods)]
+    try:
+        device = runs.pick_device(flags["device"])
+        shared = Reproduction(flags, device)
+        if flags["list_rows"]:
+            for row, seed in todo:
+                name = shared.name(row, seed)
+                click.echo(f"{'done' if (results / f'{name}.json').exists() else '    '}  {name}")
+            return
+        runs.pick_kernels(False)
+        runs.keep_memory()
+        if flags["compile"]:
+            runs.check_compiler(device)
+        run_all(todo, shared, results, readme)
+    except ValueError as error:     # the rooms' own, one line each
+        raise RunError(str(error)) from None
+
+
+def run_all(todo, shared, results, readme):
+    """Every row that is not done. RunError at the end, when some could not be run."""
+    problems, elsewhere, again = {}, [], True
+    while again:        # a pass over the rows; once more when a row that was in another's hands may be free by now
+        again, elsewhere = False, []
+        for row, seed in todo:
+            name = shared.name(row, seed)
+            if (results / f"{name}.json").exists() or name in problems:
+                continue
+            click.echo(f"\n{name}")
+            try:
+                record, folder = shared.run(row, seed)
+            except Busy:
+                elsewhere.append(name)
+                continue
+            except RunError as error:
+                click.echo(f"{name}: {error.message}", err=True)
+                problems[name] = error.message
+                continue
+            again = True
+            record_row(record, folder, results, name)
+            write_tables(results, readme)
+            full = record["full_length"] and record["recipe"]["data"] == "cifar100" and seed == 0
+            if full and (row.pair == KEPT_PAIR or row.teacher is None and row.student in TEACHERS):
+                click.echo(keep(row, record, folder, shared.data, shared.device))
+        again = again and bool(elsewhere)
+    if elsewhere:
+        click.echo(f"{len(elsewhere)} rows are in another process's hands: {', '.join(elsewhere)}")
+    if problems:
+        raise RunError(f"{len(problems)} of {len(todo)} rows could not be run: {', '.join(problems)}; their reasons are above")
+
+
+if __name__ == "__main__":
+    main()
