@@ -9,9 +9,11 @@ No loader processes and no PIL in the loop: the whole set is 184 MB of uint8.
 
 import functools
 import http.client
+import itertools
 import math
 import os
 import random
+import signal
 import socket
 import warnings
 from pathlib import Path
@@ -20,9 +22,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR100, ImageFolder
-from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import functional as pil
 
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)      # of pixels in [0, 1]; as in the field's code
@@ -436,15 +438,15 @@ class FolderImages(Dataset):
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")     # odd EXIF, which is not read
-                    image = pil_loader(path)            # RGB, whatever it was
+                    with Image.open(path) as file:
+                        image = to_rgb(file)
                 break
             except Exception:       # Pillow raises a dozen types for damaged files
                 bad.append(index)
-                if not self.views:
-                    return [torch.zeros(3, self.size, self.size, dtype=torch.uint8)], [False], target, bad
+                if not self.views or len(bad) > 100:        # so many are an error for the caller
+                    views = self.views or 1
+                    return [torch.zeros(3, self.size, self.size, dtype=torch.uint8)] * views, [False] * views, target, bad
                 index = (index + 1) % len(self.samples)
-                if len(bad) > 100:
-                    raise ValueError(f"100 images after {self.samples[bad[0]][0]} cannot be decoded") from None
         draw = random.Random(seed)
         images, flips = [], []
         for _ in range(self.views):
@@ -456,6 +458,16 @@ class FolderImages(Dataset):
         return [pil.pil_to_tensor(x) for x in images], flips, target, bad
 
 
+def to_rgb(image):
+    """A Pillow image of any mode in RGB: 16-bit grey scaled, not clipped; what is transparent on white. EXIF is not looked at."""
+    if image.mode.startswith("I"):
+        image = image.point(lambda level: level / 256).convert("L")
+    if "transparency" in image.info or "A" in image.getbands():
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
 def collate(items):
     """([uint8 (B, 3, S, S) of each view], [flips (B,) of each view], targets (B,), bad indices)."""
     images, flips, targets, bad = zip(*items)
@@ -465,24 +477,30 @@ def collate(items):
 
 def folder_batches(dataset, keys, workers, pin=False):
     """A DataLoader over lists of keys, one list a batch."""
-    return DataLoader(dataset, batch_sampler=keys, num_workers=workers, collate_fn=collate, pin_memory=pin,
-                      prefetch_factor=4 if workers else None)
+    return DataLoader(dataset, batch_sampler=keys, num_workers=workers, collate_fn=collate, pin_memory=pin, worker_init_fn=ignore_signals)
 
 
-def folder_keys(seed, epoch, n, batch, first_step, rank, world, at_once):
-    """Rank's share of an epoch's batches, as lists of keys of at most `at_once` images; the last, incomplete batch is left out.
+def ignore_signals(worker):
+    """In a loading process: what stops a job reaches all its processes, and the one that trains still needs images for its save."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
-    Batches are the same whatever the number of processes: each takes an equal part of every one.
+
+def folder_keys(seed, epoch, n, batch, first_step, rank, world, parts):
+    """Rank's share of an epoch's batches: keys, `parts` lists a batch, and where in the epoch each list begins.
+
+    Batches are the same whatever the number of processes: each takes an equal part of every one. Lists are of equal length, or one
+    apart. The last, incomplete batch is left out.
     """
     order, _ = epoch_draws(seed, epoch, n)
     seeds = np.random.Philox(key=np.array([seed, epoch + 2**33], dtype=np.uint64)).random_raw(n)
-    share, keys = batch // world, []
+    share, keys, places = batch // world, [], []
     for step in range(first_step, n // batch):
-        begin = step * batch + rank * share
-        for first in range(begin, begin + share, at_once):
-            part = slice(first, min(first + at_once, begin + share))
-            keys.append(list(zip(order[part].tolist(), seeds[part].tolist())))
-    return keys
+        bounds = [step * batch + rank * share + share * i // parts for i in range(parts + 1)]
+        for begin, end in itertools.pairwise(bounds):
+            keys.append(list(zip(order[begin:end].tolist(), seeds[begin:end].tolist())))
+            places.append(begin)
+    return keys, places
 
 
 def normalise_folder(images, flips):

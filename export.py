@@ -97,8 +97,9 @@ def load_student(path, name):
     else:
         raise ValueError(f"{path} does not say which network it holds, and none has its keys: name it with --student")
     load_weights(network, path)
-    size = facts.get("size", 32 if name in MODELS and name != "MobileNetV1" else 224)
-    network.input = Input() if size == 32 else Input(size, round(size * 8 / 7), IMAGENET_MEAN, IMAGENET_STD)
+    small = name in MODELS and name != "MobileNetV1" and "size" not in facts       # which train_imagenet.py's students say
+    size = facts.get("size", 224)
+    network.input = Input() if small else Input(size, round(size * 8 / 7), IMAGENET_MEAN, IMAGENET_STD)
     network.classes = facts.get("classes")
     known = ("student", "teacher", "method", "zscore", "base_temp", "epochs", "seed", "data", "train_images", "val_from_train",
              "top1", "top5")
@@ -129,7 +130,7 @@ def find_folders(network, data_dir, count):
 
 def find_images(network, facts, data_dir, count):
     """The images of the set that the student was trained on, where they are at hand; never downloaded. (Images, line to print)"""
-    if network.input.size != 32:
+    if network.input != Input():
         return find_folders(network, data_dir, count)
     name = facts.get("data", "cifar100")
     folder = data_dir or "data"
@@ -204,7 +205,7 @@ def write_fp32(module, path, opset, size, metadata):
             torch.onnx.export(module, (example,), str(path), input_names=["image"], output_names=outputs, opset_version=opset,
                               dynamic_shapes=({0: torch.export.Dim("batch")},), external_data=False, dynamo=True, verbose=False)
     except Exception as error:
-        raise ValueError(f"opset {opset}: the exporter failed ({first_line(error)}); 18 is a good choice") from None
+        raise ValueError(f"opset {opset}: the exporter failed ({runs.first_line(error)}); 18 is a good choice") from None
     model = onnx.load(path)
     given = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
     if given != opset:
@@ -272,10 +273,6 @@ def quiet():
         logging.disable(level)
 
 
-def first_line(error):
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
 # ---------------------------------------------------------------- verifying and measuring
 
 
@@ -304,7 +301,7 @@ def verify(path, precision, images, expected, feed):
         ours = run_all(runner, images, feed)
         same = (ours.argmax(1) == expected.argmax(1)).double().mean().item()
     except Exception as error:      # onnx's and onnxruntime's own types
-        raise NotVerified(first_line(error)) from None
+        raise NotVerified(runs.first_line(error)) from None
     if not max(errors) <= LIMITS.get(precision, math.inf):
         raise NotVerified(f"relative error {max(errors):.1e} against PyTorch, allowed {LIMITS[precision]:.0e}")
     if precision == "int8" and not same >= AGREEMENT:
@@ -368,7 +365,7 @@ def table(rows):
 def describe(network, facts, images, expected, float_input):
     """expected: PyTorch's logits of the test images, or None. (metadata of every file, temperature, lines to print)."""
     size, resize, mean, std = network.input
-    classes = network.classes or (list(CIFAR100_CLASSES) if facts.get("data", "cifar100") == "cifar100" and size == 32 else [])
+    classes = network.classes or (list(CIFAR100_CLASSES) if facts.get("data", "cifar100") == "cifar100" and network.input == Input() else [])
     k = expected.shape[1]
     metadata = {"network": facts["student"], "num_classes": k,
                 "classes": classes if len(classes) == k else [f"class {i}" for i in range(k)], "size": [size, size], "resize": resize,
@@ -427,7 +424,7 @@ def convert(flags, network, facts, images, folder):
             try:
                 write(path)
             except Exception as error:      # the converters' own types
-                raise NotVerified(first_line(error)) from None
+                raise NotVerified(runs.first_line(error)) from None
             row = {"bytes": path.stat().st_size, **verify(path, precision, sample[:1024], expected[:1024], feed)}
         except NotVerified as error:
             failures.append(f"{path.name} was not written: {error}")

@@ -42,11 +42,12 @@ class Classifier:
         if image.mode == "RGBA":
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
         height, width = self.size
-        if image.size != (width, height):
-            scale = self.resize / min(image.size)
-            image = image.resize([max(round(side * scale), self.resize) for side in image.size], Image.Resampling.BICUBIC)
-            left, top = (image.width - width) // 2, (image.height - height) // 2
-            image = image.crop((left, top, left + width, top + height))
+        short, other = min(image.size), max(image.size)
+        if (short, other) != (self.resize, self.resize):        # as torchvision's Resize and CenterCrop, to the pixel
+            scaled = int(self.resize * other / short)
+            image = image.resize((self.resize, scaled) if image.width <= image.height else (scaled, self.resize), Image.Resampling.BILINEAR)
+        left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+        image = image.crop((left, top, left + width, top + height))
         return np.asarray(image).transpose(2, 0, 1)
 
     def __call__(self, pixels):

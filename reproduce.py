@@ -113,13 +113,12 @@ class Reproduction:
         teacher, top1 = self.teacher(recipe, flags) if row.teacher else (None, None)
         out = Path(flags["out"], *(["released"] if "released" in row.method else []), *budget_of(flags))
         result, folder = train_cifar.distil(recipe | {"seed": seed}, self.data, teacher, flags | {"out": str(out)}, self.device)
-        facts = json.loads((folder / "config.json").read_text())["facts"]
-        facts.pop("command")        # reproduce.py's
+        config = json.loads((folder / "config.json").read_text())
+        config["facts"].pop("command")      # reproduce.py's own
         return {"teacher": row.teacher, "student": row.student, "method": row.method, "seed": seed,
                 **{k: result[k] for k in ("last", "best", "best_chosen_on", "epochs", "minutes", "img_s")},
                 "full_length": not budget_of(flags), "teacher_top1": top1, "teacher_source": teacher and teacher.source,
-                "command": command_of(row, seed, self.flags), "facts": facts,
-                "recipe": json.loads((folder / "config.json").read_text())["recipe"]}, folder
+                "command": command_of(row, seed, self.flags), "facts": config["facts"], "recipe": config["recipe"]}, folder
 
     def teacher(self, recipe, flags):
         """(the Teacher of a row, trained here first where there is none, its top-1); once for all rows that have it."""
@@ -278,11 +277,11 @@ def markdown(rows):
 
 def write_tables(results, readme):
     """Puts the tables between the marks of a README."""
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise RunError(f"{readme} has no place for the tables: it must hold the lines {BEGIN} and {END}, once each")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
     with runs.explained(readme.parent):
-        text = readme.read_text(encoding="utf-8")
-        if text.count(BEGIN) != 1 or text.count(END) != 1:
-            raise RunError(f"{readme} has no place for the tables: it must hold the lines {BEGIN} and {END}, once each")
-        before, after = text.split(BEGIN)[0], text.split(END)[1]
         replace(readme, f"{before}{BEGIN}\n{tables(load_records(results))}\n{END}{after}".encode())
 
 

@@ -64,6 +64,8 @@ class Run:
         with explained(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.folder / "lock", "a")
+            if hasattr(os, "register_at_fork"):     # a loading process that outlives this one must not hold the folder
+                os.register_at_fork(after_in_child=self._lock.close)
         if not lock(self._lock):
             raise Busy(f"another process is running in {self.folder}; wait for it, or choose another --out")
         if not self._same_recipe():
@@ -345,10 +347,12 @@ def pick_precision(name, device):
 
 def collect_facts(device):
     """Versions, device, commit and command line, for config.json."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
-    except OSError:
+        commit = subprocess.run([*git, "describe", "--always", "--abbrev=12"], capture_output=True, text=True, timeout=10).stdout.strip() or None
+        if commit and subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], timeout=10).returncode:
+            commit += "-dirty"      # of the program; results and README change as rows are run
+    except (OSError, subprocess.TimeoutExpired):
         commit = None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}"
     return {"version": VERSION, "python": platform.python_version(), "torch": torch.__version__, "device": name,
@@ -379,8 +383,7 @@ def check_compiler(device):
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
     except Exception as error:      # torch raises its own types, by version
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise RunError(f"--compile does not work here ({reason.strip()}); it needs a C++ compiler on a CPU, Triton on a GPU. Leave "
+        raise RunError(f"--compile does not work here ({first_line(error)}); it needs a C++ compiler on a CPU, Triton on a GPU. Leave "
                        "the flag out") from None
 
 
@@ -397,6 +400,10 @@ def peak_memory(device):
     except ImportError:
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def first_line(error):
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def duration(seconds):
@@ -420,6 +427,32 @@ def check_name(flag, name, known):
     """Raises a usage error that lists the known names, the nearest first."""
     if name not in known:
         raise click.UsageError(f"{flag} {name}: no such network; known, the nearest first: {nearest_first(name, known)}")
+
+
+def check_method(flags, networks):
+    """Usage errors of the flags that say what is trained, which click cannot see by itself. Takes the teacher from method none.
+
+    networks: the names that --teacher and --student may have.
+    """
+    if flags["method"] == "none":
+        if flags["zscore"]:
+            raise click.UsageError("--zscore needs a method that distils: --method none has no teacher's logits to standardize")
+        flags["teacher"] = flags["teacher_checkpoint"] = None
+    for flag, method in (("alpha", "dkd"), ("beta", "dkd"), ("zscore_relations", "mlkd")):
+        if flags[flag] is not None and flags["method"] != method:
+            raise click.UsageError(f"--{flag.replace('_', '-')} is for --method {method}, not {flags['method']}")
+    if flags["zscore_relations"] and not flags["zscore"]:
+        raise click.UsageError("--zscore-relations needs --zscore")
+    for flag in ("base_temp", "kd_weight"):
+        if flags[flag] is not None and flags["method"] == "none":
+            raise click.UsageError(f"--{flag.replace('_', '-')} is for a method that distils, not for --method none")
+    for flag in ("teacher", "student"):
+        if flags[flag] is not None:
+            check_name(f"--{flag}", flags[flag], networks)
+    if flags["eval_file"] is None and flags["student"] is None:
+        raise click.UsageError("name a --student" + ("" if flags["method"] == "none" else " and a --teacher") + "; --list shows the pairs")
+    if flags["eval_file"] is None and flags["method"] != "none" and flags["teacher"] is None:
+        raise click.UsageError("name a --teacher (or train the student alone: --method none)")
 
 
 class Choice(click.Choice):

@@ -18,6 +18,7 @@ from PIL import Image
 
 import data
 import export
+import predict as predictor
 from models import MODELS, create_model
 from train_cifar import main as train
 
@@ -353,6 +354,26 @@ def test_predict_says_what_pytorch_would_say(distilled):
         assert [t["probability"] for t in found["top"]] == pytest.approx(expected.values[i].tolist(), abs=1e-4)
         assert found["top"][0]["class"] == f"class {found['top'][0]['index']}"
     assert "%" in predict(folder / "resnet8.int8.onnx", "photos/inner/1.png").stdout
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "RGBA", "P", "I;16"])
+@pytest.mark.parametrize("shape", [(64, 64), (73, 73), (501, 374), (75, 131), (40, 90)])
+def test_predict_sees_the_pixels_that_the_evaluation_saw(tmp_path, mode, shape):
+    """Whatever the kind of file, sizes equal to the network's input included."""
+    draw = np.random.default_rng(0)
+    if mode == "I;16":
+        image = Image.fromarray(draw.integers(0, 2**16, shape[::-1], dtype=np.uint16))
+    else:
+        image = Image.fromarray(draw.integers(0, 256, (*shape[::-1], 3), dtype=np.uint8)).convert(mode)
+        if mode == "RGBA":
+            image.putalpha(Image.fromarray(draw.integers(0, 256, shape[::-1], dtype=np.uint8)))
+    image.save(path := tmp_path / ("x.jpg" if mode == "CMYK" else "x.png"), **({"transparency": 3} if mode == "P" else {}))
+    (evaluated,), _, _, bad = data.FolderImages([(path, 0)], 64)[0, 0]
+    classifier = object.__new__(predictor.Classifier)
+    classifier.size, classifier.resize = (64, 64), 73
+    with Image.open(path) as image:
+        seen = classifier.pixels(image)
+    assert not bad and np.array_equal(seen, evaluated.numpy())
 
 
 def test_predict_resizes_with_a_notice_and_takes_every_kind_of_image(distilled):

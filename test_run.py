@@ -1,6 +1,9 @@
 """A run's folder: atomic checkpoints, a log cut back to them, another recipe refused."""
 
 import json
+import multiprocessing
+import os
+import time
 
 import click
 import pytest
@@ -189,3 +192,19 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "odd" / "config.json").write_text("{")
     with pytest.raises(RunError, match="config.json is not a run's configuration"):
         opened(tmp_path / "odd")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a child shares files with its parent where there is fork alone")
+def test_a_child_that_outlives_its_run_does_not_hold_the_folder(tmp_path):
+    """Loading processes live on for seconds when the run is killed; the restarted one must not be refused."""
+    run = Run(tmp_path / "run", {}, {})
+    run.open()
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    try:
+        run.close()
+        again = Run(tmp_path / "run", {}, {})
+        again.open()
+        again.close()
+    finally:
+        child.kill()

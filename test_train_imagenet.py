@@ -1,5 +1,6 @@
 """train_imagenet.py on small folders of real JPEG files, in one process and in two."""
 
+import http.client
 import json
 import os
 import random
@@ -18,7 +19,9 @@ from click.testing import CliRunner
 from PIL import Image
 
 import data
+import train_imagenet
 from models import create_model
+from run import RunError
 from train_imagenet import main
 
 ROOT = Path(__file__).resolve().parent
@@ -73,21 +76,21 @@ def rows(folder):
     return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("method, zscore", [("kd", "--zscore"), ("ctkd", "--zscore"), ("mlkd", "--zscore")])
-def test_two_processes_learn_what_one_does_that_accumulates(method, zscore):
+@pytest.mark.parametrize("method, student", [("kd", "resnet18"), ("ctkd", "resnet18"), ("mlkd", "resnet18"), ("kd", "squeezenet1_1")])
+def test_two_processes_learn_what_one_does_that_accumulates(method, student):
     """The same losses and weights to 1e-5 when one process takes its batches in the same two halves. Batch norm's running
     statistics and MLKD's relations are per replica: the former follow rank 0's half alone."""
-    flags = [*SMALL, "--method", method, zscore, "--student", "resnet18", "--size", "64", "--batch-size", "12", "--lr", "0.001"]
+    flags = [*SMALL, "--method", method, "--zscore", "--student", student, "--size", "64", "--batch-size", "12", "--lr", "0.001"]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)            # as each of the two has
     call(*flags, "--at-once", "6", "--out", "one")
     torch.set_num_threads(threads)
     output = torchrun(*flags, "--out", "two")
-    name = f"resnet18-resnet18-{method}-z-images-seed0"
+    name = f"resnet18-{student}-{method}-z-images-seed0"
     one, two = (torch.load(f"{out}/{name}/last.pt") for out in ("one", "two"))
     moved = 0.0
     torch.manual_seed(0)
-    start = torchvision.models.resnet18(num_classes=3).state_dict()
+    start = torchvision.models.get_model(student, num_classes=3).state_dict()
     for key, value in one["model"].items():
         if "running" not in key and "tracked" not in key:
             torch.testing.assert_close(two["model"][key], value, rtol=1e-5, atol=1e-5, msg=lambda m: f"{key}: {m}")
@@ -130,15 +133,15 @@ def workers_of(launcher):
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
 def test_a_killed_worker_costs_one_save_at_most():
     flags = [*SMALL[:-1], "12", "--zscore", "--save-every", "0.01"]
-    process = launch(*flags, restarts=1)
+    process = launch(*flags, "--workers", "2", restarts=1)
     log = Path("runs") / NAME / "log.jsonl"
     until = time.monotonic() + 100
     while not (log.exists() and len(rows(log.parent)) >= 2):
         assert time.monotonic() < until and process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
-    victims = workers_of(process)
-    assert len(victims) == 2
-    os.kill(max(victims), signal.SIGKILL)
+    victims = [pid for pid in workers_of(process) if b"\0RANK=0\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+    assert len(victims) == 1
+    os.kill(victims[0], signal.SIGKILL)     # the one that has the run's folder, and loading processes
     output = process.communicate(timeout=200)[0]
     assert process.returncode == 0, output
     assert "going on from epoch" in output and [r["epoch"] for r in rows(log.parent)] == list(range(1, 13))
@@ -147,26 +150,31 @@ def test_a_killed_worker_costs_one_save_at_most():
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
-def test_ctrl_c_saves_and_leaves_all_processes_promptly():
-    flags = [*SMALL[:-1], "200", "--zscore"]
-    process = launch(*flags)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_leaves_all_processes_promptly_and_another_number_goes_on(number):
+    """torchrun hands a signal to its workers' process groups, loading processes included."""
+    flags = [*SMALL[:-1], "40", "--zscore"]
+    process = launch(*flags, "--workers", "1")
     folder = Path("runs") / NAME
     until = time.monotonic() + 100
     while not (folder / "last.pt").exists():
         assert time.monotonic() < until and process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
-    for worker in workers_of(process):
-        os.kill(worker, signal.SIGINT)      # the terminal signals all of them
+    process.send_signal(number)
     begun = time.monotonic()
     output = process.communicate(timeout=60)[0]
     assert process.returncode != 0 and time.monotonic() - begun < 30
     assert "stopped, and saved in" in output
     state = torch.load(folder / "last.pt")
-    assert state["epoch"] >= 1
+    assert (state["epoch"], state["step"]) != (0, 0)
+    output = call(*flags)
+    assert "processes was 2, now 1" in output and f"going on from epoch {state['epoch']}, step {state['step']}" in output
+    assert [r["epoch"] for r in rows(folder)] == list(range(1, 41))
 
 
-def test_a_run_goes_on_with_the_bits_of_an_unbroken_one(monkeypatch):
-    import train_imagenet
+@pytest.mark.parametrize("student", ["MobileNetV1", "squeezenet1_1"])       # the latter has dropout
+def test_a_run_goes_on_with_the_bits_of_an_unbroken_one(student, monkeypatch):
+    name = NAME.replace("MobileNetV1", student)
 
     class Killed(BaseException):
         pass
@@ -176,23 +184,79 @@ def test_a_run_goes_on_with_the_bits_of_an_unbroken_one(monkeypatch):
         if (state["epoch"], state["step"]) == (1, 2):
             raise Killed
 
-    flags = [*SMALL[:-1], "2", "--zscore"]
+    flags = [*SMALL[:-1], "2", "--zscore", "--student", student]
     call(*flags, "--out", "whole")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(train_imagenet.Run, "save", save)
         CliRunner().invoke(main, [*flags, "--save-every", "1e-9", "--out", "broken"], catch_exceptions=False)
     assert "going on from epoch 1, step 2" in call(*flags, "--out", "broken")
-    whole, broken = (torch.load(f"{out}/{NAME}/last.pt")["model"] for out in ("whole", "broken"))
+    same(name, "whole", "broken")
+
+
+def same(name, *folders):
+    whole, broken = (torch.load(f"{out}/{name}/last.pt")["model"] for out in folders)
     assert all(map(torch.equal, whole.values(), broken.values()))
-    strip = [[{k: v for k, v in r.items() if k not in ("img_s", "seconds")} for r in rows(f"{out}/{NAME}")] for out in ("whole", "broken")]
+    strip = [[{k: v for k, v in r.items() if k not in ("img_s", "seconds")} for r in rows(f"{out}/{name}")] for out in folders]
     assert strip[0] == strip[1]
 
 
+def test_a_signal_in_the_evaluation_costs_no_training(monkeypatch):
+    """On ImageNet an evaluation takes minutes, longer than schedulers wait."""
+    def evaluate(*rest, real=train_imagenet.evaluate):
+        if len(rest) == 7:          # the student's
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*rest)
+
+    flags = [*SMALL, "--zscore"]
+    call(*flags, "--out", "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_imagenet, "evaluate", evaluate)
+        assert "stopped, and saved" in call(*flags, "--out", "broken", code=1)
+    assert "going on from epoch 0, step 3" in call(*flags, "--out", "broken")
+    same(NAME, "whole", "broken")
+
+
+def test_folders_of_one_name_with_other_images_are_other_runs(folder):
+    call(*SMALL, "--zscore")
+    photos(folder / "elsewhere" / "images", {"train": 29, "val": 7})
+    output = call(*SMALL, "--zscore", "--data-dir", "elsewhere/images", code=1)
+    assert "holds a run of another recipe (images was 30 and 7 of 3 classes" in output
+
+
+def test_a_clusters_variables_alone_make_no_processes(monkeypatch):
+    """Some set RANK and WORLD_SIZE for every job; without torchrun there is one process, and it takes all images."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert "7 val images of 3 classes, 1 process\n" in call(*SMALL, "--zscore")
+
+
+def test_networks_say_which_sizes_they_do_not_take():
+    assert train_imagenet.refusal(train_imagenet.network("resnet18", 3), 32) is None
+    assert "vit_b_32 does not take images of 64 x 64 pixels (Wrong image height" in train_imagenet.refusal(train_imagenet.network("vit_b_32", 3), 64)
+
+
+@pytest.mark.parametrize("error", [OSError("no route"), RuntimeError("invalid hash value"), http.client.IncompleteRead(b"")])
+def test_torchvisions_weights_missing_or_unknown_are_one_line(error, monkeypatch):
+    def fails(*rest, **more):
+        raise error
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fails)
+    monkeypatch.setenv("TORCH_HOME", "empty")
+    with pytest.raises(RunError, match="torchvision's IMAGENET1K_V1 of resnet18 could not be downloaded"):
+        train_imagenet.network("resnet18", 1000, "IMAGENET1K_V1")
+    with pytest.raises(RunError, match="--teacher-weights NOPE: torchvision's resnet18 has IMAGENET1K_V1"):
+        train_imagenet.network("resnet18", 1000, "NOPE")
+
+
 def test_batches_do_not_depend_on_the_number_of_processes():
-    whole = data.folder_keys(3, 1, 100, 24, 1, 0, 1, 24)
-    assert len(whole) == 3 and all(len(k) == 24 for k in whole)         # the incomplete batch is left out
-    for world, at_once in ((2, 12), (3, 5), (4, 1)):
-        shares = [sum(data.folder_keys(3, 1, 100, 24, 1, rank, world, at_once), []) for rank in range(world)]
+    whole, places = data.folder_keys(3, 1, 100, 24, 1, 0, 1, 1)
+    assert places == [24, 48, 72] and all(len(k) == 24 for k in whole)      # the incomplete batch is left out
+    for world, parts in ((2, 1), (3, 2), (2, 5), (4, 6)):
+        keys = [data.folder_keys(3, 1, 100, 24, 1, rank, world, parts) for rank in range(world)]
+        assert {len(k) for k, _ in keys} == {3 * parts}
+        sizes = [len(k) for k in keys[0][0]]
+        assert max(sizes) - min(sizes) <= 1         # no part of one image, which batch norm does not take
+        shares = [sum(k, []) for k, _ in keys]
         size = 24 // world
         assert sum((share[step * size:(step + 1) * size] for step in range(3) for share in shares), []) == sum(whole, [])
 
@@ -217,11 +281,22 @@ def test_undecodable_images_are_named_and_replaced_in_training_and_an_error_in_e
     assert rows(Path("runs") / NAME)[0]["undecodable"] == 1
     for name in ("5.jpg", "6.jpg", "7.jpg"):
         next((folder / "images" / "train").rglob(name)).write_bytes(b"no image")
-    assert "of 30 training images cannot be decoded" in call(*flags, "--seed", "1", code=1).splitlines()[-1]
+    assert "4 of 30 training images cannot be decoded" in call(*flags, "--seed", "1", code=1).splitlines()[-1]
+    process = launch(*flags, "--seed", "1")         # and all processes know of all
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode != 0 and output.count("4 of 30 training images cannot be decoded") == 2
     photos(folder / "images", {"train": 30})
     next((folder / "images" / "val").rglob("3.jpg")).write_bytes(b"no image")
     output = call(*flags, "--seed", "2", code=1)
     assert "1 evaluation images cannot be decoded, for instance images/val/class0/3.jpg" in output.splitlines()[-1]
+    process = launch(*flags, "--seed", "2")
+    assert process.communicate(timeout=200)[0].count("1 evaluation images cannot be decoded, for instance images/val/class0/3.jpg") == 2
+
+
+def test_a_folder_of_nothing_but_damage_is_one_line(folder):
+    for path in (folder / "images" / "train").rglob("*.jpg"):
+        path.write_bytes(b"no image")
+    assert "of 30 training images cannot be decoded" in call(*SMALL, "--zscore", "--workers", "1", code=1).splitlines()[-1]
 
 
 @pytest.mark.parametrize("words, code, flags", [
@@ -234,6 +309,7 @@ def test_undecodable_images_are_named_and_replaced_in_training_and_an_error_in_e
     ("--val-from-train 30 leaves nothing", 1, "--val-from-train 30"),
     ("--seeds is for train_cifar.py", 2, "--seeds 2"),
     ("--alpha is for --method dkd", 2, "--alpha 2"),
+    ("alexnet does not take images of 32 x 32 pixels (", 2, "--student alexnet"),
 ])
 def test_mistakes_are_one_line(folder, words, code, flags):
     photos(folder / "four", {"train": 30, "val": 8}, classes=4)
@@ -271,7 +347,7 @@ def test_real_images_are_read_and_learnt_from(shared, folder):
     flags = ["--data-dir", ".", "--teacher", "resnet34", "--teacher-checkpoint", "large.pt", "--student", "resnet18", "--zscore", "--size", "64",
              "--batch-size", "20", "--lr", "0.01", "--epochs", "1", "--device", "cpu", "--workers", "1"]
     output = call(*flags)
-    assert "100 training and 100 val images of 100 classes" in output and "published 71.42" in output
+    assert "100 training and 100 val images of 100 classes" in output and "published" not in output        # which are of 1000
     name = f"resnet34-resnet18-kd-z-{folder.name}-seed0"
     found = torch.load(f"runs/{name}/student.pt")
     assert found["classes"][0] == "n01440764" and found["num_classes"] == 100

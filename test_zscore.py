@@ -364,6 +364,61 @@ def test_the_second_papers_theorem():
         right = temperature * kd + (temperature - 1) * (shannon - renyi)
         torch.testing.assert_close(ttm_loss(z, v, temperature), right)
 
+def maximum_entropy(logits, expected):
+    """The distribution q of largest entropy with sum q = 1 and sum q * logits = expected, and the second constraint's multiplier.
+
+    Newton's method on the conditions of Karush, Kuhn and Tucker from the uniform q, which need not meet the constraints; no form of
+    q is presumed.
+    """
+    k = len(logits)
+    constraints, values = np.stack([np.ones(k), logits]), np.array([1, expected])
+    q, multipliers = np.full(k, 1 / k), np.zeros(2)
+
+    def residual(q, multipliers):       # the gradient of sum q log q + multipliers (A q - b), and the constraints
+        return np.concatenate([np.log(q) + 1 + constraints.T @ multipliers, constraints @ q - values])
+
+    for _ in range(200):
+        r = residual(q, multipliers)
+        if np.abs(r).max() < 1e-13:
+            break
+        matrix = np.block([[np.diag(1 / q), constraints.T], [constraints, np.zeros((2, 2))]])
+        step = np.linalg.solve(matrix, -r)
+        size = 1.0
+        while (q + size * step[:k]).min() <= 0 or size > 1e-12 and (
+                np.linalg.norm(residual(q + size * step[:k], multipliers + size * step[k:])) > (1 - 0.01 * size) * np.linalg.norm(r)):
+            size /= 2
+        q, multipliers = q + size * step[:k], multipliers + size * step[k:]
+    return q, -multipliers[1]
+
+
+@pytest.mark.parametrize("k", [3, 10, 100])
+def test_softmax_at_a_temperature_of_its_own_is_the_maximum_entropy_solution(k):
+    """The ground of the method: q is the least committed distribution with a given expected logit, and 1 / T that constraint's
+    Lagrange multiplier. Every sample and side has a constraint of its own, so nothing makes their temperatures equal."""
+    rng = np.random.default_rng(k)
+    for temperature in (0.5, 1.0, 2.0, 7.0):
+        logits = rng.normal(0, 2, k)
+        q = softmax_reference(logits / temperature)
+        found, multiplier = maximum_entropy(logits, q @ logits)
+        np.testing.assert_allclose(found, q, rtol=1e-6, atol=1e-12)
+        assert multiplier == pytest.approx(1 / temperature, rel=1e-7)
+        # no other distribution with this expected logit has more entropy
+        free = np.linalg.svd(np.stack([np.ones(k), logits]))[2][2:].T @ rng.normal(size=(k - 2, 20))
+        others = q[:, None] + 0.5 * q.min() * free / np.abs(free).max(0)
+        assert (-(others * np.log(others)).sum(0) < -(q * np.log(q)).sum()).all()
+
+
+def test_standardization_is_such_a_temperature_for_each_sample_and_side():
+    """softmax(Z(x; tau)) is the maximum-entropy solution whose multiplier is 1 / (tau sigma(x)): another one for each row."""
+    sides = torch.randn(2, 4, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * torch.tensor([5.0, 1.0]).view(2, 1, 1)
+    multipliers = []
+    for row, q in zip(sides.flatten(0, 1).numpy(), weighted_zscore(sides, 2.0).softmax(-1).flatten(0, 1).numpy()):
+        found, multiplier = maximum_entropy(row, q @ row)
+        np.testing.assert_allclose(found, q, rtol=1e-6, atol=1e-12)
+        assert multiplier == pytest.approx(1 / (2 * row.std()), rel=1e-7)
+        multipliers.append(multiplier)
+    assert len(set(np.round(multipliers, 3))) == 8
+
 
 def test_at_a_high_temperature_kd_is_one_minus_the_correlation():
     z, v = logits(6, 100, seed=90), logits(6, 100, seed=91)

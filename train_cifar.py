@@ -467,25 +467,7 @@ def check_usage(flags):
             if name not in allowed and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
                 raise click.UsageError(f"--demo takes no --{name.replace('_', '-')}; it has its own")
         return
-    if flags["method"] == "none":
-        if flags["zscore"]:
-            raise click.UsageError("--zscore needs a method that distils: --method none has no teacher's logits to standardize")
-        flags["teacher"] = flags["teacher_checkpoint"] = None
-    for flag, method in (("alpha", "dkd"), ("beta", "dkd"), ("zscore_relations", "mlkd")):
-        if flags[flag] is not None and flags["method"] != method:
-            raise click.UsageError(f"--{flag.replace('_', '-')} is for --method {method}, not {flags['method']}")
-    if flags["zscore_relations"] and not flags["zscore"]:
-        raise click.UsageError("--zscore-relations needs --zscore")
-    for flag in ("base_temp", "kd_weight"):
-        if flags[flag] is not None and flags["method"] == "none":
-            raise click.UsageError(f"--{flag.replace('_', '-')} is for a method that distils, not for --method none")
-    for flag in ("teacher", "student"):
-        if flags[flag] is not None:
-            runs.check_name(f"--{flag}", flags[flag], [name for name in MODELS if name != "MobileNetV1"])     # ImageNet's
-    if flags["eval_file"] is None and flags["student"] is None:
-        raise click.UsageError("name a --student" + ("" if flags["method"] == "none" else " and a --teacher") + "; --list shows the pairs")
-    if flags["eval_file"] is None and flags["method"] != "none" and flags["teacher"] is None:
-        raise click.UsageError("name a --teacher (or train the student alone: --method none)")
+    runs.check_method(flags, [name for name in MODELS if name != "MobileNetV1"])     # ImageNet's
 
 
 @click.command(cls=runs.Command, help=__doc__)

@@ -10,6 +10,8 @@ data-dir holds train/CLASS/ and val/CLASS/. Networks are torchvision's, by its n
 takes the pair's recipe; a run that was stopped goes on when the same command is given again, with any number of processes.
 """
 
+import hashlib
+import http.client
 import itertools
 import math
 import os
@@ -31,7 +33,7 @@ import recipes
 import run as runs
 from data import (FolderImages, StrongDraws, folder_batches, folder_keys, load_folders, normalise_folder, strong_draws,
                   strong_operations, top_k_hits)
-from models import create_model, load_weights
+from models import create_model, load_weights, read_checkpoint, split_checkpoint
 from recipes import kd_weight, learning_rate, recipe_epoch, reversal
 from run import KEPT, Progress, Run, RunError, Stop, check_finite, epoch_line, epoch_row
 from teacher import Teacher
@@ -49,16 +51,19 @@ class Team:
     """The processes of one job: rank 0 alone prints and writes. Without torchrun, one process."""
 
     def __init__(self, device_name):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.size, self.flags = 0, 1, None
         self.device = runs.pick_device(device_name)
-        self.flags = None
+        launched = dist.is_torchelastic_launched()      # RANK alone says nothing: clusters set it for other reasons
         if self.device.type == "cuda":
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            local, there = int(os.environ["LOCAL_RANK"]) if launched else 0, torch.cuda.device_count()
+            if local >= there:
+                raise RunError(f"process {local + 1} on this machine finds {there} GPUs: give torchrun --nproc-per-node {there}")
+            self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
-        if dist.is_torchelastic_launched():
-            store, rank, size = next(dist.rendezvous("env://"))
+        if launched:
+            store, self.rank, self.size = next(dist.rendezvous("env://"))
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")     # after a restart the store still has the dead one's keys
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", rank=rank, world_size=size,
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", rank=self.rank, world_size=self.size,
                                     store=dist.PrefixStore(f"attempt {attempt}", store))
             self.flags = dist.new_group(backend="gloo")     # small questions, on the CPU
 
@@ -74,6 +79,29 @@ class Team:
         dist.broadcast_object_list(held, 0, group=self.flags)
         return held[0]
 
+    def first(self, call):
+        """What `call` gives in rank 0, for all; its problem ends all of them, with one line."""
+        value = problem = None
+        if self.rank == 0:
+            try:
+                value = call()
+            except (click.ClickException, ValueError) as error:
+                problem = error
+        value, failed = self.share((value, problem is not None))
+        if problem:
+            raise problem
+        if failed:
+            raise click.exceptions.Exit(1)
+        return value
+
+    def gather(self, values):
+        """The union of all processes' sets."""
+        if self.flags is None:
+            return values
+        held = [None] * self.size
+        dist.all_gather_object(held, values, group=self.flags)
+        return set().union(*held)
+
     def any(self, *flags):
         """Each flag, true where it is so in any process: all save, and all stop, at the same step."""
         if self.flags is None:
@@ -85,7 +113,7 @@ class Team:
     def total(self, tensor):
         """The sum over all processes."""
         if self.flags is not None:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.flags if tensor.device.type == "cpu" else None)
         return tensor
 
     def agree(self, tensors):
@@ -141,13 +169,14 @@ class Learner:
     def step(self, parts, epoch):
         """One update from this process's share of a batch, in parts whose gradients add up.
 
-        parts: a list of (images of each view, targets, teacher's logits of each view). Returns the share's sums of loss, L_CE,
-        L_KD and hits, (5,), and the student's logits of the last part's first view.
+        parts: a list of (images of each view, targets, teacher's logits of each view, place of the first image in the run). Returns
+        the share's sums of loss, L_CE, L_KD and hits, (5,), and the student's logits of the last part's first view.
         """
-        share = sum(len(target) for _, target, _ in parts)
+        share = sum(len(target) for _, target, _, _ in parts)
         sums = torch.zeros(5, device=self.team.device)
         self.optimizer.zero_grad()
-        for i, (images, target, teacher_logits) in enumerate(parts):
+        for i, (images, target, teacher_logits, place) in enumerate(parts):
+            torch.manual_seed((self.recipe["seed"] * 2**40 + place) % 2**63)        # dropout's masks: of the images, not of the process
             last = i == len(parts) - 1
             with nullcontext() if last or self.team.flags is None else self.parallel.no_sync():
                 loss, ce, kd, logits = self.losses(images, target, teacher_logits, epoch)
@@ -178,33 +207,33 @@ class Lessons:
 
     def __init__(self, recipe, folders, teacher, team, workers, at_once):
         self.recipe, self.teacher, self.team, self.workers = recipe, teacher, team, workers
-        self.at_once = min(at_once or recipe["batch_size"], recipe["batch_size"] // team.size)
+        share = recipe["batch_size"] // team.size
+        self.parts = -(-share // min(at_once or share, share))
         self.views = 2 if recipe["method"] == "mlkd" else 1
         self.dataset = FolderImages(folders.train, recipe["size"], self.views)
-        self.bad = set()
+        self.bad = set()        # indices of images that cannot be decoded
+
+    def check(self):
+        """Learns from all processes which images cannot be decoded; RunError in each where they are too many."""
+        self.bad = self.team.gather(self.bad)
+        if len(self.bad) > max(BAD * len(self.dataset), 1):
+            raise RunError(f"{len(self.bad)} of {len(self.dataset)} training images cannot be decoded, for instance "
+                           f"{self.dataset.samples[min(self.bad)][0]}; mend or remove them")
 
     def epoch(self, epoch, first_step):
         team, batch = self.team, self.recipe["batch_size"]
-        keys = folder_keys(self.recipe["seed"], epoch, len(self.dataset), batch, first_step, team.rank, team.size, self.at_once)
-        share = batch // team.size
-        per_step = -(-share // self.at_once)
+        n = len(self.dataset)
+        keys, places = folder_keys(self.recipe["seed"], epoch, n, batch, first_step, team.rank, team.size, self.parts)
         loader = iter(folder_batches(self.dataset, keys, self.workers, team.device.type == "cuda"))
-        strong = strong_draws(self.recipe["seed"], epoch, len(self.dataset)) if self.views == 2 else None
-        for step in itertools.count(first_step):
-            parts = [self._part(*loaded, strong, step * batch + team.rank * share + i * self.at_once)
-                     for i, loaded in enumerate(itertools.islice(loader, per_step))]
-            if not parts:
-                return
-            yield parts
+        strong = strong_draws(self.recipe["seed"], epoch, n) if self.views == 2 else None
+        for first in range(0, len(keys), self.parts):
+            yield [(*self._part(*next(loader), strong, place), epoch * n + place) for place in places[first:first + self.parts]]
 
     def _part(self, images, flips, target, bad, strong, place):
         device = self.team.device
         for index in set(bad) - self.bad:
             click.echo(f"notice: {self.dataset.samples[index][0]} cannot be decoded; another image stands in")
         self.bad |= set(bad)
-        if len(self.bad) > max(BAD * len(self.dataset), 1):
-            raise RunError(f"{len(self.bad)} of {len(self.dataset)} training images cannot be decoded, for instance "
-                           f"{self.dataset.samples[min(self.bad)][0]}; mend or remove them")
         images, flips = ([x.to(device, non_blocking=True) for x in views] for views in (images, flips))
         if strong:
             draws = StrongDraws(*(x.to(device) for x in strong[place:place + len(target)]))
@@ -215,21 +244,27 @@ class Lessons:
 
 
 @torch.no_grad()
-def evaluate(predict, samples, size, team, workers, at_once):
-    """Mean cross-entropy, top-1 and top-5 (%), exact over all samples whatever the number of processes."""
+def evaluate(predict, samples, size, team, workers, at_once, interrupted=lambda: None):
+    """Mean cross-entropy, top-1 and top-5 (%), exact over all samples whatever the number of processes.
+
+    interrupted: called between batches, by every process equally often; it may raise.
+    """
     mine = range(team.rank, len(samples), team.size)
     keys = [[(i, 0) for i in mine[first:first + at_once]] for first in range(0, len(mine), at_once)]
-    dataset, sums = FolderImages(samples, size), torch.zeros(3, device=team.device, dtype=torch.float64)
-    bad = []
-    for images, flips, target, undecodable in folder_batches(dataset, keys, workers, team.device.type == "cuda"):
-        bad += undecodable
-        target = target.to(team.device)
-        logits = predict(normalise_folder(images[0].to(team.device), flips[0].to(team.device)))
-        sums += torch.stack([F.cross_entropy(logits, target, reduction="sum"), *top_k_hits(logits, target)])
-    if any(team.any(bool(bad))):
-        raise RunError(f"{len(bad)} evaluation images cannot be decoded" + (f", for instance {samples[bad[0]][0]}" if bad else "")
-                       + "; mend or remove them")
-    loss, top1, top5 = (team.total(sums) / len(samples)).tolist()
+    loader = iter(folder_batches(FolderImages(samples, size), keys, workers, team.device.type == "cuda"))
+    sums, bad = [torch.zeros(3, device=team.device)], set()
+    for i in range(-(-len(samples) // (team.size * at_once))):
+        interrupted()
+        if i < len(keys):       # some have a batch more than others
+            images, flips, target, undecodable = next(loader)
+            bad |= set(undecodable)
+            target = target.to(team.device)
+            logits = predict(normalise_folder(images[0].to(team.device), flips[0].to(team.device)))
+            sums.append(torch.stack([F.cross_entropy(logits, target, reduction="sum"), *top_k_hits(logits, target)]))
+    bad = team.gather(bad)
+    if bad:
+        raise RunError(f"{len(bad)} evaluation images cannot be decoded, for instance {samples[min(bad)][0]}; mend or remove them")
+    loss, top1, top5 = (team.total(torch.stack(sums).cpu().double().sum(0)) / len(samples)).tolist()
     return {"loss": loss, "top1": 100 * top1, "top5": 100 * top5}
 
 
@@ -237,8 +272,9 @@ def train(recipe, folders, teacher, run, state, team, stop, flags, until=None):
     """One run (Algorithm 2). Returns its result, a dict; None when it leaves after `until` epochs, as a kill would."""
     learner = Learner(recipe, len(folders.classes), team, flags["compile"])
     lessons = Lessons(recipe, folders, teacher, team, flags["workers"], flags["at_once"])
-    at_once = lessons.at_once
+    at_once = -(-recipe["batch_size"] // (team.size * lessons.parts))
     state = state or {"epoch": 0, "step": 0, "seconds": 0.0, "sums": torch.zeros(5), "best": {"top1": -1.0}, "row": {}}
+    lessons.bad |= set(state.get("bad", ()))
     if "model" in state:
         learner.load(state)
         team.say(f"going on from epoch {state['epoch']}, step {state['step']} ({run.folder})")
@@ -250,12 +286,21 @@ def train(recipe, folders, teacher, run, state, team, stop, flags, until=None):
     steps = len(folders.train) // batch
     progress = Progress(steps * batch, recipe["epochs"], (start * steps + first_step) * batch, team.device)
 
-    def save(epoch, step, sums):
-        if team.rank == 0:
+    def save(epoch, step, sums, logged=None):
+        lessons.check()
+
+        def write():
             if not all(v.isfinite().all() for v in learner.student.state_dict().values()):
                 raise RunError(f"the student's weights became infinite in epoch {epoch}; {KEPT.format(run.folder)}")
+            if logged:
+                run.log(logged)
             run.save({"epoch": epoch, "step": step, "seconds": time.monotonic() - begun, "sums": sums.cpu(), "best": best,
-                      "row": row, **learner.state()})
+                      "row": row, "bad": sorted(lessons.bad), **learner.state()})
+        team.first(write)
+
+    def interrupted():
+        if team.any(stop.asked)[0]:
+            leave(team, run)
 
     for epoch in range(start, recipe["epochs"]):
         epoch_begun, seen = time.monotonic(), (steps - first_step) * batch
@@ -278,9 +323,10 @@ def train(recipe, folders, teacher, run, state, team, stop, flags, until=None):
                     leave(team, run)
         spent = time.monotonic() - epoch_begun
         sums = sums + team.total(mine)
+        save(epoch, steps, sums)        # the evaluation may take minutes
         learner.student.eval()
         team.agree(learner.student.buffers())       # all evaluate what is saved
-        scores = evaluate(learner.predict, folders.eval, recipe["size"], team, flags["workers"], at_once)
+        scores = evaluate(learner.predict, folders.eval, recipe["size"], team, flags["workers"], at_once, interrupted)
         if not math.isfinite(scores["loss"]):
             raise RunError(f"the evaluation's loss became {scores['loss']} in epoch {epoch + 1}; {KEPT.format(run.folder)}")
         row = epoch_row(epoch, learner.optimizer, sums / (steps * batch), scores, name)
@@ -290,15 +336,14 @@ def train(recipe, folders, teacher, run, state, team, stop, flags, until=None):
         if row[f"{name}_top1"] > best["top1"]:
             best = {"top1": row[f"{name}_top1"], "top5": row[f"{name}_top5"], "epoch": epoch + 1}
         first_step, sums = 0, torch.zeros_like(sums)
+        save(epoch + 1, 0, sums, row)
         if team.rank == 0:
-            run.log(row)
             progress.print(epoch_line(row, best, name, recipe["epochs"]))
-        save(epoch + 1, 0, sums)
         saved = time.monotonic()
         if epoch + 1 == until:
             return None
-        if team.any(stop.asked)[0] and epoch + 1 < recipe["epochs"]:
-            leave(team, run)
+        if epoch + 1 < recipe["epochs"]:
+            interrupted()
     return finish(recipe, folders, run, learner.student, row, best, (time.monotonic() - begun) / 60, team)
 
 
@@ -315,10 +360,12 @@ def finish(recipe, folders, run, student, row, best, minutes, team):
     result = {"last": {k: row[f"{folders.eval_name}_{k}"] for k in ("top1", "top5")}, "best": best,
               "best_chosen_on": folders.eval_name, "epochs": recipe["epochs"], "minutes": minutes,
               "img_s": images / (60 * minutes), "processes": team.size, "peak_memory_mib": runs.peak_memory(team.device)}
-    if team.rank == 0:
+
+    def write():
         facts = {k: recipe[k] for k in ("student", "teacher", "method", "zscore", "base_temp", "epochs", "seed", "data", "size")}
         weights = {k: v.cpu().contiguous() for k, v in student.state_dict().items()}
         run.finish(result, {"model": weights, **facts, "num_classes": len(folders.classes), "classes": folders.classes, **result["last"]})
+    team.first(write)
     return result
 
 
@@ -329,12 +376,28 @@ def network(name, classes, weights=None):
     """One of NETWORKS, untrained, or with torchvision's weights of that name."""
     if name == "MobileNetV1":
         return create_model(name, classes)
-    try:
-        model = torchvision.models.get_model(name, weights=weights, **({} if weights else {"num_classes": classes}))
-    except (OSError, ValueError) as error:      # no network, or no such weights
-        raise RunError(f"no weights {weights} of torchvision's {name} ({error}); name a file with --teacher-checkpoint") from None
+    if weights is None:
+        model = torchvision.models.get_model(name, num_classes=classes)
+    else:
+        known = [w.name for w in torchvision.models.get_model_weights(name)]
+        if weights not in known:
+            raise RunError(f"--teacher-weights {weights}: torchvision's {name} has {', '.join(known)}")
+        try:
+            model = torchvision.models.get_model(name, weights=weights)
+        except (OSError, RuntimeError, http.client.HTTPException) as error:     # no network, or a damaged download
+            raise RunError(f"torchvision's {weights} of {name} could not be downloaded ({runs.first_line(error)}); give the same command "
+                           "again, or name a file with --teacher-checkpoint") from None
     model.name = name
     return model
+
+
+def refusal(model, size):
+    """Why a network does not take images of size x size pixels, None where it does."""
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        return f"{model.name} does not take images of {size} x {size} pixels ({runs.first_line(error)}): choose another --size"
 
 
 def get_teacher(recipe, folders, flags, team):
@@ -350,11 +413,8 @@ def get_teacher(recipe, folders, flags, team):
         raise RunError(f"torchvision's {name} is for 1000 classes, {flags['data_dir']} has {classes}: train a teacher on it (--method none "
                        f"--student {name}) and name it with --teacher-checkpoint")
     else:
-        if team.rank > 0:
-            team.share()        # rank 0 downloads first
+        team.first(lambda: network(name, classes, flags["teacher_weights"]) and None)       # rank 0 downloads for all on its machine
         model, source = network(name, classes, flags["teacher_weights"]), f"torchvision's {flags['teacher_weights']}"
-        if team.rank == 0:
-            team.share()
     teacher = Teacher(model, team.device, recipe["precision"], source, flags["compile"])
     teacher.batch = None
     return teacher
@@ -387,24 +447,42 @@ def run_name(recipe):
     return "-".join([*pair, recipe["student"], recipes.key(recipe["method"], recipe["zscore"]), recipe["data"], f"seed{recipe['seed']}"])
 
 
+def digest(folders):
+    """Which images a run learns from and is evaluated on: their numbers, and a hash of their names and classes."""
+    names = hashlib.sha256()
+    for path, target in itertools.chain(folders.train, folders.eval):
+        names.update(f"{'/'.join(Path(path).parts[-3:])} {target}\n".encode())
+    return f"{len(folders.train)} and {len(folders.eval)} of {len(folders.classes)} classes, {names.hexdigest()[:12]}"
+
+
+def published(recipe, folders, method):
+    """As `recipes.imagenet_published`, for what may be ImageNet itself."""
+    if len(folders.classes) == 1000 and folders.eval_name == "val":
+        return recipes.imagenet_published(recipe["teacher"], recipe["student"], method, recipe["zscore"] and method != "teacher")
+
+
 def distil(recipe, folders, teacher, flags, team, until=None):
     """One run in its folder: printed, trained or found finished. Returns its result."""
-    if teacher:
-        recipe = recipe | {"teacher_sha256": teacher.sha256}
+    recipe = recipe | {"images": digest(folders)} | ({"teacher_sha256": teacher.sha256} if teacher else {})
+    for name in (recipe["teacher"], recipe["student"]):
+        problem = name and refusal(network(name, len(folders.classes)), recipe["size"])
+        if problem:
+            raise click.UsageError(problem)
     run = Run(Path(flags["out"]) / run_name(recipe), recipe, runs.collect_facts(team.device) | {"processes": team.size})
     team.say(f"{run.folder}: " + ", ".join(f"{k} {v}" for k, v in recipe.items() if v not in (None, False, "", []) and k != "teacher_sha256"))
     if len(folders.train) < recipe["batch_size"]:
         raise click.UsageError(f"--batch-size {recipe['batch_size']}: there are {len(folders.train)} training images")
     try:
-        state = team.share(run.open() if team.rank == 0 else None)      # rank 0 alone touches the folder
-        result = team.share(run.finished() if team.rank == 0 else None)
+        state, result = team.first(lambda: (run.open(), run.finished()))        # rank 0 alone touches the folder
         if result:
             team.say("finished before")
         elif teacher and not state and not flags["dry_run"]:
             scores = evaluate(teacher.logits, folders.eval, recipe["size"], team, flags["workers"], flags["at_once"] or 64)
-            known = recipes.imagenet_published(recipe["teacher"], recipe["student"], "teacher")
+            known = published(recipe, folders, "teacher")
             team.say(f"teacher {teacher.name} ({teacher.source}): {scores['top1']:.2f} % top-1 on the {folders.eval_name} images"
                      + (f", published {known[0]:.2f}" if known else ""))
+            if known and scores["top1"] <= known[0] - 1:
+                team.say("warning: this teacher is worse than the published one; the paper's numbers cannot be expected")
         with Stop() as stop:
             result = result or train(recipe, folders, teacher, run, state, team, stop, flags, until)
     finally:
@@ -412,14 +490,16 @@ def distil(recipe, folders, teacher, flags, team, until=None):
     if result:
         line = (f"{run_name(recipe)}: last epoch {result['last']['top1']:.2f} top-1, {result['last']['top5']:.2f} top-5; best "
                 f"{result['best']['top1']:.2f} (epoch {result['best']['epoch']}, chosen on {result['best_chosen_on']})")
-        known = recipes.imagenet_published(recipe["teacher"], recipe["student"], recipe["method"], recipe["zscore"])
+        known = published(recipe, folders, recipe["method"])
         team.say(line + (f"; published {known[0]:.2f}" if known else "") + f"; {runs.duration(60 * result['minutes'])}")
     return result
 
 
 def dry_run(recipe, flags, team):
     """The whole path on made images: an epoch of two batches, save, leave, resume, evaluate, result."""
-    recipe |= {"batch_size": 8 * team.size, "epochs": 2, "size": 64, "data": "made"}
+    networks = [network(name, 3) for name in (recipe["teacher"], recipe["student"]) if name]
+    size = 64 if not any(refusal(model, 64) for model in networks) else flags["size"]
+    recipe |= {"batch_size": 8 * team.size, "epochs": 2, "size": size, "data": "made"}
     with tempfile.TemporaryDirectory() if team.rank == 0 else nullcontext() as folder:
         folder = Path(team.share(folder))
         if team.rank == 0:
@@ -440,34 +520,17 @@ def dry_run(recipe, flags, team):
 def evaluate_file(flags, team):
     """--eval: loss, top-1 and top-5 of a checkpoint on the evaluation images."""
     folders = load_folders(flags["data_dir"], flags["val_from_train"])
-    if flags["student"] is None:
-        raise click.UsageError("name the network of the file with --student")
-    model = network(flags["student"], len(folders.classes))
+    said = split_checkpoint(read_checkpoint(flags["eval_file"]))[1]
+    name, size = flags["student"] or said.get("student"), said.get("size", flags["size"])
+    if name not in NETWORKS:
+        raise click.UsageError(f"{flags['eval_file']} does not say which network it holds: name it with --student")
+    model = network(name, len(folders.classes))
     load_weights(model, flags["eval_file"])
     teacher = Teacher(model, team.device, flags["precision"] or "fp32")
     teacher.batch = flags["at_once"] or 64
-    scores = evaluate(teacher.logits, folders.eval, flags["size"], team, flags["workers"], teacher.batch)
-    team.say(f"{flags['student']}: {scores['top1']:.2f} top-1, {scores['top5']:.2f} top-5 (%), loss {scores['loss']:.4f} on the "
+    scores = evaluate(teacher.logits, folders.eval, size, team, flags["workers"], teacher.batch)
+    team.say(f"{name}: {scores['top1']:.2f} top-1, {scores['top5']:.2f} top-5 (%), loss {scores['loss']:.4f} on the "
              f"{len(folders.eval)} {folders.eval_name} images of {flags['data_dir']} ({flags['eval_file']})")
-
-
-def check_usage(flags):
-    if flags["method"] == "none":
-        if flags["zscore"]:
-            raise click.UsageError("--zscore needs a method that distils: --method none has no teacher's logits to standardize")
-        flags["teacher"] = flags["teacher_checkpoint"] = None
-    for flag, method in (("alpha", "dkd"), ("beta", "dkd"), ("zscore_relations", "mlkd")):
-        if flags[flag] is not None and flags["method"] != method:
-            raise click.UsageError(f"--{flag.replace('_', '-')} is for --method {method}, not {flags['method']}")
-    for flag in ("teacher", "student"):
-        if flags[flag] is not None:
-            runs.check_name(f"--{flag}", flags[flag], NETWORKS)
-    if flags["seeds"] != 1:
-        raise click.UsageError("--seeds is for train_cifar.py; here, give one --seed at a time")
-    if not flags["eval_file"] and flags["student"] is None:
-        raise click.UsageError("name a --student" + ("" if flags["method"] == "none" else " and a --teacher"))
-    if not flags["eval_file"] and flags["method"] != "none" and flags["teacher"] is None:
-        raise click.UsageError("name a --teacher (or train the student alone: --method none)")
 
 
 @click.command(cls=runs.Command, help=__doc__)
@@ -484,7 +547,9 @@ def main(**flags):
     if flags["list_recipes"]:
         click.echo(recipes.imagenet_table())
         return
-    check_usage(flags)
+    runs.check_method(flags, NETWORKS)
+    if flags["seeds"] != 1:
+        raise click.UsageError("--seeds is for train_cifar.py; here, give one --seed at a time")
     team = Team(flags["device"])
     try:
         runs.pick_kernels(flags["deterministic"])
@@ -507,6 +572,12 @@ def main(**flags):
         distil(recipe, folders, teacher, flags, team)
     except ValueError as error:     # the rooms' own, one line each
         raise RunError(str(error)) from None
+    except torch.OutOfMemoryError:
+        raise RunError("the device's memory is full: let it take fewer images at once, --at-once N (the batch stays the same)") from None
+    except RuntimeError as error:
+        if team.flags is None or "Connection closed" not in str(error):
+            raise
+        raise RunError(f"process {team.rank} lost another one, whose own lines say why") from None
     finally:
         team.close()
 

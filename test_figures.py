@@ -1,0 +1,179 @@
+"""figures.py: pictures say what the runs say; the numbers beside them are checked against numpy."""
+
+import csv
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+pytest.importorskip("matplotlib")
+
+import data
+import figures
+from figures import main
+from models import create_model
+
+ROOT = Path(__file__).resolve().parent
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def call(*arguments, code=0):
+    result = CliRunner().invoke(main, [*map(str, arguments), "--out", "out", "--results", "results"])
+    assert result.exit_code == code, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.output
+
+
+def numbers(name):
+    """The rows of out/NAME.csv, numbers as numbers; the pictures beside it are there."""
+    assert Path(f"out/{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and "</svg>" in Path(f"out/{name}.svg").read_text()
+    with open(f"out/{name}.csv") as file:
+        return [{k: float(v) if v.replace(".", "").replace("-", "").replace("e", "").isdigit() else v for k, v in row.items()}
+                for row in csv.DictReader(file)]
+
+
+def results(**accuracies):
+    """results/ of a pair: method -> the last accuracies of its seeds. Two epochs, the first at half of the last."""
+    Path("results/logs").mkdir(parents=True, exist_ok=True)
+    for method, values in accuracies.items():
+        method = method.replace("_", "-")
+        for seed, top1 in enumerate(values):
+            name = f"{method}-{seed}"
+            rows = [{"epoch": e, "test_top1": top1 * e / 2, "test_loss": 3.0, "ce": 4.0 / e + seed, "loss": 5.0} for e in (1, 2)]
+            Path(f"results/logs/{name}.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+            Path(f"results/{name}.json").write_text(json.dumps(
+                {"teacher": None if method == "none" else "resnet56", "student": "resnet8", "method": method, "seed": seed, "epochs": 2,
+                 "last": {"top1": top1}, "full_length": False, "teacher_top1": 70.0, "recipe": {"train_images": 100, "data": "cifar100"}}))
+
+
+def svg(name):
+    return Path(f"out/{name}.svg").read_text()
+
+
+def test_the_toy_case_is_the_papers_point():
+    call("toy")
+    _, wrong, right = numbers("toy")
+    assert wrong["predicts"] == 1 and right["predicts"] == 2
+    assert wrong["kl"] < right["kl"] and wrong["kl_zscore"] > right["kl_zscore"] == pytest.approx(0, abs=1e-12)
+    p, q = (np.exp(x) / np.exp(x).sum() for x in (np.array([1.0, 5, 6]), np.array([wrong[f"logit_{i}"] for i in range(3)])))
+    assert wrong["kl"] == pytest.approx((p * np.log(p / q)).sum(), rel=1e-5)
+    first = svg("toy")
+    call("toy")
+    assert svg("toy") == first      # equal pictures are equal files
+
+
+def test_curves_show_every_seed():
+    results(none=[20.0], kd=[30.0, 34.0], kd_z=[40.0])
+    call("curves", "--pair", "resnet56-resnet8")
+    rows = numbers("curves")
+    assert [(r["method"], r["seed"], r["epoch"], r["test_top1"]) for r in rows if r["method"] == "kd"] == [
+        ("kd", 0, 1, 15), ("kd", 0, 2, 30), ("kd", 1, 1, 17), ("kd", 1, 2, 34)]
+    assert all(words in svg("curves") for words in ("KD (n = 2)", "KD+Z ends highest, 40.0 %", "2 epochs on 100 images", "epoch", "%"))
+    assert "no row of resnet56-resnet8 has one of the methods ttm" in call("curves", "--pair", "resnet56-resnet8", "--methods", "ttm", code=1)
+
+
+def test_gaps_are_the_teachers_less_the_students():
+    results(none=[20.0], kd=[30.0, 34.0], kd_z=[40.0])
+    call("gap", "--pair", "resnet56-resnet8")
+    none, kd, kd_z = numbers("gap")
+    assert (kd["gap"], kd["n"], none["std"]) == (38, 2, "") and kd["std"] == pytest.approx(8**0.5, rel=1e-5)
+    assert kd_z["gap"] == 30 and "KD+Z leaves the smallest gap" in svg("gap")
+    assert "holds no row of resnet32x4-resnet8x4" in call("gap", "--pair", "resnet32x4-resnet8x4", code=1)
+
+
+@pytest.fixture
+def networks(monkeypatch):
+    """Untrained networks and 200 made test images; (the flags that name them, logits in numpy)."""
+    split = data.Split(*(x[:200] for x in data.synthetic(200, 2)))
+    monkeypatch.setattr(figures, "load_data", lambda *rest: data.Data(split, split, split, "test"))
+    logits, images = {}, data.normalise(split.images)
+    for i, (who, name) in enumerate((("teacher", "resnet14"), ("plain", "resnet8"), ("zscore", "resnet8"))):
+        torch.manual_seed(i)
+        network = create_model(name)
+        torch.save({"model": network.state_dict(), "student": name, "zscore": who == "zscore"}, f"{who}.pt")
+        with torch.no_grad():
+            logits[who] = network.eval()(images).double().numpy()
+    return ["--pair", "resnet14-resnet8", "--teacher-checkpoint", "teacher.pt", "--plain", "plain.pt", "--zscore", "zscore.pt",
+            "--device", "cpu"], logits, split.targets.numpy()
+
+
+def test_the_histogram_counts_every_image(networks):
+    flags, logits, _ = networks
+    call("logits", *flags)
+    rows = numbers("logits")
+    for who, values in logits.items():
+        mine = [r for r in rows if r["network"] == who]
+        assert sum(r["images"] for r in mine) == 200
+        mean = sum(r["images"] * (r["deviation_from"] + r["deviation_to"]) / 2 for r in mine) / 200
+        assert mean == pytest.approx(values.std(1).mean(), abs=mine[0]["deviation_to"] - mine[0]["deviation_from"])
+        assert f"deviation {values.std(1).mean():.2f}" in svg("logits")
+
+
+def test_the_heat_map_is_the_mean_difference_of_each_class(networks):
+    flags, logits, targets = networks
+    call("difference", *flags)
+    rows = numbers("difference")
+    assert len(rows) == 4 * 100 * 100
+    standard = {who: (v - v.mean(1, keepdims=True)) / v.std(1, keepdims=True) for who, v in logits.items()}
+    for what, values in (("logits", logits), ("standardized logits", standard)):
+        for who in ("plain", "zscore"):
+            distance = np.abs(values["teacher"] - values[who])
+            expected = np.stack([distance[targets == c].mean(0) for c in range(100)])
+            found = np.array([r["mean_absolute_difference"] for r in rows if (r["logits"], r["student"]) == (what, who)]).reshape(100, 100)
+            np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+            assert f"{what}: mean {expected.mean():.2f}, maximum {expected.max():.2f}" in svg("difference")
+
+
+def test_a_student_of_the_other_kind_is_refused(networks):
+    flags, _, _ = networks
+    Path("plain.pt").write_bytes(Path("zscore.pt").read_bytes())
+    assert "--plain plain.pt: this student was distilled with --zscore" in call("logits", *flags, code=1)
+
+
+def test_the_grid_is_of_held_out_images_alone():
+    for temp, weight, val, top1 in ((2, 1, 50, 30.0), (2, 9, 50, 50.0), (4, 9, 50, 40.0), (4, 1, 0, 99.0)):
+        run = Path(f"runs/{temp}-{weight}/run")
+        run.mkdir(parents=True)
+        recipe = {"teacher": "resnet56", "student": "resnet8", "method": "kd", "zscore": True, "epochs": 2, "train_images": None, "lr": 0.05,
+                  "batch_size": 64, "ce_weight": 0.1, "val_from_train": val, "base_temp": temp, "kd_weight": weight}
+        (run / "config.json").write_text(json.dumps({"recipe": recipe}))
+        (run / "result.json").write_text(json.dumps({"last": {"top1": top1}}))
+    call("grid", "--pair", "resnet56-resnet8", "--runs", "runs")
+    assert [(r["base_temp"], r["kd_weight"], r["top1"]) for r in numbers("grid")] == [(2, 1, 30), (2, 9, 50), (4, 9, 40)]
+    assert "KD+Z: best at temperature 2" in svg("grid") and "held-out" in svg("grid")
+    assert "no finished run of resnet56-resnet20 with --val-from-train" in call("grid", "--pair", "resnet56-resnet20", "--runs", "runs", code=1)
+
+
+@pytest.mark.parametrize("arguments, code, words", [
+    (["curves"], 2, "curves needs --pair"),
+    (["logits", "--pair", "resnet56-resnet8"], 2, "logits needs --teacher-checkpoint, --plain, --zscore"),
+    (["pie"], 2, "'pie' is not known"),
+    (["gap", "--pair", "resnet56"], 2, "it is TEACHER-STUDENT"),
+    (["gap", "--pair", "resnet56-resnet9"], 2, "--pair resnet9: no such network; known, the nearest first: resnet"),
+    (["difference", "--pair", "resnet56-resnet8", "--teacher-checkpoint", "none.pt", "--plain", "none.pt", "--zscore", "none.pt"], 1, "none.pt"),
+])
+def test_mistakes_are_said_in_one_line(arguments, code, words, monkeypatch):
+    monkeypatch.setattr(figures, "load_data", lambda *rest: data.Data(None, None, None, "test"))
+    output = call(*arguments, code=code)
+    assert words in output and len(output.splitlines()) == 1 and not Path("out").exists()
+
+
+def test_without_matplotlib_it_says_so(monkeypatch):
+    monkeypatch.setattr(figures, "matplotlib", None)
+    assert call("toy", code=1) == "Error: the pictures need matplotlib: pip install matplotlib\n"
+
+
+def test_the_readme_shows_pictures_that_are_there():
+    shown = [line.split("(")[1].split(")")[0] for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("![")]
+    assert {"figures/logits.png", "figures/difference.png"} <= set(shown)
+    for name in shown:
+        assert all((ROOT / name).with_suffix(suffix).stat().st_size > 1000 for suffix in (".png", ".svg", ".csv"))
