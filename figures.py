@@ -99,21 +99,24 @@ def toy(flags):
 
 
 def records_of(flags):
-    """The rows of results/ of the pair and its student alone, of the longest budget; (records, what the budget is)."""
+    """The rows of results/ of the pair and its student alone, of the longest budget, real images first; (records, the budget)."""
     teacher, student = flags["pair"].split("-")
     found = {}
     for path in sorted(flags["results"].glob("*.json")):
         record = json.loads(path.read_text())
         if (record["teacher"], record["student"]) in ((teacher, student), (None, student)):
             recipe = record["recipe"]
-            short = not record["full_length"]
-            budget = (record["epochs"] if short else 10**6, recipe["train_images"] or 50_000, recipe["data"])
+            budget = (recipe["data"] == "cifar100", record["full_length"], record["epochs"] * (not record["full_length"]),
+                      recipe["train_images"] or 0, recipe["data"])
             found.setdefault(budget, []).append(record | {"name": path.stem})
     found = {budget: group for budget, group in found.items() if any(r["teacher"] for r in group)}
     if not found:
         raise RunError(f"{flags['results']} holds no row of {flags['pair']}; python reproduce.py --pairs {flags['pair']} makes them")
-    epochs, images, _ = longest = max(found)
-    return found[longest], "full length" if epochs == 10**6 else f"{epochs} epochs on {images:,} images"
+    _, full, epochs, images, name = longest = max(found)
+    if len({r["recipe"].get("teacher_sha256") for r in found[longest] if r["teacher"]}) > 1:
+        raise RunError(f"the rows of {flags['pair']} were taught by different teachers and are not compared")
+    budget = "full length" if full else f"{epochs} epochs on {f'{images:,}' if images else 'all'} images"
+    return found[longest], budget + ("" if name == "cifar100" else f" of {name}")
 
 
 def by_method(records):
@@ -126,7 +129,10 @@ def by_method(records):
 
 
 def curves(flags):
-    """Test accuracy and training cross-entropy by epoch, the mean of a method's seeds, its lowest and highest as a band."""
+    """Test accuracy and training cross-entropy by epoch, the mean of a method's seeds, its lowest and highest as a band.
+
+    MLKD's cross-entropy, a sum over two views in the log, is halved.
+    """
     records, budget = records_of(flags)
     groups = {m: g for m, g in by_method(records).items() if m in flags["methods"].split(",")}
     if not groups:
@@ -135,8 +141,9 @@ def curves(flags):
     for method, group in groups.items():
         for record in group:
             with gzip.open(flags["results"] / "logs" / f"{record['name']}.jsonl.gz", "rt") as file:
-                rows += [{"method": method, "seed": record["seed"], **{k: row[k] for k in ("epoch", "test_top1", "test_loss", "ce", "loss")}}
-                         for row in map(json.loads, file)]
+                views = 2 if method.startswith("mlkd") else 1
+                rows += [{"method": method, "seed": record["seed"], "epoch": row["epoch"], "test_top1": row["test_top1"],
+                          "ce": row["ce"] / views} for row in map(json.loads, file)]
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     panels = figure.subplots(1, 2)
     for i, method in enumerate(groups):
@@ -188,27 +195,26 @@ def gap(flags):
 
 
 def logits_of(flags):
-    """{"teacher", "plain", "zscore"}: logits (N, K) of the test images, float32 on the CPU; and the images' targets (N,)."""
+    """Of the test images: {"teacher", "plain", "zscore"} to logits (N, K), float32 on the CPU; to titles; and targets (N,)."""
     teacher, student = flags["pair"].split("-")
     device = runs.pick_device(flags["device"])
     split = load_data("cifar100", flags["data_dir"], device).test
-    logits = {}
+    logits, titles = {}, {}
     for who, path in (("teacher", flags["teacher_checkpoint"]), ("plain", flags["plain"]), ("zscore", flags["zscore"])):
         content = read_checkpoint(path)
-        said = split_checkpoint(content)[1].get("zscore")
+        facts = split_checkpoint(content)[1]
+        said = facts.get("zscore")
         if who != "teacher" and said is not None and said != (who == "zscore"):
             raise RunError(f"--{who} {path}: this student was distilled {'with' if said else 'without'} --zscore")
+        titles[who] = f"teacher {teacher}" if who == "teacher" else f"{student}, {facts.get('method', 'KD').upper()}{'+Z' * (who == 'zscore')}"
         network = create_model(teacher if who == "teacher" else student)
         load_weights(network, path)
         network = Teacher(network, device)
         logits[who] = torch.cat([network.logits(normalise(part)) for part in split.images.split(2000)]).cpu()
-    return logits, split.targets.cpu()
+    return logits, titles, split.targets.cpu()
 
 
-TITLES = {"teacher": "teacher", "plain": "student, KD", "zscore": "student, KD+Z"}
-
-
-def logit_statistics(flags, logits, targets):
+def logit_statistics(flags, logits, titles, targets):
     """The bivariate histogram of each image's mean and standard deviation of logits."""
     points = {who: (v.mean(1), v.std(1, correction=0)) for who, v in logits.items()}
     edges = [torch.linspace(min(p[i].min() for p in points.values()).item(), max(p[i].max() for p in points.values()).item(), 61)
@@ -216,42 +222,47 @@ def logit_statistics(flags, logits, targets):
     figure = Figure(figsize=(8.4, 3.2), layout="constrained")
     panels = figure.subplots(1, 3, sharex=True, sharey=True)
     rows = []
+    histograms = {who: torch.histogramdd(torch.stack(p, 1), edges).hist for who, p in points.items()}
+    highest = max(h.max().item() for h in histograms.values())
     for axes, (who, (mean, deviation)) in zip(panels, points.items()):
-        counts = torch.histogramdd(torch.stack([mean, deviation], 1), edges).hist
-        image = axes.pcolormesh(*edges, counts.T, cmap="cividis", norm=matplotlib.colors.LogNorm(1, len(mean) / 20), rasterized=True)
-        axes.set(title=f"{TITLES[who]}: deviation {deviation.mean():.2f} ± {deviation.std():.2f}", xlabel="mean of an image's logits")
+        counts = histograms[who]
+        image = axes.pcolormesh(*edges, counts.T, cmap="cividis", norm=matplotlib.colors.LogNorm(1, highest), rasterized=True)
+        axes.set(title=f"{titles[who]}:\ndeviation {deviation.mean():.2f} ± {deviation.std():.2f}", xlabel="mean of an image's logits")
         rows += [{"network": who, "mean_from": edges[0][i].item(), "mean_to": edges[0][i + 1].item(), "deviation_from": edges[1][j].item(),
                   "deviation_to": edges[1][j + 1].item(), "images": int(counts[i, j])} for i, j in counts.nonzero().tolist()]
     panels[0].set_ylabel("standard deviation of an image's logits")
     figure.colorbar(image, ax=panels, label="test images in a cell")
     near = {who: abs(points[who][1].mean() - points["teacher"][1].mean()).item() for who in ("plain", "zscore")}
-    figure.suptitle(f"The mean deviation of the logits lies {near['plain']:.2f} from the teacher's with KD, {near['zscore']:.2f} with KD+Z",
-                    fontsize=9)
+    figure.suptitle(f"The mean deviation of the logits lies {near['plain']:.2f} from the teacher's without standardization, "
+                    f"{near['zscore']:.2f} with it", fontsize=9)
     save(figure, flags["out"], "logits", rows)
 
 
-def difference(flags, logits, targets):
-    """The heat map of |teacher's - student's| logits, averaged over the images of each class, before and after standardization."""
+def difference(flags, logits, titles, targets):
+    """The heat map of |teacher's - student's| logits, each averaged over the images of a class, before and after standardization.
+
+    All classes count, an image's own (the diagonal) too.
+    """
     classes = logits["teacher"].shape[1]
     counts = torch.bincount(targets, minlength=classes).unsqueeze(1)
     figure = Figure(figsize=(8, 7), layout="constrained")
     panels = figure.subplots(2, 2)
     rows, means = [], {}
     for line, (what, shown) in enumerate((("logits", lambda x: x), ("standardized logits", weighted_zscore))):
-        maps = {who: torch.zeros(classes, classes).index_add_(0, targets, (shown(logits["teacher"]) - shown(logits[who])).abs()) / counts
+        maps = {who: (torch.zeros(classes, classes).index_add_(0, targets, shown(logits["teacher"]) - shown(logits[who])) / counts).abs()
                 for who in ("plain", "zscore")}
         highest = max(m.max() for m in maps.values())
         for axes, (who, values) in zip(panels[line], maps.items()):
             image = axes.imshow(values, cmap="cividis", vmin=0, vmax=highest, interpolation="nearest")
-            axes.set(title=f"{TITLES[who]}, {what}: mean {values.mean():.2f}, maximum {values.max():.2f}", xlabel="logit of class",
+            axes.set(title=f"{titles[who]}, {what}:\nmean {values.mean():.2f}, maximum {values.max():.2f}", xlabel="logit of class",
                      ylabel="images of class")
             means[line, who] = values.mean().item()
             rows += [{"logits": what, "student": who, "image_class": CIFAR100_CLASSES[i], "logit_class": CIFAR100_CLASSES[j],
-                      "mean_absolute_difference": values[i, j].item()} for i in range(classes) for j in range(classes)]
-        figure.colorbar(image, ax=panels[line], label=f"mean |teacher - student|, {what}")
+                      "difference_of_means": values[i, j].item()} for i in range(classes) for j in range(classes)]
+        figure.colorbar(image, ax=panels[line], label=f"|teacher's mean - student's mean|, {what}")
     words = ["nearer to" if means[line, "zscore"] < means[line, "plain"] else "farther from" for line in (0, 1)]
-    figure.suptitle(f"The student of KD+Z is {words[0]} the teacher than KD's in its logits, and {words[1]} it once both are standardized",
-                    fontsize=9)
+    figure.suptitle(f"The student with standardization is {words[0]} the teacher {titles['teacher'].split()[1]} than the other in its logits,\n"
+                    f"and {words[1]} it once both sides are standardized", fontsize=9)
     save(figure, flags["out"], "difference", rows)
 
 
@@ -266,7 +277,7 @@ def grid(flags):
         recipe, result = json.loads((path.parent / "config.json").read_text())["recipe"], json.loads(path.read_text())
         if (recipe["teacher"], recipe["student"]) != (teacher, student) or recipe["method"] != "kd" or not recipe["val_from_train"]:
             continue
-        same = tuple((k, recipe[k]) for k in ("zscore", "epochs", "train_images", "val_from_train", "lr", "batch_size", "ce_weight"))
+        same = json.dumps({k: v for k, v in recipe.items() if k not in ("base_temp", "kd_weight", "seed")}, sort_keys=True)
         cell = found.setdefault(same, {}).setdefault((recipe["base_temp"], recipe["kd_weight"]), [])
         cell.append(result["last"]["top1"])
     if not found:
@@ -284,13 +295,13 @@ def grid(flags):
             if value == value:
                 axes.text(j, i, f"{value:.1f}", ha="center", va="center", color="black" if value > middle else "white")
     best = max(cells, key=lambda key: statistics.mean(cells[key]))
-    facts = dict(same)
+    facts = json.loads(same)
     axes.set(xticks=range(len(weights)), xticklabels=[f"{w:g}" for w in weights], yticks=range(len(temps)),
              yticklabels=[f"{t:g}" for t in temps], xlabel="weight of KD", ylabel="base temperature" if facts["zscore"] else "temperature")
-    axes.set_title(f"KD{'+Z' if facts['zscore'] else ''}: best at temperature {best[0]:g},\nweight {best[1]:g} ({facts['epochs']} epochs on "
+    axes.set_title(f"{flags['pair'].replace('-', ' → ')}, KD{'+Z' if facts['zscore'] else ''}:\nbest at temperature {best[0]:g},\nweight {best[1]:g} ({facts['epochs']} epochs on "
                    f"{facts['train_images'] or 50_000 - facts['val_from_train']:,} images)")
     figure.colorbar(image, label=f"top-1 on {facts['val_from_train']:,} held-out\ntraining images, last epoch, %")
-    save(figure, flags["out"], "grid", [{"base_temp": t, "kd_weight": w, "top1": statistics.mean(v), "n": len(v), **facts}
+    save(figure, flags["out"], "grid", [{"base_temp": t, "kd_weight": w, "top1": statistics.mean(v), "n": len(v)}
                                         for (t, w), v in sorted(cells.items())])
 
 
@@ -336,8 +347,10 @@ def main(names, **flags):
                 for name, draw in (("logits", logit_statistics), ("difference", difference)):
                     if name in names:
                         draw(flags, *known)
-    except (ValueError, OSError, KeyError) as error:       # of files that are not what they are said to be
-        raise RunError(f"{error}") from None
+    except (ValueError, OSError, EOFError, TypeError) as error:         # of files that are not what they are said to be
+        raise RunError(runs.first_line(error)) from None
+    except KeyError as error:
+        raise RunError(f"a result or a run has no {error}: it is not of this program, or of an older one") from None
 
 
 if __name__ == "__main__":

@@ -13,17 +13,19 @@ is finished is not run again. A row that another process has in hand is left to 
 import gzip
 import json
 import os
+import re
 import statistics
 from pathlib import Path
 from typing import NamedTuple
 
 import click
+import torch
 
 import recipes
 import run as runs
 import train_cifar
 from data import load_data
-from models import MODELS, create_model, load_weights, read_checkpoint
+from models import MODELS, create_model, load_weights, read_checkpoint, weights_sha256
 from run import Busy, RunError
 from teacher import CHECKPOINTS, Teacher
 
@@ -67,26 +69,29 @@ def rows_of(pairs, methods):
 # ---------------------------------------------------------------- running
 
 
-def budget_of(flags):
-    """What is shorter than the recipe, as parts of a name."""
-    return [f"{flags[k]}{word}" for k, word in (("epochs", "epochs"), ("train_images", "images")) if flags[k]]
+def is_full(recipe):
+    return recipe["epochs"] == recipe["full_epochs"] and recipe["train_images"] is None
 
 
-def command_of(row, seed, flags):
-    """The command that makes this row alone."""
+def budget_of(recipe):
+    """What is shorter than the published recipe, as parts of a name."""
+    epochs = [] if recipe["epochs"] == recipe["full_epochs"] else [f"{recipe['epochs']}epochs"]
+    return epochs + ([f"{recipe['train_images']}images"] if recipe["train_images"] else [])
+
+
+def command_of(row, recipe, teacher_checkpoint=None):
+    """The command that makes this row alone, on any machine: with all that a recipe and a machine may decide otherwise."""
     words = ["python train_cifar.py"]
     for name, value in row.flags().items():
         if name == "zscore":
             words += ["--zscore"] * value
         elif value is not None and (name, value) != ("recipe", "authors"):
             words.append(f"--{name} {value}")
-    given = {k: flags[k] for k in ("epochs", "train_images", "teacher_checkpoint", "precision") if flags[k] is not None}
-    if row.teacher is None:
-        given.pop("teacher_checkpoint", None)
-    if flags["data"] != "cifar100":
-        given["data"] = flags["data"]
-    words += [f"--{k.replace('_', '-')} {v}" for k, v in {"seed": seed, **given}.items()]
-    return " ".join(words + ["--compile"] * flags["compile"])
+    given = {"teacher_checkpoint": teacher_checkpoint if row.teacher else None, "seed": recipe["seed"],
+             "epochs": None if recipe["epochs"] == recipe["full_epochs"] else recipe["epochs"], "train_images": recipe["train_images"],
+             "precision": recipe["precision"], "data": None if recipe["data"] == "cifar100" else recipe["data"]}
+    words += [f"--{k.replace('_', '-')} {v}" for k, v in given.items() if v is not None]
+    return " ".join(words + ["--compile"] * recipe["compile"])
 
 
 class Reproduction:
@@ -96,29 +101,50 @@ class Reproduction:
         self.device, self.teachers, self.data = device, {}, None
         self.flags = dict.fromkeys(p.name for p in train_cifar.main.params) | {
             "deterministic": False, "val_from_train": 0, "save_every": 60, "capture": True, "teacher_memory": True,
-            "exact_teacher": False, "dry_run": False, "teacher_url": train_cifar.ARCHIVE_URL} | flags
+            "exact_teacher": False, "dry_run": False} | flags
+        self.facts = runs.collect_facts(device)     # now: the files may change while the rows run
+        self.named = None       # the hash of --teacher-checkpoint
 
-    def name(self, row, seed):
-        recipe, _ = train_cifar.resolve(self.flags | row.flags(), self.device)
+    def recipe(self, row, seed):
+        """(the row's resolved recipe, lines to print, its name)."""
+        recipe, lines = train_cifar.resolve(self.flags | row.flags(), self.device)
+        recipe["seed"] = seed
         released = ["released"] if "released" in row.method else []
-        return "-".join([train_cifar.run_name(recipe | {"seed": seed}), *released, *budget_of(self.flags)])
+        return recipe, lines, "-".join([train_cifar.run_name(recipe), *released, *budget_of(recipe)])
 
-    def run(self, row, seed):
+    def done(self, path, recipe):
+        """Whether a row's result is there; RunError where it is another recipe's, or another teacher's than the named one."""
+        if not path.exists():
+            return False
+        before = load_record(path)["recipe"]
+        if recipe["teacher"] and self.flags["teacher_checkpoint"]:
+            if self.named is None:
+                network = create_model(recipe["teacher"])
+                load_weights(network, self.flags["teacher_checkpoint"])
+                self.named = weights_sha256(network)
+            recipe = recipe | {"teacher_sha256": self.named}
+        now = json.loads(json.dumps(recipe))
+        differ = [f"{k} was {before.get(k)}, now {v}" for k, v in now.items() if before.get(k) != v]
+        if differ:
+            raise RunError(f"{path} is of another recipe ({'; '.join(differ)}): choose other --results and --out, or remove it")
+        return True
+
+    def run(self, row, recipe):
         """Trains a row, or finds it trained. Returns its record and its run's folder."""
         flags = self.flags | row.flags()
-        recipe, lines = train_cifar.resolve(flags, self.device)
-        for line in lines:
-            click.echo(line)
+        if flags["compile"]:
+            torch._dynamo.reset()       # or the variants of all rows so far count towards its limit, and it stops compiling
         self.data = self.data or load_data(flags["data"], flags["data_dir"], self.device, train_images=flags["train_images"])
         teacher, top1 = self.teacher(recipe, flags) if row.teacher else (None, None)
-        out = Path(flags["out"], *(["released"] if "released" in row.method else []), *budget_of(flags))
-        result, folder = train_cifar.distil(recipe | {"seed": seed}, self.data, teacher, flags | {"out": str(out)}, self.device)
+        out = Path(flags["out"], *(["released"] if "released" in row.method else []), *budget_of(recipe))
+        result, folder = train_cifar.distil(recipe, self.data, teacher, flags | {"out": str(out)}, self.device)
         config = json.loads((folder / "config.json").read_text())
-        config["facts"].pop("command")      # reproduce.py's own
-        return {"teacher": row.teacher, "student": row.student, "method": row.method, "seed": seed,
+        facts = [{k: v for k, v in x.items() if k != "command"} for x in (config["facts"], self.facts)]     # begun with, ended with
+        return {"teacher": row.teacher, "student": row.student, "method": row.method, "seed": recipe["seed"],
                 **{k: result[k] for k in ("last", "best", "best_chosen_on", "epochs", "minutes", "img_s")},
-                "full_length": not budget_of(flags), "teacher_top1": top1, "teacher_source": teacher and teacher.source,
-                "command": command_of(row, seed, self.flags), "facts": config["facts"], "recipe": config["recipe"]}, folder
+                "full_length": is_full(recipe), "teacher_top1": top1, "teacher_source": teacher and teacher.source,
+                "command": command_of(row, recipe, flags["teacher_checkpoint"]), "facts": facts[0],
+                **({"went_on_with": facts[1]} if facts[0] != facts[1] else {}), "recipe": config["recipe"]}, folder
 
     def teacher(self, recipe, flags):
         """(the Teacher of a row, trained here first where there is none, its top-1); once for all rows that have it."""
@@ -149,49 +175,59 @@ def replace(path, content):
         partial.unlink(missing_ok=True)
 
 
-def keep(row, record, folder, data, device, checkpoints=CHECKPOINTS):
+def keep(row, record, folder, data, device):
     """A teacher, or a student of KEPT_PAIR, as float16 weights with a model card (JSON) in checkpoints/; returns a line to print.
 
-    Weights of 16 MB and more, and those that lose 0.02 points in float16, are left out; the card stays. An older file is kept.
+    Weights of 16 MB and more, and those whose accuracy float16 changes by more than 0.02 points, are left out; the card stays. A file
+    that is there already is not touched: rows may have been taught by it.
     """
     name = row.student if row.teacher is None else f"{row.pair}-{row.method}"
-    path = checkpoints / f"{name}.pt"
+    path, card = CHECKPOINTS / f"{name}.pt", CHECKPOINTS / f"{name}.json"
     weights = {k: v.half() if v.is_floating_point() else v for k, v in read_checkpoint(folder / "student.pt")["model"].items()}
-    with runs.explained(checkpoints):
-        checkpoints.mkdir(exist_ok=True)
-        if path.exists():
+    with runs.explained(CHECKPOINTS):
+        CHECKPOINTS.mkdir(exist_ok=True)
+        if path.exists() and card.exists():
             return f"{path} is there already and stays"
-        partial = runs.write_checkpoint(checkpoints / f"{name}.{os.getpid()}.part", {"model": weights, "student": row.student})
+        partial = runs.write_checkpoint(CHECKPOINTS / f"{name}.{os.getpid()}.part", {"model": weights, "student": row.student})
         try:
-            network = create_model(row.student)
-            load_weights(network, partial)
-            top1 = Teacher(network, device, record["recipe"]["precision"]).evaluate(data.test)["top1"]
-            size, same = partial.stat().st_size, abs(top1 - record["last"]["top1"]) <= 0.02
-            replace(checkpoints / f"{name}.json", (json.dumps(runs.rounded(
+            top1 = []       # as trained and as kept, by the same arithmetic: float32
+            for file in (folder / "student.pt", partial):
+                network = create_model(row.student)
+                load_weights(network, file)
+                top1.append(Teacher(network, device).evaluate(data.test)["top1"])
+            size, same = partial.stat().st_size, abs(top1[1] - top1[0]) <= 0.02
+            replace(card, (json.dumps(runs.rounded(
                 {k: record[k] for k in ("command", "seed", "last", "best", "best_chosen_on", "facts")}
-                | {"float16_top1": top1, "bytes": size}), indent=2) + "\n").encode())
+                | {"float32_top1": top1[0], "float16_top1": top1[1], "float16_bytes": size}), indent=2) + "\n").encode())
+            if path.exists():
+                return f"{path} is there already and stays; its card was written"
             if size >= LARGEST or not same:
-                return f"{name}: {size / 1e6:.1f} MB, {top1:.2f} % in float16: only its card is kept"
+                return f"{name}: {size / 1e6:.1f} MB, {top1[0]:.2f} %, {top1[1]:.2f} % in float16: only its card is kept"
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
-    return f"kept {path}, {top1:.2f} % in float16"
+    return f"kept {path}, {top1[1]:.2f} % in float16"
 
 
 # ---------------------------------------------------------------- the tables
 
 
+def load_record(path):
+    """One row's result; RunError for a file that is not one."""
+    try:
+        record = json.loads(path.read_text())
+        for key in ("teacher", "student", "seed", "epochs", "full_length", "minutes", "teacher_top1", "teacher_source", "command"):
+            record[key]
+        record["last"]["top1"] + record["best"]["top1"], record["facts"]["device"], record["recipe"]["data"]
+        Row(None, "", record["method"]).flags()
+        return record
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise RunError(f"{path} is not a row's result; remove it") from None
+
+
 def load_records(results):
-    """All rows of a results folder; RunError names a file that is not one."""
-    records = []
-    for path in sorted(Path(results).glob("*.json")):
-        try:
-            record = json.loads(path.read_text())
-            record["last"]["top1"], record["recipe"], record["method"], record["full_length"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise RunError(f"{path} is not a row's result; remove it") from None
-        records.append(record)
-    return records
+    """All rows of a results folder."""
+    return [load_record(path) for path in sorted(Path(results).glob("*.json"))]
 
 
 def cells_of(records):
@@ -211,7 +247,7 @@ def cells_of(records):
 def spread(values, sign=""):
     """Mean ± standard deviation (of a sample, n - 1), and n."""
     deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{sign}.2f}{deviation}" + (f" (n = {len(values)})" if len(values) > 1 else "")
+    return f"{statistics.mean(values):{sign}.2f}{deviation} (n = {len(values)})"
 
 
 def device_of(facts):
@@ -229,24 +265,31 @@ def table_row(row, cells):
     if not cell:
         return [pair, "alone" if row.teacher is None else method, "", "", published, logged, "", "", "", ""]
     plain = cells.get(row._replace(method=row.method.replace("-z", "")), {}) if flags["zscore"] else {}
-    delta = [cell[s]["last"]["top1"] - plain[s]["last"]["top1"] for s in sorted(cell.keys() & plain.keys())]
+    alike = ("teacher_sha256", "precision", "compile")      # a difference of two rows is of standardization alone
+    delta = [cell[s]["last"]["top1"] - plain[s]["last"]["top1"] for s in sorted(cell.keys() & plain.keys())
+             if all(cell[s]["recipe"].get(k) == plain[s]["recipe"].get(k) for k in alike)]
     shown = list(cell.values())
-    first = shown[0]["command"].split()
     return [pair, "alone" if row.teacher is None else method, spread([r["last"]["top1"] for r in shown]),
             spread([r["best"]["top1"] for r in shown]), published, logged, spread(delta, "+") if delta else "",
             f"{statistics.mean(r['minutes'] for r in shown):.1f}", ", ".join(sorted({device_of(r["facts"]) for r in shown})),
-            "`" + " ".join(first[2:first.index("--seed")]) + "`"]
+            "`" + re.sub(" --seed [0-9]+", "", shown[0]["command"].removeprefix("python train_cifar.py ")) + "`"]
 
 
 HEAD = ["pair", "method", "last epoch, top-1", "best, chosen on test", "paper", "authors' log, last epoch", "Δ of Z", "minutes",
-        "device", "`python train_cifar.py ...`"]
+        "device", "`python train_cifar.py`, with `--seed`"]
+
+
+def teachers_of(records):
+    """Which teachers taught the rows, a sentence."""
+    teachers = {(r["teacher"], r["teacher_source"], f"{r['teacher_top1']:.2f} %", r["recipe"]["teacher_sha256"][:12]) for r in records if r["teacher"]}
+    return "".join(f"Teacher {name}: {source}, {top1}, SHA-256 of its weights {sha}... " for name, source, top1, sha in sorted(teachers)).strip()
 
 
 def tables(records):
     """Markdown of all rows, a table for each budget; full length, also where nothing has been run yet, last."""
     short = {}
     for record in records:
-        if not record["full_length"]:
+        if not (record["full_length"] and record["recipe"]["data"] == "cifar100"):
             short.setdefault((record["recipe"]["data"], record["epochs"], record["recipe"]["train_images"]), []).append(record)
     text = []
     for (data, epochs, images), group in sorted(short.items(), key=str):
@@ -254,19 +297,15 @@ def tables(records):
         pairs = dict.fromkeys(row.pair for row in cells if row.teacher)
         methods = [*METHODS, *sorted({row.method for row in cells} - set(METHODS))]
         rows = list(dict.fromkeys([*rows_of(pairs, methods), *cells]))
-        options = [w for w in (f"--epochs {epochs}", f"--train-images {images}" if images else "") if w]
-        teachers = {(r["teacher"], r["teacher_top1"], r["teacher_source"]) for r in group if r["teacher"]}
         seconds = sum(60 * r["minutes"] for r in group)
         text += [f"**A short budget: {epochs} epochs on {f'{images:,}' if images else 'all'} training images"
                  f"{'' if data == 'cifar100' else ' of ' + data}, {runs.duration(seconds)} for the {len(group)} runs.** It shows that the "
-                 f"machinery works on real images, not the paper's ranking. Every command takes `{' '.join(options)}` besides"
-                 + "".join(f"; the teacher {n} is {s}, {t:.2f} %" for n, t, s in sorted(teachers)) + ".",
-                 "", *markdown([table_row(row, cells) for row in rows]), ""]
+                 f"machinery works{' on real images' * (data == 'cifar100')}, not the paper's ranking. {teachers_of(group)}", "", *markdown([table_row(row, cells) for row in rows]), ""]
     full = cells_of([r for r in records if r["full_length"] and r["recipe"]["data"] == "cifar100"])
     rows = list(dict.fromkeys([*rows_of([*TEACHERS, *PAIRS], METHODS), *full]))
     lines = markdown([table_row(row, full) for row in rows])
     title = f"Full length, as in the papers: {len(full.keys() & set(rows))} of {len(rows)} rows have been run"
-    text += ([f"**{title}.**", "", *lines] if full else
+    text += ([f"**{title}.** {teachers_of([r for cell in full.values() for r in cell.values()])}", "", *lines] if full else
              [f"<details><summary>{title}; the published numbers wait beside the empty places.</summary>", "", *lines, "", "</details>"])
     return "\n".join(text)
 
@@ -313,6 +352,8 @@ def check_usage(flags):
 @click.option("--epochs", type=runs.COUNT, help="A shorter budget.  [default: recipe]")
 @click.option("--train-images", type=runs.COUNT, metavar="N", help="Train on the first N images of a fixed shuffle.")
 @click.option("--teacher-checkpoint", metavar="FILE", help="The teacher's weights.")
+@click.option("--teacher-url", default=train_cifar.ARCHIVE_URL, envvar="TEACHER_URL", metavar="URL",
+              help="Archive of mdistiller's teachers, or a mirror of it (also TEACHER_URL).")
 @click.option("--data", type=runs.Choice(["cifar100", "synthetic"]), default="cifar100", show_default=True)
 @click.option("--data-dir", default="data", show_default=True, metavar="DIR", help="Folder of cifar-100-python.")
 @click.option("--out", metavar="DIR", default="runs", show_default=True, help="Folder for the runs' folders.")
@@ -335,9 +376,10 @@ def main(**flags):
         shared = Reproduction(flags, device)
         if flags["list_rows"]:
             for row, seed in todo:
-                name = shared.name(row, seed)
-                click.echo(f"{'done' if (results / f'{name}.json').exists() else '    '}  {name}")
+                recipe, _, name = shared.recipe(row, seed)
+                click.echo(f"{'done' if shared.done(results / f'{name}.json', recipe) else '    '}  {name}")
             return
+        write_tables(results, readme)       # what is missing there is better said now than after hours
         runs.pick_kernels(False)
         runs.keep_memory()
         if flags["compile"]:
@@ -349,32 +391,32 @@ def main(**flags):
 
 def run_all(todo, shared, results, readme):
     """Every row that is not done. RunError at the end, when some could not be run."""
-    problems, elsewhere, again = {}, [], True
+    problems, elsewhere, again = [], [], True
     while again:        # a pass over the rows; once more when a row that was in another's hands may be free by now
         again, elsewhere = False, []
         for row, seed in todo:
-            name = shared.name(row, seed)
-            if (results / f"{name}.json").exists() or name in problems:
+            recipe, lines, name = shared.recipe(row, seed)
+            if name in problems:
                 continue
-            click.echo(f"\n{name}")
             try:
-                record, folder = shared.run(row, seed)
+                if shared.done(results / f"{name}.json", recipe):
+                    continue
+                click.echo("\n".join(["", name, *lines]))
+                record, folder = shared.run(row, recipe)
+                if is_full(recipe) and recipe["data"] == "cifar100" and seed == 0 and row.pair in (KEPT_PAIR, KEPT_PAIR.split("-")[1], *TEACHERS):
+                    click.echo(keep(row, record, folder, shared.data, shared.device))
+                record_row(record, folder, results, name)
+                write_tables(results, readme)
+                again = True
             except Busy:
                 elsewhere.append(name)
-                continue
-            except RunError as error:
-                click.echo(f"{name}: {error.message}", err=True)
-                problems[name] = error.message
-                continue
-            again = True
-            record_row(record, folder, results, name)
-            write_tables(results, readme)
-            full = record["full_length"] and record["recipe"]["data"] == "cifar100" and seed == 0
-            if full and (row.pair == KEPT_PAIR or row.teacher is None and row.student in TEACHERS):
-                click.echo(keep(row, record, folder, shared.data, shared.device))
+            except (RunError, click.UsageError, ValueError, torch.OutOfMemoryError) as error:
+                click.echo(f"{name}: {runs.first_line(error)}", err=True)
+                problems.append(name)
         again = again and bool(elsewhere)
+    write_tables(results, readme)       # another process may have written its own in between
     if elsewhere:
-        click.echo(f"{len(elsewhere)} rows are in another process's hands: {', '.join(elsewhere)}")
+        click.echo(f"in another process's hands: {', '.join(elsewhere)}")
     if problems:
         raise RunError(f"{len(problems)} of {len(todo)} rows could not be run: {', '.join(problems)}; their reasons are above")
 

@@ -10,6 +10,7 @@
 
 import ctypes
 import difflib
+import functools
 import io
 import json
 import math
@@ -20,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,7 +67,8 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.folder / "lock", "a")
             if hasattr(os, "register_at_fork"):     # a loading process that outlives this one must not hold the folder
-                os.register_at_fork(after_in_child=self._lock.close)
+                file = weakref.ref(self._lock)
+                os.register_at_fork(after_in_child=lambda: file() and file().close())
         if not lock(self._lock):
             raise Busy(f"another process is running in {self.folder}; wait for it, or choose another --out")
         if not self._same_recipe():
@@ -345,18 +348,23 @@ def pick_precision(name, device):
     return name
 
 
-def collect_facts(device):
-    """Versions, device, commit and command line, for config.json."""
+@functools.cache
+def commit():
+    """The program's git commit as it was when this process first asked, or None."""
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
-        commit = subprocess.run([*git, "describe", "--always", "--abbrev=12"], capture_output=True, text=True, timeout=10).stdout.strip() or None
-        if commit and subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], timeout=10).returncode:
-            commit += "-dirty"      # of the program; results and README change as rows are run
+        name = subprocess.run([*git, "describe", "--always", "--abbrev=12"], capture_output=True, text=True, timeout=10).stdout.strip()
+        changed = name and subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], timeout=10).returncode
     except (OSError, subprocess.TimeoutExpired):
-        commit = None
+        return None
+    return name + "-dirty" * bool(changed) or None      # results and README, which change as rows are run, do not count
+
+
+def collect_facts(device):
+    """Versions, device, commit and command line, for config.json."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}"
     return {"version": VERSION, "python": platform.python_version(), "torch": torch.__version__, "device": name,
-            "threads": torch.get_num_threads(), "commit": commit, "command": " ".join(sys.argv)}
+            "threads": torch.get_num_threads(), "commit": commit(), "command": " ".join(sys.argv)}
 
 
 def pick_kernels(deterministic):

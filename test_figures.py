@@ -86,12 +86,16 @@ def test_gaps_are_the_teachers_less_the_students():
     call("gap", "--pair", "resnet56-resnet8")
     none, kd, kd_z = numbers("gap")
     assert (kd["gap"], kd["n"], none["std"]) == (38, 2, "") and kd["std"] == pytest.approx(8**0.5, rel=1e-5)
+    record = json.loads(Path("results/kd-z-0.json").read_text())
+    record["recipe"]["teacher_sha256"] = "another"
+    Path("results/kd-z-0.json").write_text(json.dumps(record))
+    assert "taught by different teachers" in call("gap", "--pair", "resnet56-resnet8", code=1)
     assert kd_z["gap"] == 30 and "KD+Z leaves the smallest gap" in svg("gap")
     assert "holds no row of resnet32x4-resnet8x4" in call("gap", "--pair", "resnet32x4-resnet8x4", code=1)
 
 
 @pytest.fixture
-def networks(monkeypatch):
+def networks(folder, monkeypatch):
     """Untrained networks and 200 made test images; (the flags that name them, logits in numpy)."""
     split = data.Split(*(x[:200] for x in data.synthetic(200, 2)))
     monkeypatch.setattr(figures, "load_data", lambda *rest: data.Data(split, split, split, "test"))
@@ -99,7 +103,7 @@ def networks(monkeypatch):
     for i, (who, name) in enumerate((("teacher", "resnet14"), ("plain", "resnet8"), ("zscore", "resnet8"))):
         torch.manual_seed(i)
         network = create_model(name)
-        torch.save({"model": network.state_dict(), "student": name, "zscore": who == "zscore"}, f"{who}.pt")
+        torch.save({"model": network.state_dict(), "student": name, "method": "dkd", "zscore": who == "zscore"}, f"{who}.pt")
         with torch.no_grad():
             logits[who] = network.eval()(images).double().numpy()
     return ["--pair", "resnet14-resnet8", "--teacher-checkpoint", "teacher.pt", "--plain", "plain.pt", "--zscore", "zscore.pt",
@@ -116,6 +120,7 @@ def test_the_histogram_counts_every_image(networks):
         mean = sum(r["images"] * (r["deviation_from"] + r["deviation_to"]) / 2 for r in mine) / 200
         assert mean == pytest.approx(values.std(1).mean(), abs=mine[0]["deviation_to"] - mine[0]["deviation_from"])
         assert f"deviation {values.std(1).mean():.2f}" in svg("logits")
+    assert "resnet8, DKD+Z:" in svg("logits") and "teacher resnet14:" in svg("logits")
 
 
 def test_the_heat_map_is_the_mean_difference_of_each_class(networks):
@@ -126,11 +131,10 @@ def test_the_heat_map_is_the_mean_difference_of_each_class(networks):
     standard = {who: (v - v.mean(1, keepdims=True)) / v.std(1, keepdims=True) for who, v in logits.items()}
     for what, values in (("logits", logits), ("standardized logits", standard)):
         for who in ("plain", "zscore"):
-            distance = np.abs(values["teacher"] - values[who])
-            expected = np.stack([distance[targets == c].mean(0) for c in range(100)])
-            found = np.array([r["mean_absolute_difference"] for r in rows if (r["logits"], r["student"]) == (what, who)]).reshape(100, 100)
+            expected = np.abs(np.stack([(values["teacher"] - values[who])[targets == c].mean(0) for c in range(100)]))
+            found = np.array([r["difference_of_means"] for r in rows if (r["logits"], r["student"]) == (what, who)]).reshape(100, 100)
             np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
-            assert f"{what}: mean {expected.mean():.2f}, maximum {expected.max():.2f}" in svg("difference")
+            assert f"mean {expected.mean():.2f}, maximum {expected.max():.2f}" in svg("difference")
 
 
 def test_a_student_of_the_other_kind_is_refused(networks):
@@ -149,7 +153,7 @@ def test_the_grid_is_of_held_out_images_alone():
         (run / "result.json").write_text(json.dumps({"last": {"top1": top1}}))
     call("grid", "--pair", "resnet56-resnet8", "--runs", "runs")
     assert [(r["base_temp"], r["kd_weight"], r["top1"]) for r in numbers("grid")] == [(2, 1, 30), (2, 9, 50), (4, 9, 40)]
-    assert "KD+Z: best at temperature 2" in svg("grid") and "held-out" in svg("grid")
+    assert "best at temperature 2," in svg("grid") and "held-out" in svg("grid")
     assert "no finished run of resnet56-resnet20 with --val-from-train" in call("grid", "--pair", "resnet56-resnet20", "--runs", "runs", code=1)
 
 

@@ -20,7 +20,7 @@ ROOMS = {
     "export": {"torch", "torchvision", "numpy", "onnx", "onnxruntime", "click", "models", "data", "run"},
     "predict": {"onnxruntime", "numpy", "PIL"},
     "bench": {"torch", "torchvision", "click", "train_cifar", "train_imagenet", "models", "data", "recipes", "teacher", "run", "zscore_kd"},
-    "reproduce": {"click", "train_cifar", "recipes", "run", "models", "data", "teacher"},
+    "reproduce": {"torch", "click", "train_cifar", "recipes", "run", "models", "data", "teacher"},
     "run": {"torch", "click"},
     "train_cifar": {"torch", "click", "zscore_kd", "models", "data", "recipes", "teacher", "run"},
 }

@@ -131,7 +131,7 @@ def test_a_row_in_another_process_hands_is_left_to_it(small):
     other = runs.Run("runs/2epochs/128images/resnet14-resnet8-kd-synthetic-seed0", recipe, {})
     other.open()
     output = call(*SMALL, "--methods", "kd,dkd")
-    assert "1 rows are in another process's hands: resnet14-resnet8-kd-synthetic-seed0" in output and len(results()) == 1
+    assert "in another process's hands: resnet14-resnet8-kd-synthetic-seed0" in output and len(results()) == 1
     other.close()
 
 
@@ -140,6 +140,20 @@ def test_a_row_that_fails_does_not_stop_the_others(small, monkeypatch):
     monkeypatch.setattr(train_cifar, "distil", lambda recipe, *rest: real(recipe | ({"lr": 1e30} if recipe["method"] == "kd" else {}), *rest))
     output = call(*SMALL, "--methods", "kd,dkd", code=1)
     assert "1 of 2 rows could not be run: resnet14-resnet8-kd-synthetic-seed0-2epochs-128images" in output and len(results()) == 1
+
+
+def test_a_result_of_another_recipe_or_teacher_is_not_taken_for_the_row(small):
+    call(*SMALL, "--methods", "kd")
+    assert "is of another recipe (precision was fp32, now bf16)" in call(*SMALL, "--methods", "kd", "--precision", "bf16", code=1)
+    torch.manual_seed(6)
+    torch.save(create_model("resnet14").state_dict(), "teacher.pt")
+    assert "is of another recipe (teacher_sha256 was" in call(*SMALL, "--methods", "kd", code=1)
+
+
+def test_a_damaged_teacher_fails_its_rows_alone(small):
+    Path("teacher.pt").write_bytes(b"damaged")
+    output = call(*SMALL, "--methods", "kd,none", code=1)
+    assert "1 of 2 rows could not be run: resnet14-resnet8-kd-synthetic" in output and len(results()) == 1
 
 
 def test_list_says_what_is_done(small):
@@ -172,7 +186,8 @@ def test_mistakes_are_said_in_one_line(small, arguments, words):
 
 def record(method, seed, top1, teacher="resnet32x4", student="resnet8x4", **more):
     found = Row(teacher, student, method).flags()
-    recipe = {"data": "cifar100", "train_images": None, "seed": seed, "precision": "bf16", "method": found["method"]}
+    recipe = {"data": "cifar100", "train_images": None, "seed": seed, "precision": "bf16", "method": found["method"], "compile": False,
+              "teacher_sha256": "0123456789abcdef", "full_epochs": 240, "epochs": 240}
     return {"teacher": teacher, "student": student, "method": method, "seed": seed, "last": {"top1": top1}, "best": {"top1": top1 + 0.5},
             "epochs": 240, "minutes": 20.0, "full_length": True, "teacher_top1": 79.4, "teacher_source": "checkpoints/resnet32x4.pt",
             "facts": {"device": "H", "threads": 8}, "recipe": recipe,
@@ -189,6 +204,7 @@ def test_a_tables_numbers_are_the_papers_words():
     assert "Full length, as in the papers: 2 of" in text and "<details>" not in text
     row = line(text, "| resnet32x4 → resnet8x4 | KD+Z |")
     assert row[2:9] == ["76.00 ± 0.20 (n = 3)", "76.50 ± 0.20 (n = 3)", "76.62", "76.28", "+2.60 ± 0.57 (n = 2)", "20.0", "H"]
+    assert "Teacher resnet32x4: checkpoints/resnet32x4.pt, 79.40 %, SHA-256 of its weights 0123456789ab" in text
     row = line(text, "| resnet32x4 → resnet8x4 | KD |")
     assert row[2:7] == ["73.50 ± 0.71 (n = 2)", "74.00 ± 0.71 (n = 2)", "73.33", "", ""]
 
@@ -200,6 +216,14 @@ def test_a_row_that_was_not_run_is_empty_but_for_the_published_numbers():
     assert line(text, "| resnet32x4 | alone |")[2:] == ["", "", "79.42", "", "", "", "", ""]
     rows = rows_of([*reproduce.TEACHERS, *reproduce.PAIRS], reproduce.METHODS)
     assert text.count("\n| ") == len(rows) + 2 == len(set(rows)) + 2        # with the head and the rule
+
+
+@pytest.mark.parametrize("key", ["teacher_sha256", "precision", "compile"])
+def test_the_gain_of_z_is_of_rows_that_differ_in_nothing_else(key):
+    plain, z = record("kd", 0, 73.0), record("kd-z", 0, 76.0)
+    assert line(tables([plain, z]), "| resnet32x4 → resnet8x4 | KD+Z |")[6] == "+3.00 (n = 1)"
+    z["recipe"][key] = "another"
+    assert line(tables([plain, z]), "| resnet32x4 → resnet8x4 | KD+Z |")[6] == ""
 
 
 def test_no_mean_over_different_recipes():
@@ -229,7 +253,7 @@ def kept(small, monkeypatch, **more):
     torch.save({"model": network.state_dict(), "student": "resnet8"}, small / "student.pt")
     made = record("none", 0, top1, None, "resnet8", best_chosen_on="test", **more)
     made["recipe"]["precision"] = "fp32"
-    return reproduce.keep(Row(None, "resnet8", "none"), made, small, images, torch.device("cpu"), small / "checkpoints"), network
+    return reproduce.keep(Row(None, "resnet8", "none"), made, small, images, torch.device("cpu")), network
 
 
 def test_a_kept_teacher_is_half_as_large_and_found_again(small, monkeypatch):
@@ -251,5 +275,7 @@ def test_what_is_too_large_or_loses_accuracy_leaves_its_card_alone(small, monkey
     monkeypatch.setattr(reproduce, "LARGEST", 1000)
     assert "only its card" in kept(small, monkeypatch)[0]
     monkeypatch.setattr(reproduce, "LARGEST", 16e6)
-    assert "only its card" in kept(small, monkeypatch, last={"top1": 50.0})[0]
+    answers = iter([50.0, 50.03])       # of float32, of float16
+    monkeypatch.setattr(reproduce.Teacher, "evaluate", lambda *rest, real=reproduce.Teacher.evaluate: real(*rest) | {"top1": next(answers, 50.0)})
+    assert "only its card" in kept(small, monkeypatch)[0]
     assert [p.name for p in (small / "checkpoints").iterdir()] == ["resnet8.json"]

@@ -199,9 +199,12 @@ def test_a_child_that_outlives_its_run_does_not_hold_the_folder(tmp_path):
     """Loading processes live on for seconds when the run is killed; the restarted one must not be refused."""
     run = Run(tmp_path / "run", {}, {})
     run.open()
-    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    fork = multiprocessing.get_context("fork")
+    there = fork.Event()
+    child = fork.Process(target=lambda: (there.set(), time.sleep(60)))
     child.start()
     try:
+        assert there.wait(30)
         run.close()
         again = Run(tmp_path / "run", {}, {})
         again.open()
