@@ -4,7 +4,8 @@
     order, views = epoch_draws(seed, epoch, len(data.train.targets))
     images = normalise(crop_and_flip(data.train.images[order[:64]], views[:64]))
 
-No loader processes and no PIL in the loop: the whole set is 184 MB of uint8.
+No loader processes and no PIL in that loop: the whole set is 184 MB of uint8. Folders of images (ImageNet) do need both; they
+stand at the end of the file.
 """
 
 import functools

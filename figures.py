@@ -107,7 +107,7 @@ def records_of(flags):
         if (record["teacher"], record["student"]) in ((teacher, student), (None, student)):
             recipe = record["recipe"]
             budget = (recipe["data"] == "cifar100", record["full_length"], record["epochs"] * (not record["full_length"]),
-                      recipe["train_images"] or 0, recipe["data"])
+                      recipe["train_images"] or 50_000, recipe["data"])
             found.setdefault(budget, []).append(record | {"name": path.stem})
     found = {budget: group for budget, group in found.items() if any(r["teacher"] for r in group)}
     if not found:
@@ -115,7 +115,7 @@ def records_of(flags):
     _, full, epochs, images, name = longest = max(found)
     if len({r["recipe"].get("teacher_sha256") for r in found[longest] if r["teacher"]}) > 1:
         raise RunError(f"the rows of {flags['pair']} were taught by different teachers and are not compared")
-    budget = "full length" if full else f"{epochs} epochs on {f'{images:,}' if images else 'all'} images"
+    budget = "full length" if full else f"{epochs} epochs on {images:,} images"
     return found[longest], budget + ("" if name == "cifar100" else f" of {name}")
 
 
@@ -184,9 +184,9 @@ def gap(flags):
                       textcoords="offset points", ha="center", fontsize=7)
     smallest = min(rows, key=lambda row: row["gap"])
     axes.set(yticks=range(len(rows)), yticklabels=[f"{label(r['method'])} (n = {r['n']})" for r in rows], ylim=(len(rows) - 0.3, -0.8),
-             xlabel=f"teacher's top-1 ({teacher:.2f} %) less the student's, last epoch, points; bars: ± 1 standard deviation over seeds",
-             title=f"{label(smallest['method'])} leaves the smallest gap: {flags['pair'].replace('-', ' → ')}, {budget}\n"
-                   "(diamonds: standardized)")
+             xlabel=f"teacher's top-1 ({teacher:.2f} %) less the student's last epoch's, points\n(diamonds: standardized; bars: "
+                    "± 1 standard deviation over n seeds)",
+             title=f"{label(smallest['method'])} leaves the smallest gap to the teacher\n{flags['pair'].replace('-', ' → ')}, {budget}")
     axes.grid(axis="x", alpha=0.3)
     save(figure, flags["out"], "gap", rows)
 
@@ -257,9 +257,9 @@ def difference(flags, logits, titles, targets):
             axes.set(title=f"{titles[who]}, {what}:\nmean {values.mean():.2f}, maximum {values.max():.2f}", xlabel="logit of class",
                      ylabel="images of class")
             means[line, who] = values.mean().item()
-            rows += [{"logits": what, "student": who, "image_class": CIFAR100_CLASSES[i], "logit_class": CIFAR100_CLASSES[j],
-                      "difference_of_means": values[i, j].item()} for i in range(classes) for j in range(classes)]
-        figure.colorbar(image, ax=panels[line], label=f"|teacher's mean - student's mean|, {what}")
+            rows += [{"logits": what, "student": who, "images_of": name, **{c: round(v, 3) for c, v in zip(CIFAR100_CLASSES, values[i].tolist())}}
+                     for i, name in enumerate(CIFAR100_CLASSES)]
+        figure.colorbar(image, ax=panels[line], label=f"|difference of means|, {what}")
     words = ["nearer to" if means[line, "zscore"] < means[line, "plain"] else "farther from" for line in (0, 1)]
     figure.suptitle(f"The student with standardization is {words[0]} the teacher {titles['teacher'].split()[1]} than the other in its logits,\n"
                     f"and {words[1]} it once both sides are standardized", fontsize=9)
@@ -270,7 +270,7 @@ def difference(flags, logits, titles, targets):
 
 
 def grid(flags):
-    """Accuracy over temperature and weight on images that were held out of the training images, from run folders."""
+    """KD's accuracy over temperature and weight on images held out of the training images; of the recipe with the most runs."""
     teacher, student = flags["pair"].split("-")
     found = {}
     for path in sorted(flags["runs"].rglob("result.json")):

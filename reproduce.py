@@ -1,12 +1,12 @@
 """The paper's CIFAR-100 table from one command: many runs of train_cifar.py, their results, the README's tables.
 
 \b
-  python reproduce.py                                            teachers first, then all pairs and methods, one seed
+  python reproduce.py                                            six teachers, then eight pairs, nine methods, one seed
   python reproduce.py --pairs resnet32x4-resnet8x4 --methods kd,kd-z --seeds 3
   python reproduce.py --pairs resnet56-resnet8 --epochs 12 --train-images 20000      a short budget, in a table of its own
   python reproduce.py --table                                    the README's tables from results/; nothing is run
 
-A row is one run: results/NAME.json, its log results/logs/NAME.jsonl.gz. Stopped at any moment, the same command goes on; what
+A run is results/NAME.json, its log results/logs/NAME.jsonl.gz, and for teachers a file in checkpoints/. Stopped at any moment, the same command goes on; what
 is finished is not run again. A row that another process has in hand is left to it, so that several may share one GPU.
 """
 
@@ -265,7 +265,7 @@ def table_row(row, cells):
     if not cell:
         return [pair, "alone" if row.teacher is None else method, "", "", published, logged, "", "", "", ""]
     plain = cells.get(row._replace(method=row.method.replace("-z", "")), {}) if flags["zscore"] else {}
-    alike = ("teacher_sha256", "precision", "compile")      # a difference of two rows is of standardization alone
+    alike = ("teacher_sha256", "precision", "compile")      # the recipes differ anyway
     delta = [cell[s]["last"]["top1"] - plain[s]["last"]["top1"] for s in sorted(cell.keys() & plain.keys())
              if all(cell[s]["recipe"].get(k) == plain[s]["recipe"].get(k) for k in alike)]
     shown = list(cell.values())

@@ -48,7 +48,7 @@ BAD = 0.001         # the share of training images that may be undecodable
 
 
 class Team:
-    """The processes of one job: rank 0 alone prints and writes. Without torchrun, one process."""
+    """The processes of one job: rank 0 alone reports and writes, each names its own trouble. Without torchrun, one process."""
 
     def __init__(self, device_name):
         self.rank, self.size, self.flags = 0, 1, None
@@ -130,7 +130,7 @@ class Team:
 
 
 class Learner:
-    """The student and what one step of Algorithm 2 does with it; losses are per process, gradients the mean of all."""
+    """The student and what one step of Algorithm 2 does with it; losses are of the images learnt at once, gradients the mean of all."""
 
     def __init__(self, recipe, classes, team, compile=False):
         torch.manual_seed(recipe["seed"])
@@ -575,7 +575,7 @@ def main(**flags):
     except torch.OutOfMemoryError:
         raise RunError("the device's memory is full: let it take fewer images at once, --at-once N (the batch stays the same)") from None
     except RuntimeError as error:
-        if team.flags is None or "Connection closed" not in str(error):
+        if team.flags is None or not any(words in str(error) for words in ("Connection closed", "Connection reset")):
             raise
         raise RunError(f"process {team.rank} lost another one, whose own lines say why") from None
     finally:
