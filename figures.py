@@ -226,7 +226,7 @@ def logit_statistics(flags, logits, titles, targets):
     highest = max(h.max().item() for h in histograms.values())
     for axes, (who, (mean, deviation)) in zip(panels, points.items()):
         counts = histograms[who]
-        image = axes.pcolormesh(*edges, counts.T, cmap="cividis", norm=matplotlib.colors.LogNorm(1, highest), rasterized=True)
+        image = axes.pcolormesh(*(e.numpy() for e in edges), counts.T.numpy(), cmap="cividis", norm=matplotlib.colors.LogNorm(1, highest), rasterized=True)
         axes.set(title=f"{titles[who]}:\ndeviation {deviation.mean():.2f} ± {deviation.std():.2f}", xlabel="mean of an image's logits")
         rows += [{"network": who, "mean_from": edges[0][i].item(), "mean_to": edges[0][i + 1].item(), "deviation_from": edges[1][j].item(),
                   "deviation_to": edges[1][j + 1].item(), "images": int(counts[i, j])} for i, j in counts.nonzero().tolist()]
@@ -253,7 +253,7 @@ def difference(flags, logits, titles, targets):
                 for who in ("plain", "zscore")}
         highest = max(m.max() for m in maps.values())
         for axes, (who, values) in zip(panels[line], maps.items()):
-            image = axes.imshow(values, cmap="cividis", vmin=0, vmax=highest, interpolation="nearest")
+            image = axes.imshow(values.numpy(), cmap="cividis", vmin=0, vmax=highest.item(), interpolation="nearest")
             axes.set(title=f"{titles[who]}, {what}:\nmean {values.mean():.2f}, maximum {values.max():.2f}", xlabel="logit of class",
                      ylabel="images of class")
             means[line, who] = values.mean().item()

@@ -198,6 +198,8 @@ class Learner:
         self.student.load_state_dict(state["model"])
         for held, kept in zip(self.optimizer.state.values(), state["optimizer"]["state"].values()):
             held["momentum_buffer"].copy_(kept["momentum_buffer"])
+        for group, kept in zip(self.optimizer.param_groups, state["optimizer"]["param_groups"]):
+            group["lr"] = kept["lr"]
         if self.curriculum:
             self.curriculum.load_state_dict(state["curriculum"])
 
