@@ -108,6 +108,13 @@ def test_rows_are_run_once_and_equal_their_commands_alone(small, monkeypatch):
     assert len(begun) == 9 and Path("README.md").read_text() != readme      # only the table, without those rows
 
 
+def test_a_missing_teacher_is_trained_first(small):
+    output = call("--pairs", "resnet14-resnet8", *SMALL[4:], "--methods", "kd")
+    assert "training resnet14 here first" in output
+    record, = results().values()
+    assert record["teacher_source"].startswith("trained here, ") and "--teacher-checkpoint" not in record["command"]
+
+
 def test_a_stop_costs_no_finished_row(small, monkeypatch):
     real = train_cifar.distil
     order = []

@@ -104,6 +104,17 @@ def test_two_processes_learn_what_one_does_that_accumulates(method, student):
     assert "2 processes" in output and output.count("epoch   1/1") == 1         # rank 0 alone speaks
 
 
+@pytest.mark.parametrize("flags", ["--method none", "--method kd", "--method dkd --zscore", "--method dkd", "--method mlkd", "--method ctkd",
+                                   "--method ttm", "--method wttm --zscore", "--method kd --zscore --precision bf16", "--method kd --val-from-train 6"])
+def test_every_method_learns_and_says_so(flags):
+    call(*SMALL, *flags.split())
+    folder, = Path("runs").iterdir()
+    row, = rows(folder)
+    assert row["loss"] > 0 and (row["kd"] > 0) == ("none" not in flags)
+    student = torch.load(folder / "student.pt")
+    assert student["method"] == flags.split()[1] and student["zscore"] == ("--zscore" in flags) and student["classes"] == ["class0", "class1", "class2"]
+
+
 def test_accuracy_is_exact_when_images_do_not_divide(folder):
     torch.manual_seed(1)
     torch.save(create_model("MobileNetV1", 3).state_dict(), "student.pt")
