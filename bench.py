@@ -58,7 +58,7 @@ def resolved(name, device, compile):
 
 def images_on(device):
     """Made images, as many as are prepared at once and as many again; speed does not depend on what they show."""
-    n = 2 * 64 * train_cifar.AHEAD[device.type]
+    n = 2 * train_cifar.AHEAD[device.type]
     split = Split(*(x.to(device) for x in synthetic(n, 1)))
     return Data(split, split, split, "test")
 
@@ -233,7 +233,7 @@ def hours(epochs, first, remembered, ahead, batch):
 
 def experiment(name, device, rounds, compile):
     """All numbers of one experiment, as a dict."""
-    steps = train_cifar.AHEAD[device.type]
+    steps = train_cifar.AHEAD[device.type] // 64
     data = images_on(device)
     recipe = resolved(name, device, False)
     with tempfile.TemporaryDirectory() as folder:
@@ -278,7 +278,10 @@ def imagenet(device, rounds, data_dir, batch):
         if data_dir is None:
             jpeg_folder(made)
         root = Path(data_dir or made) / "train"
-        samples = ImageFolder(root).samples
+        try:
+            samples = ImageFolder(root).samples
+        except OSError as error:
+            raise runs.RunError(f"no folders of images, one for each class, in {root} ({runs.first_line(error)})") from None
         steps = max(1, min(len(samples) // batch, 16)) if data_dir else max(4, min(16, 2 * workers))      # all workers have some
         samples = (samples * -(-steps * batch // len(samples)))[:steps * batch]         # few files are read again
         pipeline = transforms.Compose([transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
@@ -405,11 +408,14 @@ def main(only, rounds, compile, device, json_file, image_dir, imagenet_batch):
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     facts = runs.collect_facts(device)
     click.echo(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, Python {facts['python']}; "
-               f"{rounds} rounds of {train_cifar.AHEAD[device.type]} steps of 64\n")
+               f"{rounds} rounds of {train_cifar.AHEAD[device.type] // 64} steps of 64\n")
     results = []
     for name in only or [*EXPERIMENTS, "imagenet"]:
         if name == "imagenet":
-            results.append(imagenet(device, rounds, image_dir, imagenet_batch or (512 if device.type == "cuda" else 16)))
+            try:
+                results.append(imagenet(device, rounds, image_dir, imagenet_batch or (512 if device.type == "cuda" else 16)))
+            except torch.OutOfMemoryError:
+                raise runs.RunError("the device's memory is full: give a smaller --imagenet-batch") from None
             click.echo(imagenet_table(results[-1]) + "\n")
         else:
             results.append(experiment(name, device, rounds, compile))

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR100, ImageFolder
+from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import functional as pil
 
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)      # of pixels in [0, 1]; as in the field's code
@@ -97,8 +98,8 @@ def _statistics(device, *statistics):
 def normalise(images, mean=MEAN, std=STD):
     """uint8 (B, 3, H, W) -> float32, (x / 255 - mean) / std, channels last. The same bits as ToTensor and Normalize."""
     mean, std = _statistics(images.device, mean, std)
-    x = images.to(torch.float32, memory_format=torch.channels_last)
-    return x.div_(255).sub_(mean).div_(std)
+    x = images.to(torch.float32).div_(255).sub_(mean).div_(std)     # planes first: over three channels last it takes four times as long
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 # ---------------------------------------------------------------- the strong view of multi-level distillation
@@ -255,10 +256,9 @@ def _cutout(x, side, centre_x, centre_y):
 
 
 @torch.no_grad()
-def evaluate(network, split, batch_size=None):
+def evaluate(network, split, batch_size=500):
     """Mean cross-entropy, top-1 and top-5 (%) of `network`, images (B, 3, H, W) -> logits (B, K), on a whole split."""
     sums = torch.zeros(3, device=split.images.device)
-    batch_size = batch_size or (2500 if split.images.is_cuda else 500)
     for images, targets in zip(split.images.split(batch_size), split.targets.split(batch_size)):
         logits = network(normalise(images)).float()
         sums += torch.stack([F.cross_entropy(logits, targets, reduction="sum"), *top_k_hits(logits, targets)])
@@ -275,14 +275,14 @@ def top_k_hits(logits, targets):
 # ---------------------------------------------------------------- the sets
 
 
-def load_data(name, data_dir, device, *, train_images=None, val_from_train=0):
+def load_data(name, data_dir, device, *, train_images=None, val_from_train=0, download=True):
     """The training and the evaluation images of `name` ("cifar100" or "synthetic") on `device`, as Data.
 
     val_from_train: hold that many training images out and evaluate on them, the test split untouched.
     train_images: train on the first so many of the rest. Both in one fixed shuffle, the same for every seed.
     Raises ValueError, one line that says what to do, for missing or damaged data and for numbers that do not fit.
     """
-    train, test = tuple(map(synthetic, SYNTHETIC_SIZES, (1, 2))) if name == "synthetic" else read_cifar100(data_dir)
+    train, test = tuple(map(synthetic, SYNTHETIC_SIZES, (1, 2))) if name == "synthetic" else read_cifar100(data_dir, download)
     shuffle = torch.from_numpy(epoch_draws(HELD_OUT_KEY, 0, len(train.targets))[0])
     rest = len(shuffle) - val_from_train
     if rest < 1:
@@ -305,8 +305,8 @@ def has_cifar100(data_dir):
         (folder / name).exists() for name in (CIFAR100.base_folder, CIFAR100.filename))
 
 
-def read_cifar100(data_dir):
-    """(train, test) of the official CIFAR-100 under `data_dir`, downloaded there (169 MB) if it is missing.
+def read_cifar100(data_dir, download=True):
+    """(train, test) of the official CIFAR-100 under `data_dir`, unpacked and, if `download`, downloaded (169 MB) where it is missing.
 
     The files' MD5 are checked. The environment variable CIFAR100_URL names another place to download from.
     """
@@ -320,18 +320,21 @@ def read_cifar100(data_dir):
     try:
         sets = [CIFAR100(folder, train=train) for train in (True, False)]
     except RuntimeError:                        # not there, or the checksums differ
-        sets = _download_cifar100(Mirrored, folder)
+        sets = _fetch_cifar100(Mirrored, folder, download)
     # (N, 32, 32, 3) as the reader gives it -> (N, 3, 32, 32)
     return tuple(Split(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets)) for s in sets)
 
 
-def _download_cifar100(dataset, folder):
+def _fetch_cifar100(dataset, folder, download):
     damaged = (folder / dataset.base_folder).exists()
     problem = f"CIFAR-100 in {folder} is damaged (its checksums differ)" if damaged else f"no CIFAR-100 in {folder}"
+    archived = check_integrity(folder / dataset.filename, dataset.tgz_md5)
+    if not archived and not download:
+        raise ValueError(f"{problem}; remove it, and train_cifar.py downloads it anew")
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)                # seconds; the reader itself would wait for ever
     try:
-        print(f"{problem}; downloading 169 MB from {dataset.url}", flush=True)
+        print(f"{problem}; " + (f"unpacking {dataset.filename}" if archived else f"downloading 169 MB from {dataset.url}"), flush=True)
         return [dataset(folder, train=train, download=True) for train in (True, False)]
     except (OSError, ValueError, RuntimeError, EOFError, http.client.HTTPException) as error:
         raise ValueError(f"{problem}, and it could not be downloaded ({error}). Put cifar-100-python.tar.gz from "
@@ -388,7 +391,7 @@ def load_folders(data_dir, val_from_train=0):
     for part in ("train",) if val_from_train else ("train", "val"):
         try:
             sets[part] = ImageFolder(root / part)
-        except (FileNotFoundError, NotADirectoryError) as error:
+        except OSError as error:
             raise ValueError(f"no folders of images, one for each class, in {root / part} ({str(error).splitlines()[0]}); name "
                              "the folder that holds train/ and val/ with --data-dir") from None
     train = sets["train"]
@@ -490,17 +493,17 @@ def ignore_signals(worker):
 def folder_keys(seed, epoch, n, batch, first_step, rank, world, parts):
     """Rank's share of an epoch's batches: keys, `parts` lists a batch, and where in the epoch each list begins.
 
-    Batches are the same whatever the number of processes: each takes an equal part of every one. Lists are of equal length, or one
-    apart. The last, incomplete batch is left out.
+    Batches are the same whatever the number of processes: each takes its part of every one. Parts and lists are of equal length, or
+    one apart. The last, incomplete batch is left out.
     """
     order, _ = epoch_draws(seed, epoch, n)
     seeds = np.random.Philox(key=np.array([seed, epoch + 2**33], dtype=np.uint64)).random_raw(n)
-    share, keys, places = batch // world, [], []
+    keys, places, begin, end = [], [], batch * rank // world, batch * (rank + 1) // world
     for step in range(first_step, n // batch):
-        bounds = [step * batch + rank * share + share * i // parts for i in range(parts + 1)]
-        for begin, end in itertools.pairwise(bounds):
-            keys.append(list(zip(order[begin:end].tolist(), seeds[begin:end].tolist())))
-            places.append(begin)
+        bounds = [step * batch + begin + (end - begin) * i // parts for i in range(parts + 1)]
+        for first, last in itertools.pairwise(bounds):
+            keys.append(list(zip(order[first:last].tolist(), seeds[first:last].tolist())))
+            places.append(first)
     return keys, places
 
 

@@ -100,17 +100,17 @@ def load_student(path, name):
     small = name in MODELS and name != "MobileNetV1" and "size" not in facts       # which train_imagenet.py's students say
     size = facts.get("size", 224)
     network.input = Input() if small else Input(size, round(size * 8 / 7), IMAGENET_MEAN, IMAGENET_STD)
-    network.classes = facts.get("classes")
+    network.classes, network.num_classes = facts.get("classes"), classes
     known = ("student", "teacher", "method", "zscore", "base_temp", "epochs", "seed", "data", "train_images", "val_from_train",
              "top1", "top5")
     return network.eval(), {k: facts[k] for k in known if isinstance(facts.get(k), (str, int, float, bool))} | {"student": name}
 
 
-def find_folders(network, data_dir, count):
+def find_folders(network, facts, data_dir, count):
     """`find_images` for folders of images: centre views, which no random crop showed, and every so many-th evaluation image."""
     if data_dir is None:
         return Images(None, None, "", None), "no --data-dir: accuracy is not measured, int8 is not calibrated, the temperature is not fitted"
-    folders = load_folders(data_dir)
+    folders = load_folders(data_dir, facts.get("val_from_train", 0))
     if network.classes not in (None, folders.classes):
         raise ValueError(f"{data_dir} has other classes than the student was trained on")
 
@@ -121,25 +121,34 @@ def find_folders(network, data_dir, count):
         return Split(torch.stack([v[0] for v in views]), torch.tensor(targets))
 
     order = epoch_draws(0, 0, len(folders.train))[0].tolist()
-    step = -(-len(folders.eval) // FOLDER_IMAGES)
-    test = read(folders.eval, range(0, len(folders.eval), step))
-    held_out = read(folders.train, order[:FOLDER_IMAGES])
-    line = f"accuracy on every {step}th of {len(folders.eval)} evaluation images" if step > 1 else None
-    return Images(Split(*(x[:count] for x in held_out)), held_out, f"{len(held_out.targets)} training images' centre views", test), line
+    seen = read(folders.train, order[:max(count, FOLDER_IMAGES)])
+    calibration, held_out, test = Split(*(x[:count] for x in seen)), Split(*(x[:FOLDER_IMAGES] for x in seen)), folders.eval
+    name, what = f"{len(held_out.targets)} training images' centre views", "evaluation images"
+    if folders.eval_name == "held-out":     # half of them for the temperature, half for accuracy
+        fit, test = folders.eval[::2][:FOLDER_IMAGES], folders.eval[1::2]
+        held_out = read(fit, range(len(fit)))
+        name, what = f"{len(held_out.targets)} held-out training images", "other held-out training images"
+    chosen = range(0, len(test), max(1, -(-len(test) // FOLDER_IMAGES)))
+    line = f"accuracy on {len(chosen)} of {len(test)} {what}" if len(chosen) < len(test) or test is not folders.eval else None
+    return Images(calibration, held_out, name, read(test, chosen) if test else None), line
 
 
 def find_images(network, facts, data_dir, count):
     """The images of the set that the student was trained on, where they are at hand; never downloaded. (Images, line to print)"""
     if network.input != Input():
-        return find_folders(network, data_dir, count)
-    name = facts.get("data", "cifar100")
-    folder = data_dir or "data"
+        return find_folders(network, facts, data_dir, count)
+    name, folder = facts.get("data", "cifar100"), data_dir or "data"
+    if network.num_classes != 100:
+        if data_dir:
+            raise ValueError(f"the student has {network.num_classes} classes, which are not CIFAR-100's: leave --data-dir out")
+        return Images(None, None, "", None), (f"the student has {network.num_classes} classes, which are not CIFAR-100's: accuracy is not "
+                                              "measured, int8 is not calibrated, the temperature is not fitted")
     if name == "cifar100" and not has_cifar100(folder):
         if data_dir:
             raise ValueError(f"no CIFAR-100 in {folder}: --data-dir names the folder that holds cifar-100-python")
         return Images(None, None, "", None), ("no CIFAR-100 in data/ and no --data-dir: accuracy is not measured, int8 is not "
                                               "calibrated, the temperature is not fitted")
-    data = load_data(name, folder, "cpu", train_images=facts.get("train_images"), val_from_train=facts.get("val_from_train", 0))
+    data = load_data(name, folder, "cpu", train_images=facts.get("train_images"), val_from_train=facts.get("val_from_train", 0), download=False)
     order = torch.from_numpy(epoch_draws(0, 0, len(data.train.targets))[0])
     calibration = Split(*(x[order[:count]] for x in data.train))
     if data.eval_name == "val":
@@ -204,6 +213,8 @@ def write_fp32(module, path, opset, size, metadata):
         with quiet():
             torch.onnx.export(module, (example,), str(path), input_names=["image"], output_names=outputs, opset_version=opset,
                               dynamic_shapes=({0: torch.export.Dim("batch")},), external_data=False, dynamo=True, verbose=False)
+    except OSError:         # the disk's trouble
+        raise
     except Exception as error:
         raise ValueError(f"opset {opset}: the exporter failed ({runs.first_line(error)}); 18 is a good choice") from None
     model = onnx.load(path)
@@ -232,11 +243,21 @@ def write_fp16(source, path, metadata):
 
 
 class Reader(quantization.CalibrationDataReader):
+    """Batches of images for the quantizer, which may ask for some at a time."""
+
     def __init__(self, images, feed):
-        self.batches = ({"image": feed(x).numpy()} for x in images.split(min(64, batch_for(images))))
+        self.batches, self.feed = images.split(min(64, batch_for(images))), feed
+        self.set_range(0, len(self))
+
+    def __len__(self):
+        return len(self.batches)
+
+    def set_range(self, start_index, end_index):
+        self.rest = iter(self.batches[start_index:end_index])
 
     def get_next(self):
-        return next(self.batches, None)
+        batch = next(self.rest, None)
+        return None if batch is None else {"image": self.feed(batch).numpy()}
 
 
 def write_int8(source, path, metadata, images, *, feed, method, activations, exclude_first_last):
@@ -253,7 +274,8 @@ def write_int8(source, path, metadata, images, *, feed, method, activations, exc
             str(prepared), str(path), Reader(images, feed), quant_format=quantization.QuantFormat.QDQ, per_channel=True,
             activation_type=quantization.QuantType.QUInt8 if activations == "uint8" else quantization.QuantType.QInt8,
             weight_type=quantization.QuantType.QInt8, nodes_to_exclude=excluded,
-            extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},   # logits of 256 levels have ties
+            extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"],    # logits of 256 levels have ties
+                           **({} if method == "minmax" else {"CalibStridedMinMax": 1})},   # or the activations of all images are held
             calibrate_method={"minmax": quantization.CalibrationMethod.MinMax, "entropy": quantization.CalibrationMethod.Entropy,
                               "percentile": quantization.CalibrationMethod.Percentile}[method])
     prepared.unlink()
@@ -375,15 +397,17 @@ def describe(network, facts, images, expected, float_input):
     if images.held_out is None or not len(images.held_out.targets):
         return metadata | {"temperature": 1.0, "temperature_fitted_on": "nothing"}, 1.0, []
     temperature = fit_temperature(logits_of(network, images.held_out.images), images.held_out.targets)
+    metadata |= {"temperature": temperature, "temperature_fitted_on": images.held_out_name}
+    line = f"temperature {temperature:.4g}, fitted on {images.held_out_name}"
+    if images.test is None:
+        return metadata, temperature, [line]
     before, after = (calibration_of(expected, images.test.targets, t) for t in (1, temperature))
-    line = (f"temperature {temperature:.4g}, fitted on {images.held_out_name}; on the {len(expected)} test images: expected calibration "
+    line += (f"; on the {len(expected)} test images: expected calibration "
             f"error {before['ece']:.4f} -> {after['ece']:.4f}, negative log-likelihood {before['nll']:.4f} -> {after['nll']:.4f}")
     if after["nll"] > before["nll"]:
         line += ("\nwarning: the temperature makes it worse, as the network knows its training images too well: train with "
                  "--val-from-train and export again")
-    metadata |= {"temperature": temperature, "temperature_fitted_on": images.held_out_name,
-                 "calibration": {"before": before, "after": after}}
-    return metadata, temperature, [line]
+    return metadata | {"calibration": {"before": before, "after": after}}, temperature, [line]
 
 
 def made(network, count):

@@ -159,8 +159,9 @@ def curves(flags):
                               linewidth=0)
     last = {m: statistics.mean(r["last"]["top1"] for r in g) for m, g in groups.items()}
     best = max(last, key=last.get)
+    fits = sorted(groups, key=lambda m: statistics.mean(r["ce"] for r in rows if r["method"] == m and r["epoch"] == groups[m][0]["epochs"]))
     panels[0].set(xlabel="epoch", ylabel="top-1 on the test split, %", title=f"{label(best)} ends highest, {last[best]:.1f} %")
-    panels[1].set(xlabel="epoch", ylabel="cross-entropy in training, nats", title="Cross-entropy of the same runs")
+    panels[1].set(xlabel="epoch", ylabel="cross-entropy in training, nats", title=f"{label(fits[0])} fits the labels best, {label(fits[-1])} least")
     panels[0].legend(frameon=False)
     figure.suptitle(f"{flags['pair'].replace('-', ' → ')}, {budget}", fontsize=9)
     save(figure, flags["out"], "curves", rows)

@@ -35,7 +35,10 @@ class Classifier:
 
     def pixels(self, image):
         """uint8 (3, height, width) of a Pillow image, upright, in RGB; other sizes are resized and the centre is taken."""
-        image = ImageOps.exif_transpose(image)
+        try:
+            image = ImageOps.exif_transpose(image)
+        except Exception:       # a damaged orientation, for which Pillow has several errors: as it is
+            pass
         if image.mode.startswith("I"):              # 16-bit grey, which Pillow would clip
             image = image.point(lambda level: level / 256).convert("L")
         image = image.convert("RGBA") if "transparency" in image.info or "A" in image.getbands() else image.convert("RGB")

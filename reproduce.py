@@ -97,13 +97,14 @@ def command_of(row, recipe, teacher_checkpoint=None):
 class Reproduction:
     """What the rows share: the data, and each teacher with its remembered answers."""
 
-    def __init__(self, flags, device):
-        self.device, self.teachers, self.data = device, {}, None
+    def __init__(self, flags, device, results, readme):
+        self.device, self.teachers, self.data, self.results, self.readme = device, {}, None, results, readme
         self.flags = dict.fromkeys(p.name for p in train_cifar.main.params) | {
             "deterministic": False, "val_from_train": 0, "save_every": 60, "capture": True, "teacher_memory": True,
             "exact_teacher": False, "dry_run": False} | flags
         self.facts = runs.collect_facts(device)     # now: the files may change while the rows run
         self.named = None       # the hash of --teacher-checkpoint
+        self.kept = {KEPT_PAIR, KEPT_PAIR.split("-")[1], *TEACHERS}     # whose weights go to checkpoints/
 
     def recipe(self, row, seed):
         """(the row's resolved recipe, lines to print, its name)."""
@@ -132,8 +133,6 @@ class Reproduction:
     def run(self, row, recipe):
         """Trains a row, or finds it trained. Returns its record and its run's folder."""
         flags = self.flags | row.flags()
-        if flags["compile"]:
-            torch._dynamo.reset()       # or the variants of all rows so far count towards its limit, and it stops compiling
         self.data = self.data or load_data(flags["data"], flags["data_dir"], self.device, train_images=flags["train_images"])
         teacher, top1 = self.teacher(recipe, flags) if row.teacher else (None, None)
         out = Path(flags["out"], *(["released"] if "released" in row.method else []), *budget_of(recipe))
@@ -150,11 +149,27 @@ class Reproduction:
         """(the Teacher of a row, trained here first where there is none, its top-1); once for all rows that have it."""
         name = recipe["teacher"]
         if name not in self.teachers:
-            teacher = train_cifar.get_teacher(recipe, self.data, flags, self.device)
+            teacher = train_cifar.get_teacher(recipe, self.data, flags, self.device, self.train_teacher)
             top1, line = teacher.check(self.data.test, recipes.ALONE.get(name) if flags["data"] == "cifar100" else None)
             click.echo(line)
             self.teachers[name] = teacher, top1
         return self.teachers[name]
+
+    def train_teacher(self, recipe, flags, device):
+        """A missing teacher's file: of its own row, at full length whatever the budget, which is recorded and kept like any."""
+        if recipe["data"] != "cifar100":
+            return train_cifar.train_teacher(recipe, flags, device)
+        shared = Reproduction(self.flags | {"epochs": None, "train_images": None}, device, self.results, self.readme)
+        row = Row(None, recipe["teacher"], "none")
+        shared.kept.add(row.student)
+        run_all([(row, 0)], shared)
+        alone, _, name = shared.recipe(row, 0)
+        for path in (CHECKPOINTS / f"{row.student}.pt", Path(flags["out"]) / name / "student.pt"):
+            if path.exists():
+                return path
+        if shared.done(self.results / f"{name}.json", alone):       # a result without its weights
+            return train_cifar.train_teacher(recipe, flags, device)
+        raise Busy(f"{row.student} is being trained")
 
 
 def record_row(record, folder, results, name):
@@ -373,7 +388,7 @@ def main(**flags):
     todo = [(row, seed) for seed in range(flags["seed"], flags["seed"] + flags["seeds"]) for row in rows_of(pairs, methods)]
     try:
         device = runs.pick_device(flags["device"])
-        shared = Reproduction(flags, device)
+        shared = Reproduction(flags, device, results, readme)
         if flags["list_rows"]:
             for row, seed in todo:
                 recipe, _, name = shared.recipe(row, seed)
@@ -384,16 +399,16 @@ def main(**flags):
         runs.keep_memory()
         if flags["compile"]:
             runs.check_compiler(device)
-        run_all(todo, shared, results, readme)
+        run_all(todo, shared)
     except ValueError as error:     # the rooms' own, one line each
         raise RunError(str(error)) from None
 
 
-def run_all(todo, shared, results, readme):
+def run_all(todo, shared):
     """Every row that is not done. RunError at the end, when some could not be run."""
-    problems, elsewhere, again = [], [], True
+    results, problems, elsewhere, again = shared.results, [], [], True
     while again:        # a pass over the rows; once more when a row that was in another's hands may be free by now
-        again, elsewhere = False, []
+        again, elsewhere, awaited = False, [], set()
         for row, seed in todo:
             recipe, lines, name = shared.recipe(row, seed)
             if name in problems:
@@ -401,20 +416,24 @@ def run_all(todo, shared, results, readme):
             try:
                 if shared.done(results / f"{name}.json", recipe):
                     continue
+                if row.teacher in awaited:      # another teacher than the awaited one is not taken meanwhile
+                    raise Busy(f"{row.teacher} is being trained")
                 click.echo("\n".join(["", name, *lines]))
                 record, folder = shared.run(row, recipe)
-                if is_full(recipe) and recipe["data"] == "cifar100" and seed == 0 and row.pair in (KEPT_PAIR, KEPT_PAIR.split("-")[1], *TEACHERS):
+                if is_full(recipe) and recipe["data"] == "cifar100" and seed == 0 and row.pair in shared.kept:
                     click.echo(keep(row, record, folder, shared.data, shared.device))
                 record_row(record, folder, results, name)
-                write_tables(results, readme)
+                write_tables(results, shared.readme)
                 again = True
             except Busy:
                 elsewhere.append(name)
+                if row.method == "none" and is_full(recipe) and not shared.flags["teacher_checkpoint"]:
+                    awaited.add(row.student)
             except (RunError, click.UsageError, ValueError, torch.OutOfMemoryError) as error:
                 click.echo(f"{name}: {runs.first_line(error)}", err=True)
                 problems.append(name)
         again = again and bool(elsewhere)
-    write_tables(results, readme)       # another process may have written its own in between
+    write_tables(results, shared.readme)       # another process may have written its own in between
     if elsewhere:
         click.echo(f"in another process's hands: {', '.join(elsewhere)}")
     if problems:

@@ -118,14 +118,19 @@ class Run:
                 with zipfile.ZipFile(io.BytesIO(content)) as file:      # torch itself does not look at the checksums
                     if file.testzip() is not None:
                         raise zipfile.BadZipFile
-                return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             except (OSError, MemoryError) as error:     # the disk's or the machine's trouble, not the file's
                 raise RunError(f"could not read {path} ({error}); it is kept as it is") from None
-            except Exception:       # torch and zipfile raise a dozen types for damaged files
-                click.echo(f"notice: {path} is damaged (kept as damaged.pt); going on from the save before it")
+            except Exception:       # zipfile raises a dozen types for damaged files
+                kept = path.with_suffix(".damaged")
+                click.echo(f"notice: {path} is damaged (kept as {kept.name}); going on from the save before it")
                 with explained(self.folder):
-                    os.replace(path, self.folder / "damaged.pt")        # no later save may push it over a good one
+                    os.replace(path, kept)          # no later save may push it over a good one
                 damaged = True
+                continue
+            try:
+                return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            except Exception as error:      # its bytes are as they were written: memory is full, or torch is another
+                raise RunError(f"could not read {path} ({first_line(error)}); it is kept as it is") from None
         if damaged:
             click.echo(f"notice: no save in {self.folder} is usable; beginning anew")
         return None
@@ -133,7 +138,7 @@ class Run:
     def _cut_log(self, epochs):
         path = self.folder / "log.jsonl"
         rows = []
-        for line in path.read_text().splitlines() if path.exists() else []:
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
             try:
                 row = json.loads(line)
             except ValueError:
@@ -267,7 +272,7 @@ class Progress:
 
     def __init__(self, images, epochs, done, device, advice="", stretch=1):
         """stretch: images that are prepared at once; speed is judged over whole stretches."""
-        self.stretch = stretch
+        self.stretch, self.stretches = stretch, 0
         self.images, self.epochs, self.device, self.advice = images, epochs, device, advice
         self.left = images * epochs - done      # images still to be trained on
         self.seen, self.begun, self.printed, self.projected = 0, None, 0.0, False
@@ -280,7 +285,8 @@ class Progress:
             return
         self.seen += images
         elapsed = now - self.begun
-        if not self.projected and elapsed >= 5 and self.seen % self.stretch == 0:
+        before, self.stretches = self.stretches, self.seen // self.stretch
+        if not self.projected and elapsed >= 5 and self.stretches > before:
             self.projected = True
             remaining = self.left * elapsed / self.seen
             line = (f"about {duration(remaining)} for the {self.left:,} images to go ({self.seen / elapsed:,.0f} images/s "

@@ -236,11 +236,12 @@ def find_teacher(name, checkpoint=None, url=ARCHIVE_URL, say=print):
             return None, f"no checkpoints/{name}.pt, and mdistiller publishes no {name}"
         try:
             say(f"downloading mdistiller's teachers, once, from {url}")
+            problem = f"no {name} in {url}"
             download_teachers(url, published.parent)
         except (OSError, ValueError, http.client.HTTPException, tarfile.TarError, EOFError) as error:
-            return None, f"no checkpoints/{name}.pt, and mdistiller's teachers could not be downloaded ({error})"
-        if not published.is_file():
-            return None, f"no checkpoints/{name}.pt, and no {name} in {url}"
+            problem = f"mdistiller's teachers could not be downloaded ({error})"
+        if not published.is_file():         # it may have come before the trouble
+            return None, f"no checkpoints/{name}.pt, and {problem}"
     return published, f"mdistiller's, checkpoints/mdistiller/{name}.pth"
 
 

@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("method", ["kd", "mlkd"])
 def test_every_contestant_does_its_steps(method, monkeypatch, tmp_path):
-    monkeypatch.setitem(train_cifar.AHEAD, "cpu", 2)
+    monkeypatch.setitem(train_cifar.AHEAD, "cpu", 128)
     monkeypatch.setitem(bench.EXPERIMENTS, "small", ("resnet8", "resnet8", method))
     recipe, data = bench.resolved("small", CPU, False), bench.images_on(CPU)
     contestants = bench.plain_loop(recipe, data, CPU, 2) | {"this": bench.this_program(recipe, data, CPU, 2, tmp_path)}
@@ -33,6 +33,11 @@ def test_imagenets_loading_and_step_are_measured(tmp_path):
         result["rows"]["loading, this program"]["img_s"] = rate
         table = bench.imagenet_table(result)
         assert f"resnet34-resnet18: {limit} limits" in table and f"resnet50-MobileNetV1: {limit} limits" in table
+
+
+def test_a_folder_without_images_is_one_line(tmp_path):
+    with pytest.raises(bench.runs.RunError, match="no folders of images, one for each class, in .*train"):
+        bench.imagenet(CPU, 1, tmp_path, 4)
 
 
 def test_ratios_are_of_the_same_round(monkeypatch):

@@ -223,6 +223,52 @@ def test_a_broken_graph_is_caught_and_not_kept(harm, monkeypatch):
     assert os.listdir("out") == []
 
 
+@pytest.mark.parametrize("method", ["entropy", "percentile"])
+def test_the_advised_ways_of_calibration_work_on_several_batches(distilled, method):
+    _, _, student = distilled
+    call("--checkpoint", student, "--calibration-method", method, "--calibration", 200, "--out", "out")
+    assert json.loads(Path("out/resnet8.json").read_text())["files"]["int8"]["agreement"] >= 0.95
+
+
+def test_a_student_of_other_classes_is_not_measured_on_cifar100(cifar):
+    """A bare CIFAR-10 file has the same keys; an accuracy of 1 % would be nonsense, and so would ranges from other images."""
+    torch.manual_seed(0)
+    torch.save(create_model("resnet8", 10).state_dict(), "ten.pt")
+    os.symlink(cifar, "data")
+    assert "the student has 10 classes, which are not CIFAR-100's" in call("--checkpoint", "ten.pt", "--student", "resnet8", "--out", "out")
+    assert sorted(os.listdir("out")) == ["resnet8.json", "resnet8.onnx"] and "top1" not in metadata("out/resnet8.onnx")
+    assert "leave --data-dir out" in call("--checkpoint", "ten.pt", "--student", "resnet8", "--data-dir", "data", code=1)
+
+
+def test_damaged_data_is_not_downloaded_by_an_export(monkeypatch):
+    monkeypatch.setenv("CIFAR100_URL", "http://127.0.0.1:9/none.tar.gz")
+    Path("data/cifar-100-python").mkdir(parents=True)
+    output = call("--checkpoint", checkpoint("resnet8", "real.pt", data="cifar100"), code=1)
+    assert "is damaged (its checksums differ); remove it" in output and "download" not in output.split("remove it")[0]
+
+
+def test_a_student_with_held_out_images_needs_no_val(tmp_path):
+    """One half of what --val-from-train held out fits the temperature, the other gives the accuracy; nothing that was learnt from."""
+    draw = np.random.default_rng(0)
+    for i in range(60):
+        (tmp_path / "train" / f"class{i % 3}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(tmp_path / "train" / f"class{i % 3}" / f"{i}.png")
+    torch.manual_seed(0)
+    network = torchvision.models.resnet18(num_classes=3)
+    facts = {"student": "resnet18", "size": 32, "classes": ["class0", "class1", "class2"], "data": "made"}
+    for held, fitted in ((20, "10 held-out training images"), (1, "1 held-out training images")):
+        torch.save({"model": network.state_dict(), **facts, "val_from_train": held}, "student.pt")
+        seen = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(export, "FolderImages", lambda samples, size: seen.append({p for p, _ in samples}) or data.FolderImages(samples, size))
+            output = call("--checkpoint", "student.pt", "--data-dir", tmp_path, "--out", "out", "--no-int8")
+        assert f"fitted on {fitted}" in output
+        held_out = {p for p, _ in data.load_folders(tmp_path, held).eval}
+        assert all(part <= held_out or not part & held_out for part in seen) and sum(part <= held_out for part in seen) >= 1
+        if held == 20:
+            assert "accuracy on 10 of 10 other held-out training images" in output and json.loads(Path("out/resnet18.json").read_text())["files"]["fp32"]["top1"] >= 0
+
+
 def test_a_converter_that_fails_costs_its_file_alone(monkeypatch):
     monkeypatch.setattr(export, "write_int8", lambda *rest, **more: 1 / 0)
     output = call("--checkpoint", checkpoint("resnet8"), "--out", "out", code=1)
@@ -369,11 +415,37 @@ def test_predict_sees_the_pixels_that_the_evaluation_saw(tmp_path, mode, shape):
             image.putalpha(Image.fromarray(draw.integers(0, 256, shape[::-1], dtype=np.uint8)))
     image.save(path := tmp_path / ("x.jpg" if mode == "CMYK" else "x.png"), **({"transparency": 3} if mode == "P" else {}))
     (evaluated,), _, _, bad = data.FolderImages([(path, 0)], 64)[0, 0]
+    assert not bad and np.array_equal(pixels_seen(path), evaluated.numpy())
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0no such thing", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12"])
+def test_damaged_exif_hinders_neither_the_evaluation_nor_predict(tmp_path, exif):
+    pixels = np.random.default_rng(0).integers(0, 256, (73, 73, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "x.jpg", exif=exif)
+    (evaluated,), _, _, bad = data.FolderImages([(tmp_path / "x.jpg", 0)], 64)[0, 0]
+    assert not bad and np.array_equal(pixels_seen(tmp_path / "x.jpg"), evaluated.numpy())
+
+
+def test_predict_turns_photographs_upright_and_the_evaluation_does_not(tmp_path):
+    """The evaluation is torchvision's, and its numbers are compared; predict.py meets what cameras write."""
+    upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 73, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6        # stored turned, to be shown turned back
+    upright.save(tmp_path / "upright.png")
+    turned = upright.transpose(Image.Transpose.ROTATE_90)
+    turned.save(tmp_path / "turned.png", exif=exif)
+    turned.save(tmp_path / "silent.png")
+    assert np.array_equal(pixels_seen(tmp_path / "turned.png"), pixels_seen(tmp_path / "upright.png"))
+    evaluated = [data.FolderImages([(tmp_path / f"{name}.png", 0)], 64)[0, 0][0][0] for name in ("turned", "silent")]
+    assert torch.equal(*evaluated)
+
+
+def pixels_seen(path):
+    """What predict.py gives a network of 64 x 64 pixels."""
     classifier = object.__new__(predictor.Classifier)
     classifier.size, classifier.resize = (64, 64), 73
     with Image.open(path) as image:
-        seen = classifier.pixels(image)
-    assert not bad and np.array_equal(seen, evaluated.numpy())
+        return classifier.pixels(image)
 
 
 def test_predict_resizes_with_a_notice_and_takes_every_kind_of_image(distilled):

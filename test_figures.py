@@ -3,6 +3,8 @@
 import csv
 import gzip
 import json
+import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -174,6 +176,20 @@ def test_mistakes_are_said_in_one_line(arguments, code, words, monkeypatch):
 def test_without_matplotlib_it_says_so(monkeypatch):
     monkeypatch.setattr(figures, "matplotlib", None)
     assert call("toy", code=1) == "Error: the pictures need matplotlib: pip install matplotlib\n"
+
+
+def test_the_kept_pictures_are_what_the_results_say():
+    os.symlink(ROOT / "results", "results")
+    call("toy", "curves", "gap", "--pair", "resnet56-resnet8")
+    for name in ("toy", "curves", "gap"):
+        assert Path("out", f"{name}.csv").read_text() == (ROOT / "figures" / f"{name}.csv").read_text(), f"draw figures/{name} again"
+
+
+def test_the_readmes_numbers_are_the_pictures():
+    said = (ROOT / "README.md").read_text(encoding="utf-8").split("Both are drawn")[1].split("`python figures.py toy")[0]
+    drawn = "".join((ROOT / "figures" / f"{name}.svg").read_text() for name in ("logits", "difference"))
+    found = re.findall(r"[0-9]+\.[0-9]+", said)
+    assert len(found) == 5 and all(number in drawn for number in found), found
 
 
 def test_the_readme_shows_pictures_that_are_there():

@@ -35,7 +35,7 @@ def child(arguments, output, file_size):
     """The command in a process of its own."""
     import resource
     data.SYNTHETIC_SIZES = (256, 64)
-    train_cifar.AHEAD["cpu"] = 3        # stretches of steps that neither a save nor an epoch divides
+    train_cifar.AHEAD["cpu"] = 96        # stretches of steps that neither a save nor an epoch divides
     teacher.BATCH["cpu"] = 40
     torch.set_num_threads(1)
     if file_size:
@@ -152,7 +152,7 @@ def test_a_truncated_checkpoint_costs_one_save(flags, start, tmp_path):
     last = tmp_path / "broken" / NAME / "last.pt"
     last.write_bytes(last.read_bytes()[:5000])
     assert finish(start(*flags, tmp_path / "broken")) == 0
-    assert "last.pt is damaged (kept as damaged.pt); going on from the save before it" in start.output()
+    assert "last.pt is damaged (kept as last.damaged); going on from the save before it" in start.output()
     assert finish(start(*flags, tmp_path / "whole")) == 0
     assert same(ending(tmp_path / "broken"), ending(tmp_path / "whole"))
 

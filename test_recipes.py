@@ -5,7 +5,7 @@ import json
 import pytest
 
 import recipes
-from recipes import LOGGED, PAIRS, PUBLISHED, logged, published, recipe, table
+from recipes import LOGGED, PAIRS, PUBLISHED, imagenet, logged, published, recipe, table
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +88,44 @@ def test_logged_last_epochs_are_the_logs(tables):
     assert logged("resnet56", "resnet20", "mlkd", True) is None
 
 
+def test_the_imagenet_recipes_are_the_papers():
+    common = {"known": True, "lr": 0.2, "epochs": 100, "stages": (30, 60, 90), "batch_size": 512, "momentum": 0.9, "weight_decay": 1e-4}
+    small, large = ("resnet34", "resnet18"), ("resnet50", "MobileNetV1")
+    for pair in (small, large):
+        assert imagenet(*pair, "kd") == common | {"base_temp": 1.0, "kd_weight": 0.5, "ce_weight": 0.5}
+        assert imagenet(*pair, "kd", True) == common | {"base_temp": 2.0, "kd_weight": 9.0, "ce_weight": 0.5}
+        assert imagenet(*pair, "none") == common | {"base_temp": None, "kd_weight": 0.0, "ce_weight": 1.0}
+        beta = {"alpha": 1.0, "beta": 0.5 if pair == small else 2.0, "warmup": 1, "ce_weight": 1.0}
+        assert imagenet(*pair, "dkd") == common | beta | {"base_temp": 1.0, "kd_weight": 1.0}
+        assert imagenet(*pair, "dkd", True) == common | beta | {"base_temp": 2.0, "kd_weight": 9.0}
+        rate = common | {"lr": 0.1 if pair == small else 0.2, "ce_weight": 0.5}
+        assert imagenet(*pair, "mlkd") == rate | {"base_temp": 1.0, "kd_weight": 0.5, "zscore_relations": False}
+        assert imagenet(*pair, "mlkd", True) == rate | {"base_temp": 2.0, "kd_weight": 9.0, "zscore_relations": True}
+        curriculum = common | {"ce_weight": 1.0, "ramp": 5}
+        assert imagenet(*pair, "ctkd") == curriculum | {"base_temp": 1.0, "span": 20.0, "kd_weight": 1.0}
+        assert imagenet(*pair, "ctkd", True) == curriculum | {"base_temp": 2.0, "span": 40.0, "kd_weight": 9.0}
+    full = imagenet(*small, "kd", True) | {"full_epochs": 100}
+    assert [recipes.learning_rate(e, full) for e in (1, 30, 31, 60, 61, 90, 91)] == pytest.approx([0.2, 0.2, 0.02, 0.02, 2e-3, 2e-3, 2e-4])
+
+
+def test_published_imagenet_accuracies_are_the_tables(tables):
+    pairs = {"ResNet34_ResNet18": ("resnet34", "resnet18"), "ResNet50_MobileNetV1": ("resnet50", "MobileNetV1")}
+    methods = {"KD": "kd", "KD+CTKD": "ctkd", "DKD": "dkd", "MLKD": "mlkd"}
+    checked = 0
+    for row in tables["seed_poster_imagenet"]:
+        name, zscore = row["method"].removesuffix("+Z"), row["method"].endswith("+Z")
+        method = {"Teacher": "teacher", "Student": "none"}.get(name) or methods.get(name)
+        for column, pair in pairs.items() if method else ():
+            assert recipes.imagenet_published(*pair, method, zscore) == (row[column]["top1"], row[column]["top5"]), row
+            checked += 1
+    assert checked == 2 * 10
+    transformed = tables["imagenet_ttm_readme"]
+    for key, pair in (("ResNet34(73.31)->ResNet18(69.76)", pairs["ResNet34_ResNet18"]), ("ResNet50(76.16)->MobileNet(68.87)", pairs["ResNet50_MobileNetV1"])):
+        assert recipes.imagenet_published(*pair, "wttm")[0] == dict(zip(transformed["columns"], transformed[key]))["WTTM"]
+    log, = [row for row in tables["official_logs"] if row["student"] == "ResNet18"]
+    assert recipes.imagenet_logged("resnet34", "resnet18", "kd", True) == log["last"]
+
+
 def test_an_unknown_pair_takes_temperature_2_and_weight_9():
     r = recipe("resnet56", "resnet8", "kd", True)
     assert (r["known"], r["base_temp"], r["kd_weight"], r["lr"]) == (False, 2.0, 9.0, 0.05)
@@ -100,6 +138,9 @@ def test_the_doubtful_rows_are_marked_in_the_list():
     assert "2, 9?" in rows[0] and "75.56 (75.58)" in rows[1]
     assert all(f"{t} -> {s}" in text for t, s in PAIRS)
     assert "weight was probably about 1" in text
+    assert recipes.unsure("vgg13", "vgg8", "kd", True) == [recipes.UNSURE[recipes.ANY, "kd-z"]]
+    assert recipes.unsure("vgg13", "vgg8", "kd", True, "released") == [] != recipes.unsure("vgg13", "vgg8", "wttm", False, "released")
+    assert recipes.imagenet_unsure("resnet34", "resnet18", "kd", True) and recipes.imagenet_unsure("resnet50", "MobileNetV1", "kd", True) is None
 
 
 def test_unknown_method():

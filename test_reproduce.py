@@ -115,6 +115,39 @@ def test_a_missing_teacher_is_trained_first(small):
     assert record["teacher_source"].startswith("trained here, ") and "--teacher-checkpoint" not in record["command"]
 
 
+def test_a_missing_teacher_of_cifar100_is_a_row_of_its_own_kept_in_float16(small, monkeypatch):
+    """At full length whatever the students' budget, with result, card and weights; later rows find the same teacher."""
+    monkeypatch.setattr(recipes, "EPOCHS", 1)
+    made = data.load_data("synthetic", None, "cpu", train_images=128)
+    for module in (train_cifar, reproduce):
+        monkeypatch.setattr(module, "load_data", lambda *rest, **more: made)
+    arguments = ["--pairs", "resnet14-resnet8", "--train-images", "128", *SMALL[8:]]
+    call(*arguments, "--methods", "kd")
+    call(*arguments, "--methods", "kd-z")
+    found = results()
+    own = found["resnet14-none-seed0"]
+    assert own["full_length"] and own["teacher"] is None and json.loads(Path("checkpoints/resnet14.json").read_text())["last"] == own["last"]
+    assert all(v.dtype != torch.float32 for v in torch.load("checkpoints/resnet14.pt")["model"].values())
+    kd, z = (found[f"resnet14-resnet8-{m}-seed0-2epochs-128images"] for m in ("kd", "kd-z"))
+    assert kd["teacher_source"].startswith("trained here, ") and z["teacher_source"] == "checkpoints/resnet14.pt"
+    assert kd["recipe"]["teacher_sha256"] == z["recipe"]["teacher_sha256"]
+
+
+def test_rows_wait_for_the_teacher_that_another_process_trains(small, monkeypatch):
+    """And take no other one meanwhile: one table, one teacher."""
+    monkeypatch.setattr(recipes, "EPOCHS", 1)
+    made = data.load_data("synthetic", None, "cpu", train_images=128)
+    for module in (train_cifar, reproduce):
+        monkeypatch.setattr(module, "load_data", lambda *rest, **more: made)
+    (small / "checkpoints" / "mdistiller").mkdir(parents=True)
+    torch.save(create_model("resnet56").state_dict(), small / "checkpoints" / "mdistiller" / "resnet56.pth")
+    other = runs.Run("runs/resnet56-none-seed0", {"made": "up"}, {})
+    other.open()
+    output = call("--pairs", "resnet56,resnet56-resnet8", "--methods", "kd", "--device", "cpu", "--results", "results", "--readme", "README.md")
+    assert "in another process's hands: resnet56-none-seed0, resnet56-resnet8-kd-seed0" in output and not results()
+    other.close()
+
+
 def test_a_stop_costs_no_finished_row(small, monkeypatch):
     real = train_cifar.distil
     order = []

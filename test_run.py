@@ -82,12 +82,17 @@ def test_trouble_of_the_disk_is_not_taken_for_damage(tmp_path, monkeypatch):
     run.log({"epoch": 1})
     run.save({"epoch": 1})
 
-    def fails(*_, **__):
-        raise OSError(5, "Input/output error")
+    for error in (OSError(5, "Input/output error"), RuntimeError("[enforce fail] not enough memory")):
+        def fails(*_, **__):
+            raise error
 
-    with monkeypatch.context() as patch, pytest.raises(RunError, match="could not read .*last.pt .*Input/output error.*kept"):
-        patch.setattr(torch, "load", fails)
-        opened(tmp_path)
+        with monkeypatch.context() as patch, pytest.raises(RunError, match="could not read .*last.pt .*(Input/output error|enough memory).*kept"):
+            patch.setattr(torch, "load", fails)
+            run = Run(tmp_path, RECIPE, FACTS)
+            run.open()
+        run.close()
+    with open(tmp_path / "log.jsonl", "ab") as file:
+        file.write(b'{"epoch": 2, "\xff')       # nor is a byte of the log that is no text
     assert opened(tmp_path)[1] == {"epoch": 1} and (tmp_path / "log.jsonl").read_text()
 
 

@@ -93,6 +93,16 @@ def test_a_cut_download_leaves_nothing_half_written(checkpoints, serve):
     assert os.listdir(checkpoints / "mdistiller") == []
 
 
+def test_a_teacher_that_came_before_the_line_was_cut_is_taken(checkpoints, serve):
+    """Rather than trained here for hours."""
+    folder, url, _ = serve
+    archive(folder / "whole.tar", ["resnet56", "vgg13"])
+    first = (folder / "whole.tar").read_bytes().find(b"vgg13_vanilla")
+    (folder / "cut.tar").write_bytes((folder / "whole.tar").read_bytes()[:first + 100_000])
+    path, source = find_teacher("resnet56", url=f"{url}/cut.tar", say=lambda line: None)
+    assert path == checkpoints / "mdistiller" / "resnet56.pth" and "mdistiller" in source
+
+
 @pytest.mark.parametrize("name, place, words", [
     ("resnet56", "/missing.tar", "no checkpoints/resnet56.pt, and mdistiller's teachers could not be downloaded .*404"),
     ("resnet56", "/text.tar", "could not be downloaded"),

@@ -30,8 +30,8 @@ def nowhere_else(tmp_path, monkeypatch):
     monkeypatch.setattr(teacher, "CHECKPOINTS", tmp_path / "checkpoints")
     monkeypatch.setattr(train_cifar, "CHECKPOINTS", tmp_path / "checkpoints")
     monkeypatch.setattr(data, "SYNTHETIC_SIZES", (600, 200))
-    monkeypatch.setitem(train_cifar.AHEAD, "cpu", 2)        # small runs too prepare their steps in several stretches
-    monkeypatch.setitem(train_cifar.AHEAD, "cuda", 2)
+    monkeypatch.setitem(train_cifar.AHEAD, "cpu", 96)        # small runs too prepare their steps in several stretches
+    monkeypatch.setitem(train_cifar.AHEAD, "cuda", 96)
     monkeypatch.setitem(teacher.BATCH, "cpu", 48)
     monkeypatch.setenv("TEACHER_URL", "http://127.0.0.1:9/none.tar")
     monkeypatch.setenv("CIFAR100_URL", "http://127.0.0.1:9/none.tar.gz")

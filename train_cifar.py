@@ -37,7 +37,7 @@ from run import KEPT, Progress, Run, RunError, Stop, check_finite, epoch_line, e
 from teacher import ARCHIVE_URL, CHECKPOINTS, Teacher, find_teacher, load_teacher
 from zscore_kd import METHODS, CurriculumTemperature, distillation_loss
 
-AHEAD = {"cuda": 128, "mps": 16, "cpu": 16}       # steps that are prepared at once
+AHEAD = {"cuda": 8192, "mps": 1024, "cpu": 1024}      # images that are prepared at once
 REST = 10           # seconds without a save at the end of an epoch on a GPU, where an epoch may take less than one
 ADVICE = ("take a CUDA GPU, or a short run of small networks, for instance --student resnet8 --epochs 12 "
           "--train-images 10000")
@@ -166,15 +166,20 @@ class Captured:
                 now.detach().copy_(then)
 
 
+def stretch(batch, device):
+    """How many images are prepared at once, whole batches."""
+    return max(1, AHEAD[device.type] // batch) * batch
+
+
 def lessons(recipe, data, teacher, epoch, first_step, device):
     """What each step of an epoch learns from: (the images of each view, targets, the teacher's logits of each view).
 
-    Made for AHEAD steps at once: the teacher does not depend on the student, and few large operations beat many small ones.
+    Made for AHEAD images at once: the teacher does not depend on the student, and few large operations beat many small ones.
     """
     n, batch = len(data.train.targets), recipe["batch_size"]
     order, views = map(torch.from_numpy, epoch_draws(recipe["seed"], epoch, n))
     strong = strong_draws(recipe["seed"], epoch, n) if recipe["method"] == "mlkd" else None
-    size = AHEAD[device.type] * batch
+    size = stretch(batch, device)
     for start in range(first_step * batch, n, size):
         part = slice(start, start + size)
         indices = order[part].to(device)
@@ -196,6 +201,8 @@ def train(recipe, data, teacher, run, state, device, stop, *, save_every=60, unt
     save_every: seconds between saves inside an epoch; every epoch saves too, on a GPU every REST seconds.
     until: leave after so many epochs, as a kill would; returns None.
     """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     student, curriculum, optimizer, predict, step, set_epoch = build(recipe, data.num_classes, device, compile, capture)
     state = state or {"epoch": 0, "step": 0, "seconds": 0.0, "sums": torch.zeros(5), "best": {"top1": -1.0}, "row": {}}
     if "model" in state:
@@ -219,7 +226,7 @@ def train(recipe, data, teacher, run, state, device, stop, *, save_every=60, unt
 
     n, batch = len(data.train.targets), recipe["batch_size"]
     steps = -(-n // batch)                                                              # the last batch is smaller
-    progress = Progress(n, recipe["epochs"], start * n + first_step * batch, device, ADVICE, AHEAD[device.type] * batch)
+    progress = Progress(n, recipe["epochs"], start * n + first_step * batch, device, ADVICE, stretch(batch, device))
     for epoch in range(start, recipe["epochs"]):
         epoch_begun, seen = time.monotonic(), n - first_step * batch
         student.train()
@@ -230,7 +237,7 @@ def train(recipe, data, teacher, run, state, device, stop, *, save_every=60, unt
 
             progress.step(epoch, len(target))
             due = i < steps - 1 and (stop.asked or time.monotonic() - saved >= save_every)
-            if due or device.type != "cuda" or i == steps - 1:      # on a GPU looking waits for it
+            if due or device.type == "cpu" or i == steps - 1:       # on a GPU looking waits for it
                 check_finite(sums, losses, epoch, i, student_logits, teacher_logits, run)
             if due:
                 save(epoch, i + 1)
@@ -251,7 +258,7 @@ def train(recipe, data, teacher, run, state, device, stop, *, save_every=60, unt
         first_step, sums = 0, torch.zeros_like(sums)
         run.log(row)
         asked, last = stop.asked, epoch + 1 in (recipe["epochs"], until)
-        if device.type != "cuda" or last or asked or time.monotonic() - saved >= min(save_every, REST):
+        if device.type == "cpu" or last or asked or time.monotonic() - saved >= min(save_every, REST):
             save(epoch + 1, 0)
             saved = time.monotonic()
         progress.print(epoch_line(row, best, data.eval_name, recipe["epochs"]))
@@ -282,7 +289,7 @@ def resolve(flags, device):
     """The run's recipe: the pair's, with the flags that were given. Returns (recipe, lines to print)."""
     teacher, student, method, zscore = (flags[k] for k in ("teacher", "student", "method", "zscore"))
     found = recipes.recipe(teacher, student, method, zscore, flags["recipe"])
-    doubts = recipes.unsure(teacher, student, method, zscore) if flags["recipe"] == "authors" else []
+    doubts = recipes.unsure(teacher, student, method, zscore, flags["recipe"])
     lines = [f"unsure: {reason}" for reason in doubts]
     if not found.pop("known"):
         what = f"{student} alone" if method == "none" else f"{teacher} -> {student}"
@@ -312,8 +319,8 @@ def run_name(recipe):
                      f"seed{recipe['seed']}"])
 
 
-def get_teacher(recipe, data, flags, device):
-    """The Teacher of a recipe, trained here first where there is none; it attends to the training images."""
+def get_teacher(recipe, data, flags, device, train=None):
+    """The Teacher of a recipe, trained here first where there is none; it attends to the training images. train: how, if not `train_teacher`."""
     name, precision = recipe["teacher"], recipe["precision"]
     if flags["dry_run"] and flags["teacher_checkpoint"] is None:
         return attending(Teacher(create_model(name), device, precision), data, flags)
@@ -323,7 +330,7 @@ def get_teacher(recipe, data, flags, device):
         path, source = find_teacher(name, flags["teacher_checkpoint"], flags["teacher_url"], click.echo)
     if path is None:
         click.echo(f"{source}; training {name} here first")
-        path = train_teacher(recipe, flags, device)
+        path = (train or train_teacher)(recipe, flags, device)
         source = f"trained here, {path}"
     return attending(load_teacher(name, path, source, device, precision, compile=flags["compile"]), data, flags)
 
@@ -347,18 +354,26 @@ def train_teacher(recipe, flags, device):
     folder = distil(teacher_recipe | {"seed": 0}, data, None, flags, device)[1]
     if recipe["data"] == "synthetic":
         return folder / "student.pt"
+    kept = CHECKPOINTS / f"{recipe['teacher']}.pt"
+    partial = kept.with_name(f"{kept.name}.{os.getpid()}.part")
     try:
         CHECKPOINTS.mkdir(exist_ok=True)
-        partial = shutil.copyfile(folder / "student.pt", CHECKPOINTS / f"{recipe['teacher']}.pt.{os.getpid()}.part")
-        return os.replace(partial, CHECKPOINTS / f"{recipe['teacher']}.pt") or CHECKPOINTS / f"{recipe['teacher']}.pt"
-    except OSError:
+        shutil.copyfile(folder / "student.pt", partial)
+        os.replace(partial, kept)
+        return kept
+    except OSError as error:
+        click.echo(f"notice: no copy of the teacher could be kept in {CHECKPOINTS} ({error.strerror}); it stays in {folder}")
         return folder / "student.pt"
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def distil(recipe, data, teacher, flags, device, until=None):
     """One run in its folder: printed, trained or found finished. Returns (result, folder)."""
     if teacher:
         recipe = recipe | {"teacher_sha256": teacher.sha256}
+    if flags["compile"]:
+        torch._dynamo.reset()       # or the variants of all runs so far count towards its limit, and it stops compiling
     run = Run(Path(flags["out"]) / run_name(recipe), recipe, runs.collect_facts(device))
     shown = [k for k in ("lr", "epochs", "batch_size", "weight_decay", "ce_weight", "kd_weight", "base_temp", "alpha", "beta",
                          "span", "zscore_relations", "precision", "compile", "exact_teacher", "train_images",

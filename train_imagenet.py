@@ -172,7 +172,6 @@ class Learner:
         parts: a list of (images of each view, targets, teacher's logits of each view, place of the first image in the run). Returns
         the share's sums of loss, L_CE, L_KD and hits, (5,), and the student's logits of the last part's first view.
         """
-        share = sum(len(target) for _, target, _, _ in parts)
         sums = torch.zeros(5, device=self.team.device)
         self.optimizer.zero_grad()
         for i, (images, target, teacher_logits, place) in enumerate(parts):
@@ -180,7 +179,7 @@ class Learner:
             last = i == len(parts) - 1
             with nullcontext() if last or self.team.flags is None else self.parallel.no_sync():
                 loss, ce, kd, logits = self.losses(images, target, teacher_logits, epoch)
-                (loss * (len(target) / share)).backward()
+                (loss * (len(target) * self.team.size / self.recipe["batch_size"])).backward()      # processes' gradients are averaged
             logits = logits.detach()
             sums += torch.cat([len(target) * torch.stack([x.detach() for x in (loss, ce, kd)]), torch.stack(top_k_hits(logits, target))])
         if self.curriculum and self.team.flags is not None:         # its gradient is not DistributedDataParallel's
@@ -209,8 +208,8 @@ class Lessons:
 
     def __init__(self, recipe, folders, teacher, team, workers, at_once):
         self.recipe, self.teacher, self.team, self.workers = recipe, teacher, team, workers
-        share = recipe["batch_size"] // team.size
-        self.parts = -(-share // min(at_once or share, share))
+        share = -(-recipe["batch_size"] // team.size)       # or one image less
+        self.parts = min(-(-share // (at_once or share)), recipe["batch_size"] // team.size)
         self.views = 2 if recipe["method"] == "mlkd" else 1
         self.dataset = FolderImages(folders.train, recipe["size"], self.views)
         self.bad = set()        # indices of images that cannot be decoded
@@ -364,7 +363,7 @@ def finish(recipe, folders, run, student, row, best, minutes, team):
               "img_s": images / (60 * minutes), "processes": team.size, "peak_memory_mib": runs.peak_memory(team.device)}
 
     def write():
-        facts = {k: recipe[k] for k in ("student", "teacher", "method", "zscore", "base_temp", "epochs", "seed", "data", "size")}
+        facts = {k: recipe[k] for k in ("student", "teacher", "method", "zscore", "base_temp", "epochs", "seed", "data", "size", "val_from_train")}
         weights = {k: v.cpu().contiguous() for k, v in student.state_dict().items()}
         run.finish(result, {"model": weights, **facts, "num_classes": len(folders.classes), "classes": folders.classes, **result["last"]})
     team.first(write)
@@ -426,7 +425,7 @@ def resolve(flags, team):
     """The run's recipe: the pair's, with the flags that were given. Returns (recipe, lines to print)."""
     names = tuple(flags[k] for k in ("teacher", "student", "method", "zscore"))
     found = recipes.imagenet(*names)
-    doubt = recipes.imagenet_unsure(*names[2:])
+    doubt = recipes.imagenet_unsure(*names)
     lines = [f"unsure: {doubt}"] if doubt else []
     if not found.pop("known") and names[2] != "none":
         lines.append(f"no published recipe for {names[0]} -> {names[1]}: taking resnet34 -> resnet18's")
@@ -439,8 +438,8 @@ def resolve(flags, team):
         "full_epochs": found["epochs"], **given, "precision": runs.pick_precision(flags["precision"], team.device),
         "deterministic": flags["deterministic"], "compile": flags["compile"], "size": flags["size"],
         "val_from_train": flags["val_from_train"], "seed": flags["seed"]}
-    if recipe["batch_size"] % team.size:
-        raise click.UsageError(f"--batch-size {recipe['batch_size']} is the total, and cannot be divided among {team.size} processes")
+    if recipe["batch_size"] < team.size:
+        raise click.UsageError(f"--batch-size {recipe['batch_size']} is the total: too few images for {team.size} processes")
     return recipe, lines
 
 
@@ -493,41 +492,49 @@ def distil(recipe, folders, teacher, flags, team, until=None):
         line = (f"{run_name(recipe)}: last epoch {result['last']['top1']:.2f} top-1, {result['last']['top5']:.2f} top-5; best "
                 f"{result['best']['top1']:.2f} (epoch {result['best']['epoch']}, chosen on {result['best_chosen_on']})")
         known = published(recipe, folders, recipe["method"])
-        team.say(line + (f"; published {known[0]:.2f}" if known else "") + f"; {runs.duration(60 * result['minutes'])}")
+        logged = recipes.imagenet_logged(recipe["teacher"], recipe["student"], recipe["method"], recipe["zscore"])
+        if known:
+            line += f"; published {known[0]:.2f}" + (f", last epoch of the authors' log {logged:.2f}" if logged else "")
+        team.say(f"{line}; {runs.duration(60 * result['minutes'])}")
     return result
 
 
 def dry_run(recipe, flags, team):
-    """The whole path on made images: an epoch of two batches, save, leave, resume, evaluate, result."""
+    """The whole path on made images: an epoch of two batches, save, leave, resume, evaluate, result, and its file evaluated again."""
     networks = [network(name, 3) for name in (recipe["teacher"], recipe["student"]) if name]
     size = 64 if not any(refusal(model, 64) for model in networks) else flags["size"]
-    recipe |= {"batch_size": 8 * team.size, "epochs": 2, "size": size, "data": "made"}
-    with tempfile.TemporaryDirectory() if team.rank == 0 else nullcontext() as folder:
-        folder = Path(team.share(folder))
-        if team.rank == 0:
-            for i, part in enumerate(["train"] * 2 * recipe["batch_size"] + ["val"] * 7):
-                (folder / part / f"class{i % 3}").mkdir(parents=True, exist_ok=True)
-                pixels = torch.randint(0, 256, (3, 80, 100), dtype=torch.uint8)
-                to_pil_image(pixels).save(folder / part / f"class{i % 3}" / f"{i}.jpg")
-        team.share()
+    recipe |= {"batch_size": 8 * team.size, "epochs": 2, "size": size, "data": "made", "val_from_train": 0}
+    generator = torch.Generator().manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:       # each process's own, the same in all: nodes need not share a disk
+        for i, part in enumerate(["train"] * 2 * recipe["batch_size"] + ["val"] * 7):
+            path = Path(folder, part, f"class{i % 3}", f"{i}.jpg")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            to_pil_image(torch.randint(0, 256, (3, 80, 100), dtype=torch.uint8, generator=generator)).save(path)
         folders = load_folders(folder)
-        flags = flags | {"out": str(folder / "runs"), "workers": 0, "at_once": None, "data_dir": str(folder)}
+        if flags["teacher_checkpoint"]:     # whose classes are the file's
+            weights = list(split_checkpoint(read_checkpoint(flags["teacher_checkpoint"]))[0].values())
+            folders = folders._replace(classes=folders.classes + list(map(str, range(3, len(weights[-1]) if weights else 3))))
+        flags = flags | {"out": str(Path(folder, "runs")), "workers": 0, "at_once": None, "data_dir": folder}
         teacher = get_teacher(recipe, folders, flags, team) if recipe["teacher"] else None
         distil(recipe, folders, teacher, flags, team, until=1)
         distil(recipe, folders, teacher, flags, team)
+        if team.size == 1:      # the file is rank 0's
+            evaluate_file(flags | {"eval_file": Path(folder, "runs", run_name(recipe), "student.pt")}, team, folders)
         team.share()
     team.say("dry run: all is well")
 
 
-def evaluate_file(flags, team):
-    """--eval: loss, top-1 and top-5 of a checkpoint on the evaluation images."""
-    folders = load_folders(flags["data_dir"], flags["val_from_train"])
+def evaluate_file(flags, team, folders=None):
+    """--eval: loss, top-1 and top-5 of a checkpoint on the evaluation images, by default those of the flags."""
+    folders = folders or load_folders(flags["data_dir"], flags["val_from_train"])
     said = split_checkpoint(read_checkpoint(flags["eval_file"]))[1]
     name, size = flags["student"] or said.get("student"), said.get("size", flags["size"])
     if name not in NETWORKS:
         raise click.UsageError(f"{flags['eval_file']} does not say which network it holds: name it with --student")
     model = network(name, len(folders.classes))
     load_weights(model, flags["eval_file"])
+    if problem := refusal(model, size):
+        raise click.UsageError(problem)
     teacher = Teacher(model, team.device, flags["precision"] or "fp32")
     teacher.batch = flags["at_once"] or 64
     scores = evaluate(teacher.logits, folders.eval, size, team, flags["workers"], teacher.batch)
@@ -577,6 +584,9 @@ def main(**flags):
     except torch.OutOfMemoryError:
         raise RunError("the device's memory is full: let it take fewer images at once, --at-once N (the batch stays the same)") from None
     except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            raise RunError(f"a loading process was lost ({runs.first_line(error)}): memory is full, or the shared memory is small (in a "
+                           "container, --shm-size); give fewer --workers, or --workers 0") from None
         if team.flags is None or not any(words in str(error) for words in ("Connection closed", "Connection reset")):
             raise
         raise RunError(f"process {team.rank} lost another one, whose own lines say why") from None

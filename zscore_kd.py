@@ -39,7 +39,7 @@ def weighted_zscore(logits, base_temp=1.0, *, correction=0):
     logits: (..., K), any floating dtype. base_temp: tau, a positive number, or a tensor that broadcasts to (..., 1).
     correction: 0 is the paper's population deviation (1/K); 1 is the released code's (1/(K-1)).
     Returns (..., K), float32 or float64: each row has mean 0 and, with correction 0, standard deviation 1/tau.
-    TypeError for integer logits; ValueError for K < 2, an empty input, or a number tau that is not positive.
+    TypeError for integer logits; ValueError for K < 2, an empty input, a number tau that is not positive, or a tensor of another shape.
     """
     if logits.dim() < 1 or logits.numel() == 0:
         raise ValueError(f"logits must be (..., K) and not empty, got shape {tuple(logits.shape)}")
@@ -68,7 +68,7 @@ def kd_loss(student_logits, teacher_logits, base_temp=2.0, *, zscore=True, corre
     (B, 1), that may need a gradient. zscore=False is Hinton's KD, logits / tau on both sides. correction: see `weighted_zscore`.
     Returns a scalar, unweighted (multiply by lambda_KD). Errors: see `weighted_zscore`, and shapes that differ.
     """
-    z, v = _pair(student_logits, teacher_logits, base_temp)
+    z, v, base_temp = _pair(student_logits, teacher_logits, base_temp)
     with _full_precision(z):
         z, v = (_softened(x, base_temp, zscore, correction) for x in (z, v))
         log_q_teacher = F.log_softmax(v, -1)                                    # Algorithm 2, line 3
@@ -86,7 +86,7 @@ def dkd_loss(student_logits, teacher_logits, target, base_temp=2.0, *, alpha=1.0
     KL = TCKD + (1 - p_y) NCKD. target: (B,) class numbers in [0, K). With Z the paper's lambda_KD multiplies both alpha
     and beta. The rest as in `kd_loss`; K of at least 3.
     """
-    z, v = _pair(student_logits, teacher_logits, base_temp, min_classes=3)
+    z, v, base_temp = _pair(student_logits, teacher_logits, base_temp, min_classes=3)
     if target.shape != z.shape[:1] or target.is_floating_point():
         raise ValueError(f"target must be {z.shape[0]} class numbers, got {target.dtype} of shape {tuple(target.shape)}")
     with _full_precision(z):
@@ -95,6 +95,7 @@ def dkd_loss(student_logits, teacher_logits, target, base_temp=2.0, *, alpha=1.0
 
         def split(x):
             """log p of the target (B,), of all the others together (B,), and of each other given that it is one (B, K)."""
+            x = x - x.detach().amax(-1, keepdim=True)       # the same probabilities; +inf becomes NaN, and shows
             others = x.masked_fill(is_target, -torch.inf)
             gap = x.gather(1, target[:, None].long()).squeeze(1) - others.logsumexp(-1)
             return F.logsigmoid(gap), F.logsigmoid(-gap), F.log_softmax(others, -1).masked_fill(is_target, 0.0)
@@ -110,12 +111,13 @@ def mlkd_loss(student_weak, teacher_weak, student_strong, teacher_strong, base_t
     """Multi-level logit distillation (Jin et al., CVPR 2023) in closed form: instances, classes and batch, at five temperatures.
 
     The four logits are (B, K): the student's and the teacher's of a weakly and of a strongly augmented view. As executed by
-    its authors' code, whose confidence masks are the constant 1/2 and whose strong terms at 2 and 6 see the weak view.
+    its authors' code, whose confidence masks come to the constant 1/2 (for even B and K; the last batch of an epoch may be odd, and
+    theirs is then (n + 1) / 2n) and whose strong terms at 2 and 6 see the weak view.
     zscore_relations: standardize the class and batch relations too (the released code does not). The relations have no
     temperature squared. Returns a scalar, unweighted; errors as in `kd_loss`.
     """
-    z, v = _pair(student_weak, teacher_weak, base_temp)
-    z_strong, v_strong = _pair(student_strong, teacher_strong, base_temp)
+    z, v, base_temp = _pair(student_weak, teacher_weak, base_temp)
+    z_strong, v_strong, _ = _pair(student_strong, teacher_strong, base_temp)
     if z.shape != z_strong.shape:
         raise ValueError(f"weak and strong logits must have one shape, got {tuple(z.shape)} and {tuple(z_strong.shape)}")
     with _full_precision(z):
@@ -152,7 +154,7 @@ def wttm_loss(student_logits, teacher_logits, temperature=4.0, *, zscore=False, 
 
 
 def _transformed(student_logits, teacher_logits, temperature, zscore, correction, weighted):
-    z, v = _pair(student_logits, teacher_logits, temperature)
+    z, v, temperature = _pair(student_logits, teacher_logits, temperature)
     with _full_precision(z):
         z, v = (_softened(x, 1.0, zscore, correction) for x in (z, v))
         log_p, log_q = F.log_softmax(v / temperature, -1), F.log_softmax(z, -1)
@@ -185,8 +187,11 @@ def distillation_loss(method, student_logits, teacher_logits, target=None, base_
     """The loss of `method` by its name, one of METHODS; see that method's function for its arguments.
 
     base_temp is the temperature of every method (a tensor for "ctkd"); the two strong views are for "mlkd", target, alpha
-    and beta for "dkd".
+    and beta for "dkd". TypeError where one of these is missing.
     """
+    needed = {"dkd": {"target": target}, "mlkd": {"student_strong": student_strong, "teacher_strong": teacher_strong}}.get(method, {})
+    if missing := [name for name, value in needed.items() if value is None]:
+        raise TypeError(f"method {method!r} needs {' and '.join(missing)}")
     z, v, how = student_logits, teacher_logits, {"zscore": zscore, "correction": correction}
     if method in ("kd", "ctkd"):
         return kd_loss(z, v, base_temp, **how)
@@ -207,18 +212,19 @@ def _softened(x, temperature, zscore, correction):
 
 
 def _pair(student_logits, teacher_logits, base_temp, min_classes=2):
-    """Both sides checked (shapes and dtypes only, so that it compiles) and in one full precision, the teacher detached."""
+    """Checked (shapes and dtypes only, so that it compiles) and in one full precision: student, teacher detached, temperature."""
     if student_logits.shape != teacher_logits.shape or student_logits.dim() != 2:
         raise ValueError("student and teacher logits must have one shape (B, K), got "
                          f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}")
     if student_logits.shape[0] == 0:
         raise ValueError(f"the batch is empty: logits of shape {tuple(student_logits.shape)}")
-    for logits in (student_logits, teacher_logits):
-        _check_classes(logits, base_temp, min_classes)
     if isinstance(base_temp, torch.Tensor) and base_temp.numel() != 1 and base_temp.shape != (len(student_logits), 1):
         raise ValueError(f"a tensor temperature must be one number or (B, 1), got shape {tuple(base_temp.shape)}")
+    for logits in (student_logits, teacher_logits):
+        _check_classes(logits, base_temp, min_classes)
     dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
-    return student_logits.to(dtype), teacher_logits.detach().to(dtype)
+    temp = base_temp.to(dtype) if isinstance(base_temp, torch.Tensor) else base_temp
+    return student_logits.to(dtype), teacher_logits.detach().to(dtype), temp
 
 
 def _check_classes(logits, base_temp, min_classes=2):
@@ -226,7 +232,10 @@ def _check_classes(logits, base_temp, min_classes=2):
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
     if logits.shape[-1] < min_classes:
         raise ValueError(f"at least {min_classes} classes are needed, got logits of shape {tuple(logits.shape)}")
-    if not isinstance(base_temp, torch.Tensor) and not 0 < base_temp < float("inf"):
+    if isinstance(base_temp, torch.Tensor):
+        if base_temp.dim() and base_temp.shape[-1] != 1:        # (B,) would divide classes, where B is K
+            raise ValueError(f"a tensor temperature must be one number or end in a dimension of 1, got shape {tuple(base_temp.shape)}")
+    elif not 0 < base_temp < float("inf"):
         raise ValueError(f"the temperature must be a positive number, got {base_temp}")
 
 
