@@ -35,8 +35,8 @@ import recipes
 import run as runs
 import train_cifar
 import train_imagenet
-from data import (IMAGENET_MEAN, IMAGENET_STD, MEAN, STD, VIEWS, Data, Folders, Split, crop_and_flip, epoch_draws, normalise, strong_draws, strong_view,
-                  synthetic)
+from data import (IMAGENET_MEAN, IMAGENET_STD, MEAN, STD, VIEWS, Data, Folders, Split, crop_and_flip, epoch_draws, folder_batches, folder_keys, normalise,
+                  strong_draws, strong_view, synthetic)
 from models import create_model
 from teacher import BATCH, Teacher
 from zscore_kd import distillation_loss
@@ -272,7 +272,7 @@ def jpeg_folder(folder, count=256):
 
 def imagenet(device, rounds, data_dir, batch):
     """Images per second at 224 pixels: loading (torchvision's ImageFolder pipeline, and this program's, with the same workers), and for
-    both pairs of the paper the step with images in memory, and both together. At most 16 batches of a large folder."""
+    both pairs of the paper the step with images in memory, and both together. At most 16 batches of a large folder, or 512 images."""
     workers = min(8, os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as made:
         if data_dir is None:
@@ -282,35 +282,48 @@ def imagenet(device, rounds, data_dir, batch):
             samples = ImageFolder(root).samples
         except OSError as error:
             raise runs.RunError(f"no folders of images, one for each class, in {root} ({runs.first_line(error)})") from None
-        steps = max(1, min(len(samples) // batch, 16)) if data_dir else max(4, min(16, 2 * workers))      # all workers have some
-        samples = (samples * -(-steps * batch // len(samples)))[:steps * batch]         # few files are read again
+        steps = max(2, min(len(samples) // batch, 16)) if data_dir else max(4, min(16, 2 * workers))      # all workers have some
+
+        def repeated(steps):        # few files are read again
+            return (samples * -(-steps * batch // len(samples)))[:steps * batch]
+
+        many = repeated(max(steps, 512 // batch))       # so many that the workers' start is a small part
         pipeline = transforms.Compose([transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
                                        transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
         dataset = ImageFolder(root, pipeline)
-        dataset.samples, epochs = samples, itertools.count()
+        dataset.samples, epochs = many, itertools.count()
         calls = {}
 
         def plain():
-            return sum(len(images) for images, _ in DataLoader(dataset, batch, shuffle=True, num_workers=workers) if images.to(device) is not None)
+            for images, _ in DataLoader(dataset, batch, shuffle=True, num_workers=workers):
+                images.to(device)
+            return len(many), None
 
         calls["loading, ImageFolder"] = plain
         for pair in recipes.IMAGENET:
-            calls |= imagenet_calls(pair, samples, batch, workers, device, epochs, "loading, this program" not in calls)
+            calls |= imagenet_calls(pair, repeated(steps), None if len(calls) > 1 else many, batch, workers, device, epochs)
         rates = {name: [] for name in calls}
         for turn in range(rounds + 1):          # the first is warm-up
             for name, call in calls.items():
-                begun = time.perf_counter()
-                images = call()
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
+                begun = now(device)
+                images, warm = call()
                 if turn:
-                    rates[name].append(images / (time.perf_counter() - begun))
+                    rates[name].append(images / (now(device) - (warm or begun)))
     rows = {name: {"img_s": statistics.median(r), "low": min(r), "high": max(r)} for name, r in rates.items()}
-    return {"experiment": "imagenet", "batch": batch, "workers": workers, "images": len(samples), "rows": rows}
+    return {"experiment": "imagenet", "batch": batch, "workers": workers, "images": steps * batch, "rows": rows}
 
 
-def imagenet_calls(pair, samples, batch, workers, device, epochs, with_loading):
-    """What is measured of one pair, by name; each call says how many images it took."""
+def now(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def imagenet_calls(pair, samples, many, batch, workers, device, epochs):
+    """What is measured of one pair, by name; each call says how many images it took, and since when, None: since it began.
+
+    many: samples to load alone, None: do not.
+    """
     teacher_name, student = pair
     team = train_imagenet.Team(device.type)
     recipe = recipes.imagenet(*pair, "kd", True) | {
@@ -320,22 +333,37 @@ def imagenet_calls(pair, samples, batch, workers, device, epochs, with_loading):
     learner.student.train()
     teacher = Teacher(train_imagenet.network(teacher_name, 1000), device, recipe["precision"])
     teacher.batch = None
-    folders = Folders(samples, samples, "val", [])
-    held = next(train_imagenet.Lessons(recipe, folders, None, team, 0, None).epoch(0, 0))[0]
 
-    def loaded(teacher, learn):
-        for parts in train_imagenet.Lessons(recipe, folders, teacher, team, workers, None).epoch(next(epochs), 0):
-            if learn:
-                learner.step(parts, 1)
-        return len(samples)
+    def lessons(samples, teacher, workers):
+        return train_imagenet.Lessons(recipe, Folders(samples, samples, "val", []), teacher, team, workers, None)
+
+    held = next(lessons(samples, None, 0).epoch(0, 0))[0]
+
+    def decoded():
+        lesson = lessons(many, None, workers)
+        for _ in folder_batches(lesson.dataset, folder_keys(0, next(epochs), len(many), batch, 0, 0, 1, 1)[0], workers):
+            pass
+        return len(many), None
+
+    def loaded():
+        for _ in lessons(many, None, workers).epoch(next(epochs), 0):
+            pass
+        return len(many), None
+
+    def learned():
+        warm = None         # the workers' start is not of every step
+        for parts in lessons(samples, teacher, workers).epoch(next(epochs), 0):
+            learner.step(parts, 1)
+            warm = warm or now(device)
+        return len(samples) - batch, warm
 
     def step(few=min(len(samples) // batch, 4)):
         for _ in range(few):
             learner.step([(held[0], held[1], [teacher.logits(held[0][0])], 0)], 1)
-        return few * batch
+        return few * batch, None
 
-    calls = {"loading, this program": lambda: loaded(None, False)} if with_loading else {}
-    return calls | {f"step of {'-'.join(pair)}, images in memory": step, f"step of {'-'.join(pair)}, from JPEG files": lambda: loaded(teacher, True)}
+    calls = {"loading, this program": loaded, "its workers alone, uint8": decoded} if many else {}
+    return calls | {f"step of {'-'.join(pair)}, images in memory": step, f"step of {'-'.join(pair)}, from JPEG files": learned}
 
 
 def imagenet_table(result):

@@ -287,7 +287,7 @@ def grid(flags):
     same, cells = max(found.items(), key=lambda item: len(item[1]))
     temps, weights = (sorted({key[i] for key in cells}) for i in (0, 1))
     values = [[statistics.mean(cells[t, w]) if (t, w) in cells else float("nan") for w in weights] for t in temps]
-    figure = Figure(figsize=(1.2 + 0.9 * len(weights), 1.6 + 0.6 * len(temps)), layout="constrained")
+    figure = Figure(figsize=(max(3.6, 1.2 + 0.9 * len(weights)), 1.6 + 0.6 * len(temps)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(values, cmap="cividis", aspect="auto")
     middle = sum(image.get_clim()) / 2
