@@ -186,7 +186,7 @@ def test_the_kept_pictures_are_what_the_results_say():
 
 
 def test_the_readmes_numbers_are_the_pictures():
-    said = (ROOT / "README.md").read_text(encoding="utf-8").split("Both are drawn")[1].split("`python figures.py toy")[0]
+    said = (ROOT / "README.md").read_text(encoding="utf-8").split("Both are drawn")[1].split("python figures.py toy")[0]
     drawn = "".join((ROOT / "figures" / f"{name}.svg").read_text() for name in ("logits", "difference"))
     found = re.findall(r"[0-9]+\.[0-9]+", said)
     assert len(found) == 5 and all(number in drawn for number in found), found
