@@ -372,6 +372,7 @@ def synthetic(n, part, seed=0):
 # ---------------------------------------------------------------- folders of images (ImageNet)
 
 
+WAIT = 600      # seconds for a batch of images
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -480,8 +481,13 @@ def collate(items):
 
 
 def folder_batches(dataset, keys, workers, pin=False):
-    """A DataLoader over lists of keys, one list a batch."""
-    return DataLoader(dataset, batch_sampler=keys, num_workers=workers, collate_fn=collate, pin_memory=pin, worker_init_fn=ignore_signals)
+    """A DataLoader over lists of keys, one list a batch. Its processes live as long as it does: `keys` may be filled anew for each epoch.
+
+    They are forked once, as a fork beside running threads can leave a process that hangs (CPython 3.11 did, after a collective); one
+    that says nothing for WAIT seconds is a RuntimeError.
+    """
+    return DataLoader(dataset, batch_sampler=keys, num_workers=workers, collate_fn=collate, pin_memory=pin, worker_init_fn=ignore_signals,
+                      persistent_workers=workers > 0, timeout=WAIT if workers else 0)
 
 
 def ignore_signals(worker):

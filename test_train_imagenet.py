@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -316,15 +317,15 @@ def same(name, *folders):
 
 def test_a_signal_in_the_evaluation_costs_no_training(monkeypatch):
     """On ImageNet an evaluation takes minutes, longer than schedulers wait."""
-    def evaluate(*rest, real=train_imagenet.evaluate):
-        if len(rest) == 7:          # the student's
+    def evaluate(*rest, real=train_imagenet.Exam.evaluate):
+        if len(rest) == 3:          # the student's
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*rest)
 
     flags = [*SMALL, "--zscore"]
     call(*flags, "--out", "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(train_imagenet, "evaluate", evaluate)
+        patch.setattr(train_imagenet.Exam, "evaluate", evaluate)
         assert "stopped, and saved" in call(*flags, "--out", "broken", code=1)
     assert "going on from epoch 0, step 3" in call(*flags, "--out", "broken")
     same(NAME, "whole", "broken")
@@ -448,6 +449,26 @@ def test_a_lost_loading_process_is_one_line(monkeypatch):
 
     monkeypatch.setattr(train_imagenet, "train", lost)
     assert "a loading process was lost (DataLoader worker (pid 7)" in call(*SMALL, "--zscore", code=1).splitlines()[-1]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_loading_processes_live_on_and_each_epoch_has_its_own_images(workers):
+    """The same images whatever the number of loading processes, which are forked once."""
+    dataset, keys = data.FolderImages(data.load_folders("images").train, 32, 1), []
+    loader, alive = data.folder_batches(dataset, keys, workers), set()
+    for epoch in range(3):
+        keys[:], _ = data.folder_keys(0, epoch, 30, 8, epoch, 0, 1, 1)
+        for batch, (images, _, target, _) in zip(keys, loader, strict=True):
+            expected = [dataset[key] for key in batch]
+            assert torch.equal(images[0], torch.stack([x[0][0] for x in expected])) and target.tolist() == [x[2] for x in expected]
+        alive |= {child.pid for child in multiprocessing.active_children()}
+    assert len(alive) == workers
+
+
+def test_a_loading_process_that_says_nothing_is_an_error(monkeypatch):
+    monkeypatch.setattr(data, "WAIT", 1)
+    monkeypatch.setattr(data.FolderImages, "__getitem__", lambda *rest: time.sleep(60))
+    assert "a loading process was lost (DataLoader timed out after 1 seconds)" in call(*SMALL, "--zscore", "--workers", "1", code=1).splitlines()[-1]
 
 
 def test_a_held_out_part_takes_the_place_of_val(folder):

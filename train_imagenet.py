@@ -14,6 +14,7 @@ import hashlib
 import http.client
 import itertools
 import math
+import multiprocessing
 import os
 import tempfile
 import time
@@ -207,11 +208,12 @@ class Lessons:
     """One process's share of every batch of an epoch, in parts: what `Learner.step` takes."""
 
     def __init__(self, recipe, folders, teacher, team, workers, at_once):
-        self.recipe, self.teacher, self.team, self.workers = recipe, teacher, team, workers
+        self.recipe, self.teacher, self.team = recipe, teacher, team
         share = -(-recipe["batch_size"] // team.size)       # or one image less
         self.parts = min(-(-share // (at_once or share)), recipe["batch_size"] // team.size)
         self.views = 2 if recipe["method"] == "mlkd" else 1
-        self.dataset = FolderImages(folders.train, recipe["size"], self.views)
+        self.dataset, self.keys = FolderImages(folders.train, recipe["size"], self.views), []
+        self.loader = folder_batches(self.dataset, self.keys, workers, team.device.type == "cuda")
         self.bad = set()        # indices of images that cannot be decoded
 
     def check(self):
@@ -224,10 +226,10 @@ class Lessons:
     def epoch(self, epoch, first_step):
         team, batch = self.team, self.recipe["batch_size"]
         n = len(self.dataset)
-        keys, places = folder_keys(self.recipe["seed"], epoch, n, batch, first_step, team.rank, team.size, self.parts)
-        loader = iter(folder_batches(self.dataset, keys, self.workers, team.device.type == "cuda"))
+        self.keys[:], places = folder_keys(self.recipe["seed"], epoch, n, batch, first_step, team.rank, team.size, self.parts)
+        loader = iter(self.loader)
         strong = strong_draws(self.recipe["seed"], epoch, n) if self.views == 2 else None
-        for first in range(0, len(keys), self.parts):
+        for first in range(0, len(places), self.parts):
             yield [(*self._part(*next(loader), strong, place), epoch * n + place) for place in places[first:first + self.parts]]
 
     def _part(self, images, flips, target, bad, strong, place):
@@ -244,36 +246,42 @@ class Lessons:
         return images, target.to(device, non_blocking=True), teacher_logits
 
 
-@torch.no_grad()
-def evaluate(predict, samples, size, team, workers, at_once, interrupted=lambda: None):
-    """Mean cross-entropy, top-1 and top-5 (%), exact over all samples whatever the number of processes.
+class Exam:
+    """One process's share of the evaluation images, `at_once` a batch."""
 
-    interrupted: called between batches, by every process equally often; it may raise.
-    """
-    mine = range(team.rank, len(samples), team.size)
-    keys = [[(i, 0) for i in mine[first:first + at_once]] for first in range(0, len(mine), at_once)]
-    loader = iter(folder_batches(FolderImages(samples, size), keys, workers, team.device.type == "cuda"))
-    sums, bad = [torch.zeros(3, device=team.device)], set()
-    for i in range(-(-len(samples) // (team.size * at_once))):
-        interrupted()
-        if i < len(keys):       # some have a batch more than others
-            images, flips, target, undecodable = next(loader)
-            bad |= set(undecodable)
-            target = target.to(team.device)
-            logits = predict(normalise_folder(images[0].to(team.device), flips[0].to(team.device)))
-            sums.append(torch.stack([F.cross_entropy(logits, target, reduction="sum"), *top_k_hits(logits, target)]))
-    bad = team.gather(bad)
-    if bad:
-        raise RunError(f"{len(bad)} evaluation images cannot be decoded, for instance {samples[min(bad)][0]}; mend or remove them")
-    loss, top1, top5 = (team.total(torch.stack(sums).cpu().double().sum(0)) / len(samples)).tolist()
-    return {"loss": loss, "top1": 100 * top1, "top5": 100 * top5}
+    def __init__(self, samples, size, team, workers, at_once):
+        mine = range(team.rank, len(samples), team.size)
+        self.keys = [[(i, 0) for i in mine[first:first + at_once]] for first in range(0, len(mine), at_once)]
+        self.loader = folder_batches(FolderImages(samples, size), self.keys, workers, team.device.type == "cuda")
+        self.samples, self.team, self.rounds = samples, team, -(-len(samples) // (team.size * at_once))
+
+    @torch.no_grad()
+    def evaluate(self, predict, interrupted=lambda: None):
+        """Mean cross-entropy, top-1 and top-5 (%), exact over all samples whatever the number of processes.
+
+        interrupted: called between batches, by every process equally often; it may raise.
+        """
+        team, samples, loader = self.team, self.samples, iter(self.loader)
+        sums, bad = [torch.zeros(3, device=team.device)], set()
+        for i in range(self.rounds):
+            interrupted()
+            if i < len(self.keys):      # some have a batch more than others
+                images, flips, target, undecodable = next(loader)
+                bad |= set(undecodable)
+                target = target.to(team.device)
+                logits = predict(normalise_folder(images[0].to(team.device), flips[0].to(team.device)))
+                sums.append(torch.stack([F.cross_entropy(logits, target, reduction="sum"), *top_k_hits(logits, target)]))
+        bad = team.gather(bad)
+        if bad:
+            raise RunError(f"{len(bad)} evaluation images cannot be decoded, for instance {samples[min(bad)][0]}; mend or remove them")
+        loss, top1, top5 = (team.total(torch.stack(sums).cpu().double().sum(0)) / len(samples)).tolist()
+        return {"loss": loss, "top1": 100 * top1, "top5": 100 * top5}
 
 
-def train(recipe, folders, teacher, run, state, team, stop, flags, until=None):
+def train(recipe, folders, teacher, exam, run, state, team, stop, flags, until=None):
     """One run (Algorithm 2). Returns its result, a dict; None when it leaves after `until` epochs, as a kill would."""
     learner = Learner(recipe, len(folders.classes), team, flags["compile"])
     lessons = Lessons(recipe, folders, teacher, team, flags["workers"], flags["at_once"])
-    at_once = -(-recipe["batch_size"] // (team.size * lessons.parts))
     state = state or {"epoch": 0, "step": 0, "seconds": 0.0, "sums": torch.zeros(5), "best": {"top1": -1.0}, "row": {}}
     lessons.bad |= set(state.get("bad", ()))
     if "model" in state:
@@ -327,7 +335,7 @@ def train(recipe, folders, teacher, run, state, team, stop, flags, until=None):
         save(epoch, steps, sums)        # the evaluation may take minutes
         learner.student.eval()
         team.agree(learner.student.buffers())       # all evaluate what is saved
-        scores = evaluate(learner.predict, folders.eval, recipe["size"], team, flags["workers"], at_once, interrupted)
+        scores = exam.evaluate(learner.predict, interrupted)
         if not math.isfinite(scores["loss"]):
             raise RunError(f"the evaluation's loss became {scores['loss']} in epoch {epoch + 1}; {KEPT.format(run.folder)}")
         row = epoch_row(epoch, learner.optimizer, sums / (steps * batch), scores, name)
@@ -473,19 +481,21 @@ def distil(recipe, folders, teacher, flags, team, until=None):
     team.say(f"{run.folder}: " + ", ".join(f"{k} {v}" for k, v in recipe.items() if v not in (None, False, "", []) and k != "teacher_sha256"))
     if len(folders.train) < recipe["batch_size"]:
         raise click.UsageError(f"--batch-size {recipe['batch_size']}: there are {len(folders.train)} training images")
+    at_once = flags["at_once"] or min(256, -(-recipe["batch_size"] // team.size))
+    exam = Exam(folders.eval, recipe["size"], team, flags["workers"], at_once)
     try:
         state, result = team.first(lambda: (run.open(), run.finished()))        # rank 0 alone touches the folder
         if result:
             team.say("finished before")
         elif teacher and not state and not flags["dry_run"]:
-            scores = evaluate(teacher.logits, folders.eval, recipe["size"], team, flags["workers"], flags["at_once"] or 64)
+            scores = exam.evaluate(teacher.logits)
             known = published(recipe, folders, "teacher")
             team.say(f"teacher {teacher.name} ({teacher.source}): {scores['top1']:.2f} % top-1 on the {folders.eval_name} images"
                      + (f", published {known[0]:.2f}" if known else ""))
             if known and scores["top1"] <= known[0] - 1:
                 team.say("warning: this teacher is worse than the published one; the paper's numbers cannot be expected")
         with Stop() as stop:
-            result = result or train(recipe, folders, teacher, run, state, team, stop, flags, until)
+            result = result or train(recipe, folders, teacher, exam, run, state, team, stop, flags, until)
     finally:
         run.close()
     if result:
@@ -537,7 +547,7 @@ def evaluate_file(flags, team, folders=None):
         raise click.UsageError(problem)
     teacher = Teacher(model, team.device, flags["precision"] or "fp32")
     teacher.batch = flags["at_once"] or 64
-    scores = evaluate(teacher.logits, folders.eval, size, team, flags["workers"], teacher.batch)
+    scores = Exam(folders.eval, size, team, flags["workers"], teacher.batch).evaluate(teacher.logits)
     team.say(f"{name}: {scores['top1']:.2f} top-1, {scores['top5']:.2f} top-5 (%), loss {scores['loss']:.4f} on the "
              f"{len(folders.eval)} {folders.eval_name} images of {flags['data_dir']} ({flags['eval_file']})")
 
@@ -584,7 +594,9 @@ def main(**flags):
     except torch.OutOfMemoryError:
         raise RunError("the device's memory is full: let it take fewer images at once, --at-once N (the batch stays the same)") from None
     except RuntimeError as error:
-        if "DataLoader worker" in str(error):
+        if "DataLoader" in str(error):
+            for child in multiprocessing.active_children():
+                child.kill()        # one that hangs hears nothing else, and the end of this process waits for it
             raise RunError(f"a loading process was lost ({runs.first_line(error)}): memory is full, or the shared memory is small (in a "
                            "container, --shm-size); give fewer --workers, or --workers 0") from None
         if team.flags is None or not any(words in str(error) for words in ("Connection closed", "Connection reset")):
