@@ -330,7 +330,7 @@ def _fetch_cifar100(dataset, folder, download):
     problem = f"CIFAR-100 in {folder} is damaged (its checksums differ)" if damaged else f"no CIFAR-100 in {folder}"
     archived = check_integrity(folder / dataset.filename, dataset.tgz_md5)
     if not archived and not download:
-        raise ValueError(f"{problem}; remove it, and train_cifar.py downloads it anew")
+        raise ValueError(f"{problem}; train_cifar.py downloads it anew where what is damaged is removed")
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)                # seconds; the reader itself would wait for ever
     try:
