@@ -1,11 +1,17 @@
 """Fixtures that several test files use."""
 
+import functools
+import http.server
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from torchvision.datasets import CIFAR100
+
+import teacher
 
 ROOT = Path(__file__).resolve().parent
 
@@ -30,3 +36,49 @@ def cifar(shared, tmp_path_factory):
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Nothing that a test leaves out is downloaded from the real places."""
+    monkeypatch.setattr(CIFAR100, "url", "http://127.0.0.1:9/cifar-100-python.tar.gz")
+    monkeypatch.setattr(teacher, "PYTORCH_CIFAR_MODELS_URL", "http://127.0.0.1:9/")
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Serves files with ETag, Range and If-Range, as the public hosts do; `cut` is the number of bytes after which it breaks off, once."""
+
+    def log_message(self, form, *values):
+        self.server.asked.append(values[0])
+
+    def do_GET(self):
+        path = Path(self.translate_path(self.path))
+        if not path.is_file():
+            self.send_error(404)
+            return
+        body, tag = path.read_bytes(), self.server.tag
+        wanted = self.headers["Range"] if self.headers["If-Range"] == tag else None
+        self.server.ranges.append(wanted)
+        first = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
+        if first >= len(body):
+            self.send_error(416)
+            return
+        self.send_response(206 if wanted else 200)
+        self.send_header("Content-Length", str(len(body) - first))
+        self.send_header("ETag", tag)
+        self.end_headers()
+        end, self.server.cut = first + self.server.cut if self.server.cut else len(body), 0
+        self.wfile.write(body[first:end])
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """Serves a folder on the loopback interface: (folder, address, server); server.asked holds the requests, server.ranges their ranges."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder))
+    server.asked, server.ranges, server.cut, server.tag = [], [], 0, '"1"'
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield folder, f"http://127.0.0.1:{server.server_port}", server
+    server.shutdown()
+    server.server_close()

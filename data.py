@@ -15,7 +15,9 @@ import math
 import os
 import random
 import signal
-import socket
+import time
+import urllib.error
+import urllib.request
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +35,7 @@ MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)      # of pixels 
 PAD = 4                                                             # pixels of black on each side before the crop
 VIEWS = (2 * PAD + 1) ** 2 * 2                                      # 81 crops x 2 flips = 162 views of an image
 SYNTHETIC_SIZES = 10_000, 2_000                                     # training and test images
+TIMEOUT = 30                                                        # seconds without a byte before a download is given up
 HELD_OUT_KEY = 2**64 - 1                                            # draws of this seed are the same for every run
 
 CIFAR100_CLASSES = tuple("""
@@ -298,51 +301,106 @@ def load_data(name, data_dir, device, *, train_images=None, val_from_train=0, do
     return Data(train, test, *((held_out, "val") if val_from_train else (test, "test")))
 
 
+LAYOUTS = (CIFAR100.base_folder, "")    # the archive's folder, or its three files directly in the folder that is named
+
+
 def has_cifar100(data_dir):
     """Whether CIFAR-100 is in `data_dir`, unpacked or as its archive; nothing is downloaded."""
     folder = Path(data_dir).expanduser()
-    return folder.name == CIFAR100.base_folder and folder.is_dir() or any(
-        (folder / name).exists() for name in (CIFAR100.base_folder, CIFAR100.filename))
+    return any((folder / name).exists() for name in (CIFAR100.filename, *(Path(base, "train") for base in LAYOUTS)))
 
 
 def read_cifar100(data_dir, download=True):
-    """(train, test) of the official CIFAR-100 under `data_dir`, unpacked and, if `download`, downloaded (169 MB) where it is missing.
+    """(train, test) of the official CIFAR-100 in `data_dir`, unpacked and, if `download`, downloaded (169 MB) where it is missing.
 
-    The files' MD5 are checked. The environment variable CIFAR100_URL names another place to download from.
+    The files' MD5 are checked. The environment variable CIFAR100_URL names another place, which is tried before the official one.
     """
     folder = Path(data_dir).expanduser()
-    if folder.name == CIFAR100.base_folder:     # the folder itself was named instead of the one it stands in
-        folder = folder.parent
-
-    class Mirrored(CIFAR100):
-        url = os.environ.get("CIFAR100_URL", CIFAR100.url)
-
-    try:
-        sets = [CIFAR100(folder, train=train) for train in (True, False)]
-    except RuntimeError:                        # not there, or the checksums differ
-        sets = _fetch_cifar100(Mirrored, folder, download)
+    for base in LAYOUTS:
+        reader = type("Reader", (CIFAR100,), {"base_folder": base})
+        try:
+            sets = [reader(folder, train=train) for train in (True, False)]
+            break
+        except RuntimeError:                    # not there, or the checksums differ
+            pass
+    else:
+        sets = _fetch_cifar100(folder, download)
     # (N, 32, 32, 3) as the reader gives it -> (N, 3, 32, 32)
     return tuple(Split(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets)) for s in sets)
 
 
-def _fetch_cifar100(dataset, folder, download):
-    damaged = (folder / dataset.base_folder).exists()
+def _fetch_cifar100(folder, download):
+    damaged = any((folder / base / "train").exists() for base in LAYOUTS)
     problem = f"CIFAR-100 in {folder} is damaged (its checksums differ)" if damaged else f"no CIFAR-100 in {folder}"
-    archived = check_integrity(folder / dataset.filename, dataset.tgz_md5)
-    if not archived and not download:
-        raise ValueError(f"{problem}; train_cifar.py downloads it anew where what is damaged is removed")
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)                # seconds; the reader itself would wait for ever
+    archive = folder / CIFAR100.filename
+    if not check_integrity(archive, CIFAR100.tgz_md5):
+        if not download:
+            raise ValueError(f"{problem}; train_cifar.py downloads it anew where what is damaged is removed")
+        print(f"{problem}: downloading 169 MB, once", flush=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            fetch([*filter(None, [os.environ.get("CIFAR100_URL")]), CIFAR100.url], archive, CIFAR100.tgz_md5)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise ValueError(f"{problem}, and it could not be downloaded ({error}). The same command goes on with what has come; or set "
+                             f"CIFAR100_URL to a mirror, or put cifar-100-python.tar.gz (https://www.cs.toronto.edu/~kriz/cifar.html) into "
+                             f"{folder}, or name the folder that holds cifar-100-python with --data-dir, or try --data synthetic") from None
     try:
-        print(f"{problem}; " + (f"unpacking {dataset.filename}" if archived else f"downloading 169 MB from {dataset.url}"), flush=True)
-        return [dataset(folder, train=train, download=True) for train in (True, False)]
-    except (OSError, ValueError, RuntimeError, EOFError, http.client.HTTPException) as error:
-        raise ValueError(f"{problem}, and it could not be downloaded ({error}). Put cifar-100-python.tar.gz from "
-                         f"https://www.cs.toronto.edu/~kriz/cifar.html into {folder}, or name the folder that holds "
-                         "cifar-100-python with --data-dir, or set CIFAR100_URL to a mirror, or try --data synthetic"
-                         ) from None
-    finally:
-        socket.setdefaulttimeout(timeout)
+        return [CIFAR100(folder, train=train, download=True) for train in (True, False)]     # unpacks the archive
+    except OSError as error:
+        raise ValueError(f"{archive} could not be unpacked ({error.strerror or error}): name a folder with room for it with --data-dir") from None
+
+
+def fetch(urls, path, md5):
+    """Downloads the first of `urls` that works to `path`, by way of path.part, with which a later attempt goes on.
+
+    Raises the last address's OSError, ValueError or http.client.HTTPException where none works or the checksum differs.
+    """
+    part, problem = path.with_name(f"{path.name}.part"), None
+    for url in urls:
+        while True:
+            before = part.stat().st_size if part.exists() else 0
+            print(f"{url}{f', from byte {before:,} on' if before else ''}", flush=True)
+            try:
+                _receive(url, part, before)
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                problem = error
+                if part.exists() and part.stat().st_size > before:      # it breaks off, but something came: once more
+                    continue
+                break
+            if check_integrity(part, md5):
+                part.with_name(f"{part.name}.version").unlink(missing_ok=True)
+                part.replace(path)
+                return
+            part.unlink()
+            problem = ValueError(f"what {url} gave has another checksum")
+            break
+    raise problem
+
+
+def _receive(url, part, done):
+    """The rest of a file after the first `done` bytes in `part`, or all of it where the server has another by now."""
+    version = part.with_name(f"{part.name}.version")        # the server's name for the file that `part` is the beginning of
+    known = version.read_text() if done and version.exists() else ""
+    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-", "If-Range": known} if known else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and known:     # nothing is missing
+            return
+        raise
+    with response, open(part, "ab" if response.status == 206 else "wb") as file:
+        if response.status != 206:
+            done = 0
+            version.write_text(response.headers["ETag"] or response.headers["Last-Modified"] or "")
+        total, shown = done + int(response.headers["Content-Length"] or 0), time.monotonic()
+        while block := response.read(2**16):
+            file.write(block)
+            done += len(block)
+            if time.monotonic() - shown >= 10:      # seconds
+                shown = time.monotonic()
+                print(f"{done / 1e6:.1f} of {total / 1e6:.1f} MB", flush=True)
+    if done < total:
+        raise OSError(f"the connection broke off after {done / 1e6:.1f} of {total / 1e6:.1f} MB")
 
 
 @functools.cache

@@ -22,7 +22,8 @@ import torch
 
 import run as runs
 from data import CIFAR100_CLASSES, load_data, normalise
-from models import MODELS, create_model, load_weights, read_checkpoint, split_checkpoint
+from models import MODELS, create_model, load_weights
+from weights import facts_of, read_checkpoint
 from run import RunError
 from teacher import Teacher
 from zscore_kd import kd_loss, weighted_zscore
@@ -202,14 +203,13 @@ def logits_of(flags):
     split = load_data("cifar100", flags["data_dir"], device).test
     logits, titles = {}, {}
     for who, path in (("teacher", flags["teacher_checkpoint"]), ("plain", flags["plain"]), ("zscore", flags["zscore"])):
-        content = read_checkpoint(path)
-        facts = split_checkpoint(content)[1]
+        facts = facts_of(read_checkpoint(path, teacher if who == "teacher" else student))
         said = facts.get("zscore")
         if who != "teacher" and said is not None and said != (who == "zscore"):
             raise RunError(f"--{who} {path}: this student was distilled {'with' if said else 'without'} --zscore")
         titles[who] = f"teacher {teacher}" if who == "teacher" else f"{student}, {facts.get('method', 'KD').upper()}{'+Z' * (who == 'zscore')}"
         network = create_model(teacher if who == "teacher" else student)
-        load_weights(network, path)
+        load_weights(network, path, prefer="teacher" if who == "teacher" else "student")
         network = Teacher(network, device)
         logits[who] = torch.cat([network.logits(normalise(part)) for part in split.images.split(2000)]).cpu()
     return logits, titles, split.targets.cpu()

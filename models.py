@@ -8,13 +8,14 @@ Keys and shapes are those of RepDistiller and mdistiller, so their checkpoints l
 All networks take 32 x 32 images, except MobileNetV1 (ImageNet, 224 x 224).
 """
 
-import argparse
 import hashlib
 
 import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import nn
+
+from weights import CLEAN, COUNTERS, FromNumpy, facts_of, find_weights, preferred, read_checkpoint
 
 
 def conv3x3(inp, out, stride=1, groups=1):
@@ -430,70 +431,30 @@ def create_model(name, num_classes=100):
     return model
 
 
-def read_checkpoint(path):
-    """What a checkpoint file holds, read on the CPU without running any code from it.
-
-    Raises ValueError, one line with the path, when it is no readable checkpoint or holds more than data.
-    """
-    try:
-        # RepDistiller's *_last.pth keeps its command line in a Namespace: plain data, so it may pass
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise ValueError(f"{path} is a folder, not a checkpoint file") from None
-    except PermissionError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-    except Exception as error:      # torch raises a dozen types for damaged files
-        if "Unsupported global" in str(error) or "GLOBAL" in str(error):
-            raise ValueError(f"{path} holds Python objects beside tensors; not loaded, as they could run code") from None
-        raise ValueError(f"{path} is not a PyTorch checkpoint, or it is damaged") from None
-
-
-def split_checkpoint(content):
-    """(state_dict, facts): the weights in any of the field's wrappings, and what else the file says.
-
-    Unwraps {"model": ...}, {"state_dict": ...} and the like, strips `module.`, `_orig_mod.` and `student.`, and drops the
-    `teacher.` half of a distiller. The state_dict is empty where there are no weights.
-    """
-    facts = {}
-    while isinstance(content, dict):
-        key = next((k for k in ("model", "state_dict", "student", "module") if isinstance(content.get(k), dict)), None)
-        if key is None:
-            break
-        facts |= {k: v for k, v in content.items() if k != key}
-        content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(k, str) for k in content):
-        return {}, facts
-
-    state = {}
-    distiller = any("student." in key for key in content)
-    for key, value in content.items():
-        parts = key.split(".")
-        inside = not distiller
-        while len(parts) > 1 and parts[0] in ("module", "_orig_mod", "student"):
-            inside |= parts.pop(0) == "student"
-        if inside and isinstance(value, torch.Tensor):
-            state[".".join(parts)] = value
-    return state, facts
-
-
-def load_weights(model, path):
+def load_weights(model, path, *, prefer="student", say=print):
     """Loads any of the field's checkpoint files into `model`; returns what else the file says, a dict.
 
-    Formats: see `split_checkpoint`; float16 weights are cast to the model's. Always weights_only, always strict;
-    only `num_batches_tracked`, which old files lack, may be missing. Raises ValueError, one line that names the
-    file, the network and the first keys that differ; the model is then untouched.
+    Formats: see weights.py; float16 weights are cast to the model's. Always weights_only, always strict; only `num_batches_tracked`,
+    which old files lack, may be missing. prefer: "student" or "teacher", where a file has both halves; `say` takes a line where there
+    was a choice. Raises ValueError, one line that names the file, the network and the first keys that differ; the model is then untouched.
     """
     name = getattr(model, "name", type(model).__name__)
-    state, facts = split_checkpoint(read_checkpoint(path))
+    content = read_checkpoint(path, name)
+    fits, state = find_weights(content, model)
+    if fits:
+        where = preferred(fits, prefer)
+        state = fits[where]
+        if len(fits) > 1 or prefer == "student" and "teacher" in where.lower():
+            say(f"notice: {path} has weights of a {name} at {', '.join(fits)}; taking {where}")
     if not state:
-        raise ValueError(f"{path} holds no weights for {name}")
+        guess = guess_network(content)
+        raise ValueError(f"{path} holds no weights for {name}" + (f" but a {guess}" if guess else ""))
+    if any(isinstance(value, FromNumpy) for value in state.values()):
+        raise ValueError(f"{path} holds its weights as numpy.ndarray, which is not read. "
+                         + CLEAN.format("{k: torch.as_tensor(v) for k, v in weights.items()}"))
 
     want = model.state_dict()
-    state = {k: want[k] for k in want if k.endswith("num_batches_tracked")} | state
-    missing = [k for k in want if k not in state]
+    missing = [k for k in want if k not in state and not k.endswith(COUNTERS)]
     unexpected = [k for k in state if k not in want]
     reshaped = [k for k in want if k in state and want[k].shape != state[k].shape]
     head = list(want)[-2:]      # every network ends with its classifier's weight and bias
@@ -502,22 +463,31 @@ def load_weights(model, path):
     if missing or unexpected or reshaped:
         differ = ([f"{k} is missing" for k in missing] + [f"{k} is not in {name}" for k in unexpected]
                   + [f"{k} is {tuple(state[k].shape)}, not {tuple(want[k].shape)}" for k in reshaped])
-        guess = guess_network(state)
+        guess = guess_network(content)
         raise ValueError(f"{path} is not a {name}" + (f" but a {guess}" if guess not in (None, name) else "") + f": {'; '.join(differ[:3])}"
                          + (f"; and {len(differ) - 3} more" if len(differ) > 3 else ""))
-    model.load_state_dict(state)
-    return facts
+    model.load_state_dict(want | state)
+    return facts_of(content)
 
 
-def guess_network(state):
-    """The name in MODELS whose keys and shapes, but for the class count, a state_dict has; None if there is none."""
-    shapes = {k: v.shape[1:] for k, v in state.items() if not k.endswith("num_batches_tracked")}
+def class_count(content, model):
+    """How many classes the weights in a checkpoint's content are for, where the rest of them fits the model; else None."""
+    fits, _ = find_weights(content, model)
+    bias = fits[preferred(fits)][list(model.state_dict())[-1]] if fits else None
+    return len(bias) if bias is not None and bias.ndim == 1 else None
+
+
+def guess_network(content):
+    """The name in MODELS whose keys and shapes, but for the class count, weights in a checkpoint's content have; None if there is none."""
+    found = {}
     for name in MODELS:
         with torch.device("meta"):
             model = create_model(name)
-        if shapes == {k: v.shape[1:] for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}:
-            return name
-    return None
+        want = {k: v.shape[1:] for k, v in model.state_dict().items()}
+        for where, state in find_weights(content, model)[0].items():
+            if all(v.shape[1:] == want[k] for k, v in state.items() if isinstance(v, torch.Tensor)):
+                found[where] = name
+    return found[preferred(found)] if found else None
 
 
 def weights_sha256(network):

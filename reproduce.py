@@ -25,7 +25,8 @@ import recipes
 import run as runs
 import train_cifar
 from data import load_data
-from models import MODELS, create_model, load_weights, read_checkpoint, weights_sha256
+from models import MODELS, create_model, load_weights, weights_sha256
+from weights import read_checkpoint
 from run import Busy, RunError
 from teacher import CHECKPOINTS, Teacher
 
@@ -121,7 +122,7 @@ class Reproduction:
         if recipe["teacher"] and self.flags["teacher_checkpoint"]:
             if self.named is None:
                 network = create_model(recipe["teacher"])
-                load_weights(network, self.flags["teacher_checkpoint"])
+                load_weights(network, self.flags["teacher_checkpoint"], prefer="teacher")
                 self.named = weights_sha256(network)
             recipe = recipe | {"teacher_sha256": self.named}
         now = json.loads(json.dumps(recipe))
@@ -150,6 +151,11 @@ class Reproduction:
         name = recipe["teacher"]
         if name not in self.teachers:
             teacher = train_cifar.get_teacher(recipe, self.data, flags, self.device, self.train_teacher)
+            before = {r["recipe"]["teacher_sha256"]: r["teacher_source"] for r in load_records(self.results) if r["teacher"] == name
+                      and (r["recipe"]["data"], *budget_of(r["recipe"])) == (recipe["data"], *budget_of(recipe))}
+            if before and teacher.sha256 not in before:     # rows of two teachers would stand beside each other
+                raise RunError(f"{self.results} has rows taught by another {name} ({', '.join(before.values())}) than {teacher.source}: "
+                               "name that one with --teacher-checkpoint, or choose other --results")
             top1, line = teacher.check(self.data.test, recipes.ALONE.get(name) if flags["data"] == "cifar100" else None)
             click.echo(line)
             self.teachers[name] = teacher, top1

@@ -1,7 +1,7 @@
 """Where a teacher comes from, and its answers.
 
 A teacher is looked for in this order: the file that was named; checkpoints/NAME.pt; the teachers that mdistiller
-publishes, downloaded once into checkpoints/mdistiller/. Where there is none, the training script trains it.
+publishes, downloaded once into checkpoints/mdistiller/; those of pytorch-cifar-models. Where there is none, the training script trains it.
 
 Its answers are finite in number: a frozen network gives the same logits for the same view, and an image has 162 views. They
 are computed in large batches, once, and remembered: on a GPU in its memory, elsewhere in a file that runs share.
@@ -16,7 +16,7 @@ import shutil
 import tarfile
 import urllib.request
 import zlib
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +25,14 @@ from torch.fx.proxy import TraceError
 
 from data import VIEWS, crop_and_flip, evaluate, normalise
 from models import create_model, load_weights, weights_sha256
+from weights import network_of
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 ARCHIVE_URL = "https://github.com/megvii-research/mdistiller/releases/download/checkpoints/cifar_teachers.tar"
+# file, of whose SHA-256 the name holds the first 8 digits, and top-1 (%) that its authors give
+PYTORCH_CIFAR_MODELS_URL = "https://github.com/chenyaofo/pytorch-cifar-models/releases/download/resnet/"
+PYTORCH_CIFAR_MODELS = {"resnet20": ("cifar100_resnet20-23dac2f1.pt", 68.83), "resnet32": ("cifar100_resnet32-84213ce6.pt", 70.16),
+                        "resnet44": ("cifar100_resnet44-ffe32858.pt", 71.63), "resnet56": ("cifar100_resnet56-f2eff4c8.pt", 72.63)}
 IN_ARCHIVE = ("resnet32x4", "resnet56", "resnet110", "wrn_40_2", "vgg13", "ResNet50")
 TIMEOUT = 30    # seconds without an answer before a download is given up
 BATCH = {"cuda": 1024, "mps": 256, "cpu": 256}      # images that a teacher is asked about at once
@@ -217,32 +222,49 @@ class OnDisk:
 def load_teacher(name, path, source, device, precision="fp32", num_classes=100, compile=False):
     """The Teacher `name` with the weights of a checkpoint file. ValueError as in `models.load_weights`."""
     network = create_model(name, num_classes)
-    load_weights(network, path)
+    load_weights(network, path, prefer="teacher")
     return Teacher(network, device, precision, source, compile)
 
 
 def find_teacher(name, checkpoint=None, url=ARCHIVE_URL, say=print):
     """(file, source) of a CIFAR-100 teacher's weights, in the order above; (None, reason) where none was found.
 
-    `url` is the archive of mdistiller's teachers, or a mirror of it; `say` takes a line about a download.
+    `url` is the archive of mdistiller's teachers, or a mirror of it; `say` takes a line about a download. What was downloaded before is
+    taken again, whatever could be had today: a run that goes on needs the teacher that it began with.
     """
     if checkpoint is not None:
         return Path(checkpoint), str(checkpoint)
-    kept, published = CHECKPOINTS / f"{name}.pt", CHECKPOINTS / "mdistiller" / f"{name}.pth"
-    if kept.is_file():
-        return kept, f"checkpoints/{name}.pt"
-    if not published.is_file():
-        if name not in IN_ARCHIVE:
-            return None, f"no checkpoints/{name}.pt, and mdistiller publishes no {name}"
-        try:
-            say(f"downloading mdistiller's teachers, once, from {url}")
-            problem = f"no {name} in {url}"
-            download_teachers(url, published.parent)
-        except (OSError, ValueError, http.client.HTTPException, tarfile.TarError, EOFError) as error:
-            problem = f"mdistiller's teachers could not be downloaded ({error})"
-        if not published.is_file():         # it may have come before the trouble
-            return None, f"no checkpoints/{name}.pt, and {problem}"
-    return published, f"mdistiller's, checkpoints/mdistiller/{name}.pth"
+    file, accuracy = PYTORCH_CIFAR_MODELS.get(name, (None, None))
+    alternative, published = CHECKPOINTS / "pytorch-cifar-models" / f"{name}.pt", CHECKPOINTS / "mdistiller" / f"{name}.pth"
+    sources = {CHECKPOINTS / f"{name}.pt": f"checkpoints/{name}.pt",
+               alternative: f"pytorch-cifar-models', {accuracy} % by its authors, checkpoints/pytorch-cifar-models/{name}.pt",
+               published: f"mdistiller's, checkpoints/mdistiller/{name}.pth"}
+
+    def found():
+        return next(((path, source) for path, source in sources.items() if path.is_file()), None)
+
+    problems = [f"no checkpoints/{name}.pt"]
+    if not found() and name in IN_ARCHIVE:
+        say(f"downloading mdistiller's teachers, once, from {url}")
+        problem = problem_of(lambda: download_teachers(url, published.parent))
+        problems.append(f"mdistiller's teachers could not be downloaded ({problem})" if problem else f"no {name} in {url}")
+    elif name not in IN_ARCHIVE:
+        problems.append(f"mdistiller publishes no {name}")
+    if not found() and file:        # the archive is at one address only
+        say(f"{problems[-1]}; downloading pytorch-cifar-models' {file}")
+        alternative.parent.mkdir(parents=True, exist_ok=True)
+        problem = problem_of(lambda: torch.hub.download_url_to_file(
+            PYTORCH_CIFAR_MODELS_URL + file, alternative, hash_prefix=file[-11:-3], progress=False))
+        problems.append(f"pytorch-cifar-models' could not be downloaded ({problem})")
+    return found() or (None, ", and ".join(problems))
+
+
+def problem_of(download):
+    """Why a download failed, None where it did not."""
+    try:
+        download()
+    except (OSError, ValueError, RuntimeError, http.client.HTTPException, tarfile.TarError, EOFError) as error:
+        return str(error) or type(error).__name__
 
 
 def download_teachers(url, folder):
@@ -250,9 +272,8 @@ def download_teachers(url, folder):
     folder.mkdir(parents=True, exist_ok=True)
     with urllib.request.urlopen(url, timeout=TIMEOUT) as response, tarfile.open(fileobj=response, mode="r|*") as archive:
         for member in archive:
-            path = PurePosixPath(member.name)
-            name = path.parent.name.removesuffix("_vanilla")
-            if not member.isfile() or path.name != "ckpt_epoch_240.pth" or name not in IN_ARCHIVE:
+            name = network_of(member)
+            if name not in IN_ARCHIVE:
                 continue
             partial = folder / f"{name}.pth.{os.getpid()}.part"
             try:

@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import tarfile
 
 import numpy as np
 import pytest
@@ -94,8 +95,76 @@ def test_class_names_are_known_without_the_data(cifar):
         assert list(data.CIFAR100_CLASSES) == pickle.load(file)["fine_label_names"]
 
 
-def test_the_folder_may_be_named_itself(cifar):
-    assert len(load_data("cifar100", cifar / "cifar-100-python", "cpu").test.targets) == 10_000
+def test_the_folder_may_be_named_itself(cifar, tmp_path):
+    """Kaggle's layout, read-only: train, test and meta directly in the folder, whatever its name."""
+    folder = tmp_path / "cifar100"
+    folder.symlink_to(cifar / "cifar-100-python")
+    assert len(load_data("cifar100", folder, "cpu").test.targets) == 10_000 and data.has_cifar100(folder)
+
+
+# ---------------------------------------------------------------- downloads
+
+
+@pytest.fixture
+def slow(monkeypatch, serve, tmp_path):
+    """A file of 300 kB on a server that breaks off; (its bytes, their MD5, address, server, where it goes)."""
+    content = np.random.default_rng(0).bytes(300_000)
+    (serve[0] / "file").write_bytes(content)
+    return content, hashlib.md5(content).hexdigest(), f"{serve[1]}/file", serve[2], tmp_path / "here"
+
+
+def test_a_download_that_breaks_off_goes_on_where_it_was(slow, capsys):
+    content, md5, url, server, path = slow
+    server.cut = 100_000
+    data.fetch([url], path, md5)
+    assert path.read_bytes() == content and server.ranges == [None, "bytes=100000-"]
+    assert "from byte 100,000 on" in capsys.readouterr().out and [p.name for p in path.parent.glob("here*")] == ["here"]
+
+
+def test_a_later_attempt_goes_on_too_unless_the_server_has_another_file_by_now(slow):
+    content, md5, url, server, path = slow
+    part = path.with_name("here.part")
+    for tag, asked in (('"1"', "bytes=100000-"), ('"2"', None)):
+        part.write_bytes(content[:100_000])
+        part.with_name("here.part.version").write_text(tag)
+        server.ranges.clear()
+        data.fetch([url], path, md5)
+        assert path.read_bytes() == content and server.ranges == [asked]
+
+
+def test_a_whole_part_is_only_checked(slow):
+    content, md5, url, server, path = slow
+    for body in (content, bytes(300_000)):
+        path.with_name("here.part").write_bytes(body)
+        path.with_name("here.part.version").write_text('"1"')
+        if body == content:
+            data.fetch([url], path, md5)
+            assert path.read_bytes() == content
+        else:
+            with pytest.raises(ValueError, match="has another checksum"):
+                data.fetch([url], path, md5)
+            assert not path.with_name("here.part").exists()
+
+
+def test_the_mirror_comes_first_and_then_the_official_place(slow, monkeypatch):
+    content, md5, url, server, path = slow
+    data.fetch(["http://127.0.0.1:9/none", url], path, md5)
+    assert path.read_bytes() == content
+    with pytest.raises(OSError, match="404"):
+        data.fetch([url + "-missing"], path, md5)
+
+
+def test_the_real_archive_is_fetched_unpacked_and_read(cifar, serve, tmp_path, monkeypatch):
+    """By way of a mirror that breaks off once; a second call finds it."""
+    with tarfile.open(serve[0] / "cifar.tar.gz", "w:gz", compresslevel=1) as file:
+        file.add(cifar / "cifar-100-python", "cifar-100-python")
+    monkeypatch.setattr(data.CIFAR100, "tgz_md5", hashlib.md5((serve[0] / "cifar.tar.gz").read_bytes()).hexdigest())
+    monkeypatch.setenv("CIFAR100_URL", f"{serve[1]}/cifar.tar.gz")
+    serve[2].cut = 50_000_000
+    train, test = data.read_cifar100(tmp_path / "to")
+    assert (len(train.targets), len(test.targets)) == (50_000, 10_000) and serve[2].ranges == [None, "bytes=50000000-"]
+    data.read_cifar100(tmp_path / "to")
+    assert len(serve[2].asked) == 2
 
 
 def test_held_out_images_are_training_images_that_are_not_trained_on(cifar):
@@ -118,7 +187,7 @@ def test_too_many_images_asked_for():
 
 def test_missing_and_damaged_data_say_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("CIFAR100_URL", "http://127.0.0.1:9/cifar-100-python.tar.gz")
-    with pytest.raises(ValueError, match="no CIFAR-100 in .*--data-dir.*CIFAR100_URL.*--data synthetic") as caught:
+    with pytest.raises(ValueError, match="no CIFAR-100 in .*CIFAR100_URL.*--data-dir.*--data synthetic") as caught:
         load_data("cifar100", tmp_path / "nowhere", "cpu")
     assert "\n" not in str(caught.value)
     (tmp_path / "cifar-100-python").mkdir()

@@ -11,18 +11,19 @@ import pytest
 ROOT = Path(__file__).resolve().parent
 ROOMS = {
     "zscore_kd": {"torch"},
-    "models": {"torch"},
+    "weights": {"torch", "safetensors"},
+    "models": {"torch", "weights"},
     "data": {"torch", "torchvision", "numpy", "PIL"},
     "recipes": set(),
-    "teacher": {"torch", "models", "data"},
-    "figures": {"matplotlib", "torch", "click", "run", "data", "models", "teacher", "zscore_kd"},
-    "train_imagenet": {"torch", "torchvision", "click", "zscore_kd", "models", "data", "recipes", "teacher", "run"},
-    "export": {"torch", "torchvision", "numpy", "onnx", "onnxruntime", "click", "models", "data", "run"},
+    "teacher": {"torch", "models", "data", "weights"},
+    "figures": {"matplotlib", "torch", "click", "run", "data", "models", "teacher", "zscore_kd", "weights"},
+    "train_imagenet": {"torch", "torchvision", "click", "zscore_kd", "models", "data", "recipes", "teacher", "run", "weights"},
+    "export": {"torch", "torchvision", "numpy", "onnx", "onnxruntime", "click", "models", "data", "run", "weights"},
     "predict": {"onnxruntime", "numpy", "PIL"},
     "bench": {"torch", "torchvision", "click", "train_cifar", "train_imagenet", "models", "data", "recipes", "teacher", "run", "zscore_kd"},
-    "reproduce": {"torch", "click", "train_cifar", "recipes", "run", "models", "data", "teacher"},
+    "reproduce": {"torch", "click", "train_cifar", "recipes", "run", "models", "data", "teacher", "weights"},
     "run": {"torch", "click"},
-    "train_cifar": {"torch", "click", "zscore_kd", "models", "data", "recipes", "teacher", "run"},
+    "train_cifar": {"torch", "click", "zscore_kd", "models", "data", "recipes", "teacher", "run", "weights"},
 }
 FILES = [p for p in sorted(ROOT.glob("*.py")) if not p.stem.startswith(("test_", "conftest"))]
 
@@ -45,7 +46,7 @@ def test_a_room_imports_only_what_the_design_allows(path):
 def test_every_room_is_in_the_readme_and_every_package_is_required():
     readme, required = (ROOT / "README.md").read_text(), (ROOT / "requirements.txt").read_text()
     assert all(f"`{path.name}`" in readme for path in FILES)
-    packages = set().union(*ROOMS.values()) - set(ROOMS) - {"PIL", "matplotlib"}      # torchvision brings the one, the README's commands the other
+    packages = set().union(*ROOMS.values()) - set(ROOMS) - {"PIL", "matplotlib", "safetensors"}      # torchvision brings the one, the README's commands the other
     assert all(re.search(rf"^{package}>=", required, re.M) for package in packages)
 
 

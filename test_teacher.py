@@ -1,12 +1,10 @@
 """Teachers are found in the promised order; the archive comes from a server on the loopback interface."""
 
-import functools
-import http.server
+import hashlib
 import io
 import os
 import re
 import tarfile
-import threading
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ import teacher as rooms_teacher
 from data import crop_and_flip, epoch_draws, normalise, synthetic
 from models import create_model
 from teacher import Teacher, download_teachers, find_teacher, load_teacher, weights_sha256
+from test_weights import repdistiller_teacher
 
 
 @pytest.fixture(autouse=True)
@@ -25,30 +24,13 @@ def checkpoints(tmp_path, monkeypatch):
     return tmp_path / "checkpoints"
 
 
-@pytest.fixture
-def serve(tmp_path):
-    """Serves a folder on the loopback interface; gives its address and what was asked for."""
-    folder, asked = tmp_path / "served", []
-    folder.mkdir()
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, form, *values):
-            asked.append(values[0])
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield folder, f"http://127.0.0.1:{server.server_port}", asked
-    server.shutdown()
-    server.server_close()
-
-
 def archive(path, names, extra=()):
-    """An archive laid out as mdistiller's."""
+    """An archive laid out as mdistiller's, its members as RepDistiller writes a teacher: optimizer and numpy.float64 inside."""
     with tarfile.open(path, "w") as file:
         for name in names:
             torch.manual_seed(len(name))
             content = io.BytesIO()
-            torch.save({"epoch": 240, "model": create_model(name).state_dict(), "accuracy": torch.tensor(70.0)}, content)
+            torch.save(repdistiller_teacher(create_model(name)), content, _use_new_zipfile_serialization=False)
             add(file, f"cifar_teachers/{name}_vanilla/ckpt_epoch_240.pth", content.getvalue())
         for name, content in extra:
             add(file, name, content)
@@ -68,7 +50,7 @@ def test_the_named_file_comes_first(checkpoints):
 
 
 def test_the_archive_is_downloaded_once_and_gives_every_teacher_in_it(checkpoints, serve):
-    folder, url, asked = serve
+    folder, url, server = serve
     archive(folder / "teachers.tar", ["resnet56", "vgg13"], [("cifar_teachers/README", b"x"), ("../../evil_vanilla/x", b"x"),
                                                             ("/tmp/resnet110_vanilla/other.pth", b"x")])
     lines = []
@@ -76,11 +58,13 @@ def test_the_archive_is_downloaded_once_and_gives_every_teacher_in_it(checkpoint
     assert path == checkpoints / "mdistiller" / "resnet56.pth" and "mdistiller" in source
     assert f"{url}/teachers.tar" in lines[0]
     assert find_teacher("vgg13", url=f"{url}/teachers.tar")[0] == checkpoints / "mdistiller" / "vgg13.pth"
-    assert len(asked) == 1
+    assert len(server.asked) == 1
     assert sorted(os.listdir(checkpoints / "mdistiller")) == ["resnet56.pth", "vgg13.pth"]
     loaded = load_teacher("resnet56", path, source, "cpu")
     torch.manual_seed(len("resnet56"))
-    assert loaded.sha256 == weights_sha256(create_model("resnet56"))
+    written = create_model("resnet56")
+    repdistiller_teacher(written)       # it made a step
+    assert loaded.sha256 == weights_sha256(written)
 
 
 def test_a_cut_download_leaves_nothing_half_written(checkpoints, serve):
@@ -107,7 +91,8 @@ def test_a_teacher_that_came_before_the_line_was_cut_is_taken(checkpoints, serve
     ("resnet56", "/missing.tar", "no checkpoints/resnet56.pt, and mdistiller's teachers could not be downloaded .*404"),
     ("resnet56", "/text.tar", "could not be downloaded"),
     ("resnet56", "/others.tar", "no resnet56 in http"),
-    ("resnet20", "/missing.tar", "mdistiller publishes no resnet20"),
+    ("resnet20", "/missing.tar", "no checkpoints/resnet20.pt, and mdistiller publishes no resnet20, and pytorch-cifar-models' could not be"),
+    ("wrn_16_2", "/missing.tar", "no checkpoints/wrn_16_2.pt, and mdistiller publishes no wrn_16_2$"),
 ])
 def test_no_teacher_says_why(serve, name, place, words):
     folder, url, _ = serve
@@ -116,6 +101,39 @@ def test_no_teacher_says_why(serve, name, place, words):
     path, reason = find_teacher(name, url=url + place, say=lambda line: None)
     assert path is None
     assert re.search(words, reason), reason
+
+
+@pytest.fixture
+def models(serve, monkeypatch):
+    """pytorch-cifar-models' releases with a resnet56 whose SHA-256 its name begins."""
+    folder, url, server = serve
+    torch.manual_seed(7)
+    network, buffer = create_model("resnet56"), io.BytesIO()
+    torch.save(network.state_dict(), buffer)
+    file = f"cifar100_resnet56-{hashlib.sha256(buffer.getvalue()).hexdigest()[:8]}.pt"
+    (folder / file).write_bytes(buffer.getvalue())
+    monkeypatch.setattr(rooms_teacher, "PYTORCH_CIFAR_MODELS_URL", f"{url}/")
+    monkeypatch.setitem(rooms_teacher.PYTORCH_CIFAR_MODELS, "resnet56", (file, 72.63))
+    return network, folder / file
+
+
+def test_without_the_archive_the_next_source_is_tried_and_its_accuracy_said(models, checkpoints, serve):
+    network, _ = models
+    lines = []
+    path, source = find_teacher("resnet56", url=f"{serve[1]}/missing.tar", say=lines.append)
+    assert path == checkpoints / "pytorch-cifar-models" / "resnet56.pt" and "pytorch-cifar-models', 72.63 % by its authors" in source
+    assert "404" in lines[1] and "downloading pytorch-cifar-models' cifar100_resnet56-" in lines[1]
+    assert load_teacher("resnet56", path, source, "cpu").sha256 == weights_sha256(network)
+    archive(serve[0] / "teachers.tar", ["resnet56"])        # the archive is back: a run that goes on keeps its teacher
+    assert find_teacher("resnet56", url=f"{serve[1]}/teachers.tar", say=lines.append) == (path, source) and len(lines) == 2
+
+
+def test_a_download_with_another_checksum_is_not_taken(models, checkpoints, serve):
+    _, file = models
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    path, reason = find_teacher("resnet56", url=f"{serve[1]}/missing.tar", say=lambda line: None)
+    assert path is None and "pytorch-cifar-models' could not be downloaded (invalid hash value" in reason
+    assert os.listdir(checkpoints / "pytorch-cifar-models") == []
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/x.tar", "http://127.0.0.1:abc/x.tar", "teachers.tar"])

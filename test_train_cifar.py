@@ -17,6 +17,7 @@ import teacher
 import train_cifar
 from models import create_model, load_weights
 from teacher import Teacher
+from test_teacher import archive
 from train_cifar import kd_weight, learning_rate, main, recipe_epoch, reversal
 from zscore_kd import dkd_loss, kd_loss, mlkd_loss
 
@@ -60,6 +61,17 @@ def rows(folder):
 
 
 # ---------------------------------------------------------------- one run
+
+
+def test_the_main_command_finds_a_teacher_as_mdistiller_publishes_it(serve, cifar, monkeypatch):
+    """Real images, fewer of them; the archive with optimizers and numpy.float64 in it; smaller networks than the README's two."""
+    archive(serve[0] / "cifar_teachers.tar", ["resnet56"])
+    monkeypatch.setenv("TEACHER_URL", f"{serve[1]}/cifar_teachers.tar")
+    train, test = (data.Split(s.images[:300], s.targets[:300]) for s in data.read_cifar100(cifar))
+    monkeypatch.setattr(data, "read_cifar100", lambda *_: (train, test))
+    output = call("--teacher", "resnet56", "--student", "resnet20", "--zscore", "--epochs", 1, "--device", "cpu")
+    assert "downloading mdistiller's teachers, once, from http" in output and "teacher resnet56 (mdistiller's, checkpoints/mdistiller/resnet56.pth): " in output
+    assert "epoch   1/1" in output and "resnet56-resnet20-kd-z-seed0: last epoch" in output
 
 
 def test_a_run_leaves_what_the_design_promises(pair, tmp_path):

@@ -31,7 +31,8 @@ import recipes
 import run as runs
 from data import (Data, crop_and_flip, epoch_draws, evaluate, load_data, normalise, strong_draws, strong_view, synthetic,
                   top_k_hits)
-from models import MODELS, create_model, load_weights, read_checkpoint, split_checkpoint
+from models import MODELS, create_model, load_weights
+from weights import facts_of, read_checkpoint
 from recipes import kd_weight, learning_rate, recipe_epoch, reversal
 from run import KEPT, Progress, Run, RunError, Stop, check_finite, epoch_line, epoch_row
 from teacher import ARCHIVE_URL, CHECKPOINTS, Teacher, find_teacher, load_teacher
@@ -420,7 +421,7 @@ def seeds_table(results):
 def evaluate_file(flags, device, data=None):
     """--eval: prints loss, top-1 and top-5 of a checkpoint on a data set, by default the one of the flags."""
     path = flags["eval_file"]
-    name = flags["student"] or split_checkpoint(read_checkpoint(path))[1].get("student")
+    name = flags["student"] or facts_of(read_checkpoint(path, flags["student"])).get("student")
     if name not in MODELS:
         raise click.UsageError(f"{path} does not say which network it holds: name it with --student")
     network = create_model(name)

@@ -34,7 +34,8 @@ import recipes
 import run as runs
 from data import (FolderImages, StrongDraws, folder_batches, folder_keys, load_folders, normalise_folder, strong_draws,
                   strong_operations, top_k_hits)
-from models import create_model, load_weights, read_checkpoint, split_checkpoint
+from models import class_count, create_model, load_weights
+from weights import facts_of, read_checkpoint
 from recipes import kd_weight, learning_rate, recipe_epoch, reversal
 from run import KEPT, Progress, Run, RunError, Stop, check_finite, epoch_line, epoch_row
 from teacher import Teacher
@@ -415,7 +416,7 @@ def get_teacher(recipe, folders, flags, team):
     if path or flags["dry_run"]:
         model, source = network(name, classes), path or "untrained"
         if path:
-            load_weights(model, path)
+            load_weights(model, path, prefer="teacher")
     elif name == "MobileNetV1":
         raise RunError("nobody publishes a MobileNetV1 as a teacher: name its weights with --teacher-checkpoint")
     elif classes != 1000:
@@ -522,8 +523,8 @@ def dry_run(recipe, flags, team):
             to_pil_image(torch.randint(0, 256, (3, 80, 100), dtype=torch.uint8, generator=generator)).save(path)
         folders = load_folders(folder)
         if flags["teacher_checkpoint"]:     # whose classes are the file's
-            weights = list(split_checkpoint(read_checkpoint(flags["teacher_checkpoint"]))[0].values())
-            folders = folders._replace(classes=folders.classes + list(map(str, range(3, len(weights[-1]) if weights else 3))))
+            count = class_count(read_checkpoint(flags["teacher_checkpoint"], recipe["teacher"]), network(recipe["teacher"], 3)) or 3
+            folders = folders._replace(classes=folders.classes + list(map(str, range(3, count))))
         flags = flags | {"out": str(Path(folder, "runs")), "workers": 0, "at_once": None, "data_dir": folder}
         teacher = get_teacher(recipe, folders, flags, team) if recipe["teacher"] else None
         distil(recipe, folders, teacher, flags, team, until=1)
@@ -537,7 +538,7 @@ def dry_run(recipe, flags, team):
 def evaluate_file(flags, team, folders=None):
     """--eval: loss, top-1 and top-5 of a checkpoint on the evaluation images, by default those of the flags."""
     folders = folders or load_folders(flags["data_dir"], flags["val_from_train"])
-    said = split_checkpoint(read_checkpoint(flags["eval_file"]))[1]
+    said = facts_of(read_checkpoint(flags["eval_file"], flags["student"]))
     name, size = flags["student"] or said.get("student"), said.get("size", flags["size"])
     if name not in NETWORKS:
         raise click.UsageError(f"{flags['eval_file']} does not say which network it holds: name it with --student")
