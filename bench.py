@@ -32,6 +32,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import to_pil_image
 
 import recipes
+import cli
 import run as runs
 import train_cifar
 import train_imagenet
@@ -191,12 +192,12 @@ def measure(contestants, rounds, device):
 def peak(name, device_name, which, steps):
     """Peak memory (MiB) of one contestant's whole steps; to be run in a process of its own."""
     device = torch.device(device_name)
-    runs.keep_memory()
+    cli.keep_memory()
     data, recipe = images_on(device), resolved(name, device, False)
     with tempfile.TemporaryDirectory() as folder:
         calls = this_program(recipe, data, device, steps, folder) if which == "this" else plain_loop(recipe, data, device, steps)["plain"]
         calls["whole, first epoch"]()
-    return runs.peak_memory(device)
+    return cli.peak_memory(device)
 
 
 def floor(recipe, device):
@@ -328,7 +329,7 @@ def imagenet_calls(pair, samples, many, batch, workers, device, epochs):
     team = train_imagenet.Team(device.type)
     recipe = recipes.imagenet(*pair, "kd", True) | {
         "teacher": teacher_name, "student": student, "method": "kd", "zscore": True, "seed": 0, "batch_size": batch, "size": 224,
-        "full_epochs": 100, "precision": runs.pick_precision(None, device)}
+        "full_epochs": 100, "precision": cli.pick_precision(None, device)}
     learner = train_imagenet.Learner(recipe, 1000, team)
     learner.student.train()
     teacher = Teacher(train_imagenet.network(teacher_name, 1000), device, recipe["precision"])
@@ -373,7 +374,7 @@ def imagenet_table(result):
     for pair in map("-".join, recipes.IMAGENET):
         limit = "loading" if rate["loading, this program"] < rate[f"step of {pair}, images in memory"] else "the step"
         hours = 1_281_167 * 100 / rate[f"step of {pair}, from JPEG files"] / 3600
-        lines += ["", f"{pair}: {limit} limits; 100 epochs of 1,281,167 images would take {runs.duration(3600 * hours)}, evaluation aside"]
+        lines += ["", f"{pair}: {limit} limits; 100 epochs of 1,281,167 images would take {cli.duration(3600 * hours)}, evaluation aside"]
     return "\n".join(lines)
 
 
@@ -401,7 +402,7 @@ def table(result):
             texts.append(text)
         lines.append(f"| {row} | " + " | ".join(texts) + " |")
     lines.append(f"| {result['epochs']} epochs, projected | "
-                 + " | ".join(runs.duration(3600 * result["hours"][c]) for c in columns) + " |")
+                 + " | ".join(cli.duration(3600 * result["hours"][c]) for c in columns) + " |")
     memory = {c: f"{m:,.0f} MiB" if m else "" for c, m in result["peak_mib"].items()}
     lines.append("| peak memory | " + " | ".join(memory.get(c, "") for c in columns) + " |")
     return "\n".join(lines)
@@ -419,20 +420,20 @@ def where(result):
             f"{result['floor_remembered']:,.0f} remembered ({100 * known / result['floor_remembered']:.0f} %)")
 
 
-@click.command(cls=runs.Command, help=__doc__)
-@click.option("--only", type=runs.Choice([*EXPERIMENTS, "imagenet"]), multiple=True, help="An experiment; may be given again.")
-@click.option("--rounds", type=runs.COUNT, default=7, show_default=True, help="Turns of each contestant.")
+@click.command(cls=cli.Command, help=__doc__)
+@click.option("--only", type=cli.Choice([*EXPERIMENTS, "imagenet"]), multiple=True, help="An experiment; may be given again.")
+@click.option("--rounds", type=cli.COUNT, default=7, show_default=True, help="Turns of each contestant.")
 @click.option("--compile/--no-compile", default=False, help="Measure torch.compile too; a minute more for each experiment.")
-@click.option("--device", type=runs.Choice(["cuda", "mps", "cpu"]), help="[default: the best there is]")
+@click.option("--device", type=cli.Choice(["cuda", "mps", "cpu"]), help="[default: the best there is]")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, writable=True), metavar="FILE", help="Write the numbers there.")
 @click.option("--image-dir", type=click.Path(file_okay=False, exists=True), metavar="DIR", help="imagenet: a folder with train/.  [default: made JPEG files]")
-@click.option("--imagenet-batch", type=runs.COUNT, metavar="N", help="imagenet: images a step.  [default: 512 on cuda, else 16]")
+@click.option("--imagenet-batch", type=cli.COUNT, metavar="N", help="imagenet: images a step.  [default: 512 on cuda, else 16]")
 def main(only, rounds, compile, device, json_file, image_dir, imagenet_batch):
-    device = runs.pick_device(device)
-    runs.pick_kernels(False)
-    runs.keep_memory()
+    device = cli.pick_device(device)
+    cli.pick_kernels(False)
+    cli.keep_memory()
     if compile:
-        runs.check_compiler(device)
+        cli.check_compiler(device)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     facts = runs.collect_facts(device)
     click.echo(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, Python {facts['python']}; "

@@ -32,6 +32,7 @@ import torchvision.models
 from onnxruntime import quantization
 from torch import nn
 
+import cli
 import run as runs
 from data import (CIFAR100_CLASSES, IMAGENET_MEAN, IMAGENET_STD, MEAN, PAD, STD, FolderImages, Split, epoch_draws, has_cifar100,
                   load_data, load_folders, normalise, synthetic)
@@ -507,7 +508,7 @@ def convert(flags, network, facts, images, folder):
     return done, metadata, failures
 
 
-@click.command(cls=runs.Command, help=__doc__)
+@click.command(cls=cli.Command, help=__doc__)
 @click.option("--checkpoint", required=True, metavar="FILE", help="The student: student.pt of a run, or any of the field's formats.")
 @click.option("--student", metavar="NAME", help="Its network.  [default: what the file says]")
 @click.option("--out", metavar="DIR", help="Folder for the files.  [default: the checkpoint's]")
@@ -519,15 +520,15 @@ def convert(flags, network, facts, images, folder):
 @click.option("--int8/--no-int8", default=None, help="Write the int8 file.  [default: if there are images to calibrate on]")
 @click.option("--fp16/--no-fp16", default=False, help="Write the float16 file.  [default: off]")
 @click.option("--calibration", type=click.IntRange(1, 50_000), default=512, show_default=True, metavar="N", help="Training images for int8's ranges.")
-@click.option("--calibration-method", type=runs.Choice(["minmax", "entropy", "percentile"]), default="minmax", show_default=True)
-@click.option("--activations", type=runs.Choice(["uint8", "int8"]), help="[default: uint8; int8 with --symmetric]")
+@click.option("--calibration-method", type=cli.Choice(["minmax", "entropy", "percentile"]), default="minmax", show_default=True)
+@click.option("--activations", type=cli.Choice(["uint8", "int8"]), help="[default: uint8; int8 with --symmetric]")
 @click.option("--full-range", is_flag=True, help="int8 weights of 8 bits, not 7: nearer to float32 with VNNI and on Arm, wrong on x86 without VNNI.")
 @click.option("--symmetric", is_flag=True, help="int8 with zero points of 0 and weights of 8 bits, as TensorRT wants it.")
 @click.option("--agreement", type=click.FloatRange(0, 1), default=0.95, show_default=True, metavar="SHARE", help="Of images that int8 must put in PyTorch's class.")
 @click.option("--exclude-first-last", is_flag=True, help="Keep the first convolution and the classifier of int8 in float.")
 def main(**flags):
     if flags["student"] is not None:
-        runs.check_name("--student", flags["student"], [*MODELS, *torchvision.models.list_models(module=torchvision.models)])
+        cli.check_name("--student", flags["student"], [*MODELS, *torchvision.models.list_models(module=torchvision.models)])
     if flags["name"] is not None and Path(flags["name"]).name != flags["name"]:
         raise click.UsageError(f"--name {flags['name']}: a name, not a path; --out names the folder")
     if flags["symmetric"] and flags["activations"] == "uint8":

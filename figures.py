@@ -20,6 +20,7 @@ from pathlib import Path
 import click
 import torch
 
+import cli
 import run as runs
 from data import CIFAR100_CLASSES, load_data, normalise
 from models import MODELS, create_model, load_weights
@@ -199,7 +200,7 @@ def gap(flags):
 def logits_of(flags):
     """Of the test images: {"teacher", "plain", "zscore"} to logits (N, K), float32 on the CPU; to titles; and targets (N,)."""
     teacher, student = flags["pair"].split("-")
-    device = runs.pick_device(flags["device"])
+    device = cli.pick_device(flags["device"])
     split = load_data("cifar100", flags["data_dir"], device).test
     logits, titles = {}, {}
     for who, path in (("teacher", flags["teacher_checkpoint"]), ("plain", flags["plain"]), ("zscore", flags["zscore"])):
@@ -313,8 +314,8 @@ NEEDS = {"toy": (), "curves": ("pair",), "gap": ("pair",), "logits": ("pair", "t
          "difference": ("pair", "teacher_checkpoint", "plain", "zscore"), "grid": ("pair", "runs")}
 
 
-@click.command(cls=runs.Command, help=__doc__)
-@click.argument("names", nargs=-1, type=runs.Choice(list(NEEDS)), metavar=f"[{'|'.join(NEEDS)}]...")
+@click.command(cls=cli.Command, help=__doc__)
+@click.argument("names", nargs=-1, type=cli.Choice(list(NEEDS)), metavar=f"[{'|'.join(NEEDS)}]...")
 @click.option("--pair", metavar="T-S", help="TEACHER-STUDENT.")
 @click.option("--methods", metavar="M,...", default="none,kd,kd-z,dkd,dkd-z", show_default=True, help="Of the curves.")
 @click.option("--results", metavar="DIR", default=ROOT / "results", type=click.Path(path_type=Path), help="[default: results/ here]")
@@ -323,7 +324,7 @@ NEEDS = {"toy": (), "curves": ("pair",), "gap": ("pair",), "logits": ("pair", "t
 @click.option("--plain", metavar="FILE", help="student.pt of a run without --zscore.")
 @click.option("--zscore", metavar="FILE", help="student.pt of a run with --zscore.")
 @click.option("--data-dir", default="data", show_default=True, metavar="DIR", help="Folder of cifar-100-python.")
-@click.option("--device", type=runs.Choice(["cuda", "mps", "cpu"]), help="[default: the best there is]")
+@click.option("--device", type=cli.Choice(["cuda", "mps", "cpu"]), help="[default: the best there is]")
 @click.option("--out", metavar="DIR", default=ROOT / "figures", type=click.Path(path_type=Path), help="[default: figures/ here]")
 def main(names, **flags):
     if matplotlib is None:
@@ -332,7 +333,7 @@ def main(names, **flags):
         if flags["pair"].count("-") != 1:
             raise click.UsageError(f"--pair {flags['pair']}: it is TEACHER-STUDENT, for instance resnet32x4-resnet8x4")
         for network in flags["pair"].split("-"):
-            runs.check_name("--pair", network, list(MODELS))
+            cli.check_name("--pair", network, list(MODELS))
     for name in names:
         missing = [f"--{k.replace('_', '-')}" for k in NEEDS[name] if flags[k] is None]
         if missing:

@@ -22,6 +22,7 @@ import click
 import torch
 
 import recipes
+import cli
 import run as runs
 import train_cifar
 from data import load_data
@@ -320,7 +321,7 @@ def tables(records):
         rows = list(dict.fromkeys([*rows_of(pairs, methods), *cells]))
         seconds = sum(60 * r["minutes"] for r in group)
         text += [f"**A short budget: {epochs} epochs on {f'{images:,}' if images else 'all'} training images"
-                 f"{'' if data == 'cifar100' else ' of ' + data}, {runs.duration(seconds)} for the {len(group)} runs.** It shows that the "
+                 f"{'' if data == 'cifar100' else ' of ' + data}, {cli.duration(seconds)} for the {len(group)} runs.** It shows that the "
                  f"machinery works{' on real images' * (data == 'cifar100')}, not the paper's ranking. {teachers_of(group)}", "", *markdown([table_row(row, cells) for row in rows]), ""]
     full = cells_of([r for r in records if r["full_length"] and r["recipe"]["data"] == "cifar100"])
     rows = list(dict.fromkeys([*rows_of([*TEACHERS, *PAIRS], METHODS), *full]))
@@ -356,32 +357,32 @@ def check_usage(flags):
         if pair.count("-") > 1:
             raise click.UsageError(f"--pairs {pair}: a pair is TEACHER-STUDENT, for instance {PAIRS[0]}")
         for network in pair.split("-"):
-            runs.check_name("--pairs", network, [name for name in MODELS if name != "MobileNetV1"])
+            cli.check_name("--pairs", network, [name for name in MODELS if name != "MobileNetV1"])
     for method in methods:
         if method not in KNOWN_METHODS:
-            raise click.UsageError(f"--methods {method}: known, the nearest first: {runs.nearest_first(method, list(KNOWN_METHODS))}")
+            raise click.UsageError(f"--methods {method}: known, the nearest first: {cli.nearest_first(method, list(KNOWN_METHODS))}")
     if flags["teacher_checkpoint"] and len({pair.split("-")[0] for pair in pairs if "-" in pair}) != 1:
         raise click.UsageError("--teacher-checkpoint is one teacher's: name pairs with that teacher alone in --pairs")
     return pairs, methods
 
 
-@click.command(cls=runs.Command, help=__doc__)
+@click.command(cls=cli.Command, help=__doc__)
 @click.option("--pairs", metavar="T-S,...", help="TEACHER-STUDENT, or a network alone.  [default: the teachers and eight pairs]")
 @click.option("--methods", metavar="M,...", help=f"Of {', '.join(KNOWN_METHODS[:4])}, ...  [default: {','.join(METHODS)}]")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="First seed.")
-@click.option("--seeds", type=runs.COUNT, default=1, show_default=True, help="Number of seeds; all rows of one before the next.")
-@click.option("--epochs", type=runs.COUNT, help="A shorter budget.  [default: recipe]")
-@click.option("--train-images", type=runs.COUNT, metavar="N", help="Train on the first N images of a fixed shuffle.")
+@click.option("--seeds", type=cli.COUNT, default=1, show_default=True, help="Number of seeds; all rows of one before the next.")
+@click.option("--epochs", type=cli.COUNT, help="A shorter budget.  [default: recipe]")
+@click.option("--train-images", type=cli.COUNT, metavar="N", help="Train on the first N images of a fixed shuffle.")
 @click.option("--teacher-checkpoint", metavar="FILE", help="The teacher's weights.")
 @click.option("--teacher-url", default=train_cifar.ARCHIVE_URL, envvar="TEACHER_URL", metavar="URL",
               help="Archive of mdistiller's teachers, or a mirror of it (also TEACHER_URL).")
-@click.option("--data", type=runs.Choice(["cifar100", "synthetic"]), default="cifar100", show_default=True)
+@click.option("--data", type=cli.Choice(["cifar100", "synthetic"]), default="cifar100", show_default=True)
 @click.option("--data-dir", default="data", show_default=True, metavar="DIR", help="Folder of cifar-100-python.")
 @click.option("--out", metavar="DIR", default="runs", show_default=True, help="Folder for the runs' folders.")
 @click.option("--results", metavar="DIR", default=ROOT / "results", type=click.Path(path_type=Path), help="[default: results/ here]")
 @click.option("--readme", metavar="FILE", default=ROOT / "README.md", type=click.Path(path_type=Path), help="[default: README.md here]")
-@click.option("--device", type=runs.Choice(["cuda", "mps", "cpu"]), help="[default: the best there is]")
-@click.option("--precision", type=runs.Choice(["fp32", "bf16"]), help="[default: bf16 on cuda, else fp32]")
+@click.option("--device", type=cli.Choice(["cuda", "mps", "cpu"]), help="[default: the best there is]")
+@click.option("--precision", type=cli.Choice(["fp32", "bf16"]), help="[default: bf16 on cuda, else fp32]")
 @click.option("--compile/--no-compile", default=False, help="torch.compile.  [default: off]")
 @click.option("--table", is_flag=True, help="Only rewrite the README's tables from the results.")
 @click.option("--list", "list_rows", is_flag=True, help="Print the rows and which are done, and exit.")
@@ -393,7 +394,7 @@ def main(**flags):
     pairs, methods = check_usage(flags)
     todo = [(row, seed) for seed in range(flags["seed"], flags["seed"] + flags["seeds"]) for row in rows_of(pairs, methods)]
     try:
-        device = runs.pick_device(flags["device"])
+        device = cli.pick_device(flags["device"])
         shared = Reproduction(flags, device, results, readme)
         if flags["list_rows"]:
             for row, seed in todo:
@@ -401,10 +402,10 @@ def main(**flags):
                 click.echo(f"{'done' if shared.done(results / f'{name}.json', recipe) else '    '}  {name}")
             return
         write_tables(results, readme)       # what is missing there is better said now than after hours
-        runs.pick_kernels(False)
-        runs.keep_memory()
+        cli.pick_kernels(False)
+        cli.keep_memory()
         if flags["compile"]:
-            runs.check_compiler(device)
+            cli.check_compiler(device)
         run_all(todo, shared)
     except ValueError as error:     # the rooms' own, one line each
         raise RunError(str(error)) from None

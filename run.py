@@ -1,4 +1,4 @@
-"""A run's folder: resolved configuration, log, atomic checkpoint, resume; and the flags that the scripts share.
+"""A run's folder: resolved configuration, log, atomic checkpoint, resume.
 
     runs/resnet32x4-resnet8x4-kd-z-seed0/
       config.json    every resolved value, versions, device, git commit, command line
@@ -8,19 +8,15 @@
       result.json    last and best accuracy, epochs, minutes, images per second, peak memory
 """
 
-import ctypes
-import difflib
 import functools
 import io
 import json
 import math
 import os
 import platform
-import re
 import signal
 import subprocess
 import sys
-import time
 import weakref
 import zipfile
 from contextlib import contextmanager
@@ -29,8 +25,7 @@ from pathlib import Path
 import click
 import torch
 
-
-VERSION = "0.5"         # of the project, kept in every run and every exported file
+VERSION = "0.6"         # of the project, kept in every run and every exported file
 
 
 class RunError(click.ClickException):
@@ -267,93 +262,6 @@ class Stop:
             signal.signal(number, handler)
 
 
-class Progress:
-    """A line that moves on a terminal, one plain row an epoch elsewhere, and the projected time after some seconds."""
-
-    def __init__(self, images, epochs, done, device, advice="", stretch=1):
-        """stretch: images that are prepared at once; speed is judged over whole stretches."""
-        self.stretch, self.stretches = stretch, 0
-        self.images, self.epochs, self.device, self.advice = images, epochs, device, advice
-        self.left = images * epochs - done      # images still to be trained on
-        self.seen, self.begun, self.printed, self.projected = 0, None, 0.0, False
-
-    def step(self, epoch, images):
-        now = time.monotonic()
-        if self.begun is None:                  # the first step is warm-up, not speed
-            self.begun = now
-            self.left -= images
-            return
-        self.seen += images
-        elapsed = now - self.begun
-        before, self.stretches = self.stretches, self.seen // self.stretch
-        if not self.projected and elapsed >= 5 and self.stretches > before:
-            self.projected = True
-            remaining = self.left * elapsed / self.seen
-            line = (f"about {duration(remaining)} for the {self.left:,} images to go ({self.seen / elapsed:,.0f} images/s "
-                    f"on {self.device.type}), evaluation aside")
-            self.print(line + (f": {self.advice}" if self.advice and remaining > 86400 else ""))
-        if sys.stdout.isatty() and now - self.printed >= 0.5:
-            self.printed = now
-            share = 1 - (self.left - self.seen) / (self.images * self.epochs)
-            click.echo(f"\r\033[Kepoch {epoch + 1}/{self.epochs}  {share:.0%}  {self.seen / max(elapsed, 1e-9):,.0f} images/s  "
-                       f"{duration((self.left - self.seen) * elapsed / self.seen)} left", nl=False)
-
-    def print(self, line):
-        click.echo(("\r\033[K" if sys.stdout.isatty() else "") + line)
-
-
-# ---------------------------------------------------------------- what a training loop reports
-
-
-KEPT = "the last checkpoint in {} is kept. Try a smaller --lr or --kd-weight, in another --out"
-
-
-def epoch_row(epoch, optimizer, means, scores, eval_name):
-    """One row of log.jsonl: learning rate, mean training losses, and accuracies in %.
-
-    With MLKD ce is the sum over its two views, as it is in the loss, and the training accuracy the weak view's.
-    """
-    loss, ce, kd, top1, top5 = means.tolist()
-    return {"epoch": epoch + 1, "lr": float(optimizer.param_groups[0]["lr"]), "loss": loss, "ce": ce, "kd": kd,
-            "train_top1": 100 * top1, "train_top5": 100 * top5, **{f"{eval_name}_{k}": v for k, v in scores.items()}}
-
-
-def check_finite(sums, losses, epoch, step, student_logits, teacher_logits, run):
-    """RunError when the sum of losses is not finite; the last checkpoint, made before, is kept."""
-    if torch.isfinite(sums[0]):
-        return
-    ranges = [f"{name} logits in [{x.min():.4g}, {x.max():.4g}]"
-              for name, x in (("student", student_logits), *(("teacher", x) for x in teacher_logits[:1]))]
-    raise RunError(f"the loss became {losses[0].item()} in epoch {epoch + 1}, step {step + 1} ({', '.join(ranges)}); "
-                   + KEPT.format(run.folder))
-
-
-def epoch_line(row, best, name, epochs):
-    return (f"epoch {row['epoch']:3d}/{epochs}  lr {row['lr']:.5g}  loss {row['loss']:8.4f}  train {row['train_top1']:6.2f}  "
-            f"{name} top-1 {row[f'{name}_top1']:6.2f}  top-5 {row[f'{name}_top5']:6.2f}  (best {best['top1']:.2f})  "
-            f"{row['img_s']:,.0f} images/s  {row['seconds']:.0f} s")
-
-
-# ---------------------------------------------------------------- where and with what
-
-
-def pick_device(name=None):
-    """torch.device of "cuda", "mps" or "cpu", the best there is for None. RunError when it is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = name or next(k for k, v in there.items() if v)
-    if not there[name]:
-        have = " and ".join(k for k, v in there.items() if v)
-        raise RunError(f"--device {name}: PyTorch finds none here; leave the flag out, it finds {have}")
-    return torch.device(name)
-
-
-def pick_precision(name, device):
-    """"fp32" or "bf16": the one that was asked for, else bf16 where a CUDA device has it in hardware."""
-    if name is None:
-        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return name
-
-
 @functools.cache
 def commit():
     """The program's git commit as it was when this process first asked, or None."""
@@ -373,177 +281,5 @@ def collect_facts(device):
             "threads": torch.get_num_threads(), "commit": commit(), "command": " ".join(sys.argv)}
 
 
-def pick_kernels(deterministic):
-    """Deterministic algorithms only, or the fastest. To be called before the first CUDA operation."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic)
-    torch.backends.cudnn.benchmark = not deterministic
-
-
-def keep_memory():
-    """Lets the C library keep freed memory. It would give it back and fault it in again at every step: 10 % on a CPU."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt         # glibc's; M_MMAP_THRESHOLD and M_TRIM_THRESHOLD
-        if mallopt(-3, 2**30) or mallopt(-3, 2**25):        # older ones take 32 MiB at most
-            mallopt(-1, 2**31 - 1)
-    except (AttributeError, OSError, TypeError):    # another C library
-        pass
-
-
-def check_compiler(device):
-    """RunError where torch.compile does not work."""
-    import torch._inductor.config       # a second, which only this needs
-    torch._inductor.config.freezing = device.type == "cpu"      # a teacher's weights are constants: 8 % on a CPU
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
-    except Exception as error:      # torch raises its own types, by version
-        raise RunError(f"--compile does not work here ({first_line(error)}); it needs a C++ compiler on a CPU, Triton on a GPU. Leave "
-                       "the flag out") from None
-
-
-def peak_memory(device):
-    """Peak memory in MiB: of the allocator on CUDA, of the process elsewhere; None where it cannot be known."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:                    # Linux; getrusage there counts the process that started this one too
-        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
-    except (OSError, TypeError):
-        pass
-    try:
-        import resource     # not on Windows
-    except ImportError:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
 def first_line(error):
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def duration(seconds):
-    """Seconds as people say them: 45 s, 12 min, 3.2 h, 4.1 days."""
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.{0 if unit == 'min' else 1}f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-# ---------------------------------------------------------------- flags that the scripts share
-
-
-def nearest_first(name, known):
-    """The known names, comma-separated, those most like `name` first."""
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    return ", ".join(near + [k for k in known if k not in near])
-
-
-def check_name(flag, name, known):
-    """Raises a usage error that lists the known names, the nearest first."""
-    if name not in known:
-        raise click.UsageError(f"{flag} {name}: no such network; known, the nearest first: {nearest_first(name, known)}")
-
-
-def check_method(flags, networks):
-    """Usage errors of the flags that say what is trained, which click cannot see by itself. Takes the teacher from method none.
-
-    networks: the names that --teacher and --student may have.
-    """
-    if flags["method"] == "none":
-        if flags["zscore"]:
-            raise click.UsageError("--zscore needs a method that distils: --method none has no teacher's logits to standardize")
-        flags["teacher"] = flags["teacher_checkpoint"] = None
-    for flag, method in (("alpha", "dkd"), ("beta", "dkd"), ("zscore_relations", "mlkd")):
-        if flags[flag] is not None and flags["method"] != method:
-            raise click.UsageError(f"--{flag.replace('_', '-')} is for --method {method}, not {flags['method']}")
-    if flags["zscore_relations"] and not flags["zscore"]:
-        raise click.UsageError("--zscore-relations needs --zscore")
-    for flag in ("base_temp", "kd_weight"):
-        if flags[flag] is not None and flags["method"] == "none":
-            raise click.UsageError(f"--{flag.replace('_', '-')} is for a method that distils, not for --method none")
-    for flag in ("teacher", "student"):
-        if flags[flag] is not None:
-            check_name(f"--{flag}", flags[flag], networks)
-    if flags["eval_file"] is None and flags["student"] is None:
-        raise click.UsageError("name a --student" + ("" if flags["method"] == "none" else " and a --teacher") + "; --list shows the pairs")
-    if flags["eval_file"] is None and flags["method"] != "none" and flags["teacher"] is None:
-        raise click.UsageError("name a --teacher (or train the student alone: --method none)")
-
-
-class Choice(click.Choice):
-    """click's, with the nearest first in its message."""
-
-    def convert(self, value, param, ctx):
-        if value not in self.choices:
-            self.fail(f"{value!r} is not known; known, the nearest first: {nearest_first(str(value), list(self.choices))}")
-        return super().convert(value, param, ctx)
-
-
-class Command(click.Command):
-    """A click command whose errors are one line on stderr, usage errors (exit code 2) too."""
-
-    def main(self, *args, standalone_mode=True, **more):
-        try:
-            code = super().main(*args, standalone_mode=False, **more)
-        except click.UsageError as error:
-            click.echo(f"Error: {error.format_message().replace(os.linesep, ' ')} (--help shows all flags)", err=True)
-            code = error.exit_code
-        except click.ClickException as error:
-            error.show()
-            code = error.exit_code
-        except click.Abort:         # Ctrl-C where there is nothing to save
-            click.echo("interrupted", err=True)
-            code = 1
-        if standalone_mode:
-            sys.exit(code)
-        return code
-
-
-class Finite(click.FloatRange):
-    """A finite number in a range; click's own takes nan."""
-
-    def convert(self, value, param, ctx):
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value} is not a finite number.", param, ctx)
-        return number
-
-
-POSITIVE, WEIGHT, COUNT = Finite(min=0, min_open=True), Finite(min=0), click.IntRange(min=1)
-
-SHARED = [
-    click.option("--teacher", metavar="NAME", help="Teacher network."),
-    click.option("--student", metavar="NAME", help="Student network, or the one to train alone with --method none."),
-    click.option("--zscore/--no-zscore", default=False, help="Standardize the logits of both sides.  [default: off]"),
-    click.option("--base-temp", type=POSITIVE, metavar="TAU", help="Temperature of the method.  [default: recipe]"),
-    click.option("--kd-weight", type=WEIGHT, metavar="W", help="lambda_KD.  [default: recipe]"),
-    click.option("--ce-weight", type=WEIGHT, metavar="W", help="lambda_CE.  [default: recipe]"),
-    click.option("--alpha", type=WEIGHT, help="DKD: weight of the target class's part.  [default: recipe]"),
-    click.option("--beta", type=WEIGHT, help="DKD: weight of the other classes' part.  [default: recipe]"),
-    click.option("--zscore-relations/--no-zscore-relations", default=None,
-                 help="MLKD with --zscore: standardize the class and batch relations too.  [default: recipe]"),
-    click.option("--epochs", type=COUNT, help="Length; the schedule scales with it.  [default: recipe]"),
-    click.option("--batch-size", type=COUNT, help="Images per step.  [default: recipe]"),
-    click.option("--lr", type=POSITIVE, help="Learning rate at the start.  [default: recipe]"),
-    click.option("--weight-decay", type=WEIGHT, help="[default: recipe]"),
-    click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="First seed."),
-    click.option("--seeds", type=COUNT, default=1, show_default=True, help="Number of seeds to run, one by one."),
-    click.option("--val-from-train", type=click.IntRange(min=0), default=0, metavar="N",
-                 help="Hold N training images out and evaluate the student on them alone, for choosing numbers."),
-    click.option("--teacher-checkpoint", metavar="FILE", help="The teacher's weights."),
-    click.option("--out", metavar="DIR", default="runs", show_default=True, help="Folder for the runs' folders."),
-    click.option("--device", type=Choice(["cuda", "mps", "cpu"]), help="[default: the best there is]"),
-    click.option("--precision", type=Choice(["fp32", "bf16"]),
-                 help="bf16 is autocast, losses in float32.  [default: bf16 on cuda, else fp32]"),
-    click.option("--deterministic", is_flag=True, help="Deterministic CUDA kernels; slower."),
-    click.option("--compile/--no-compile", default=False, help="torch.compile: faster steps after a minute of preparation.  [default: off]"),
-    click.option("--list", "list_recipes", is_flag=True, help="Print all recipes and published numbers, and exit."),
-    click.option("--dry-run", is_flag=True, help="Walk the whole path in seconds: made data, two batches, a temporary folder."),
-    click.option("--eval", "eval_file", metavar="FILE", help="Evaluate a checkpoint of any supported format, and exit."),
-]
-
-
-def shared_flags(command):
-    """Decorator: gives a click command the flags of SHARED, in that order."""
-    for option in reversed(SHARED):
-        command = option(command)
-    return command

@@ -13,7 +13,7 @@ from torchvision.datasets import CIFAR100
 
 import teacher
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ import predict as predictor
 from models import MODELS, create_model
 from train_cifar import main as train
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)

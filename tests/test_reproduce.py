@@ -18,7 +18,7 @@ import train_cifar
 from models import create_model, load_weights
 from reproduce import BEGIN, END, Row, main, rows_of, tables
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 RESULTS = sorted((ROOT / "results").glob("*.json"))
 SMALL = ["--pairs", "resnet14-resnet8", "--teacher-checkpoint", "teacher.pt", "--data", "synthetic", "--train-images", "128",
          "--epochs", "2", "--device", "cpu", "--results", "results", "--readme", "README.md"]

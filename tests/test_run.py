@@ -9,8 +9,10 @@ import click
 import pytest
 import torch
 
+import cli
 import run as runs
-from run import Run, RunError, duration, pick_device, rounded, write_checkpoint
+from cli import duration, pick_device
+from run import Run, RunError, rounded, write_checkpoint
 
 RECIPE, FACTS = {"student": "resnet8", "lr": 0.05, "stages": (150, 180)}, {"torch": "2.15", "command": "x"}
 
@@ -140,7 +142,7 @@ def test_a_device_that_is_not_there(monkeypatch):
 
 def test_names_are_listed_nearest_first():
     with pytest.raises(click.UsageError, match="--student resnet8x5: no such network; known, the nearest first: resnet8x4, "):
-        runs.check_name("--student", "resnet8x5", ["vgg8", "resnet32", "resnet8x4"])
+        cli.check_name("--student", "resnet8x5", ["vgg8", "resnet32", "resnet8x4"])
 
 
 @pytest.mark.parametrize("seconds, words", [(45, "45 s"), (900, "15 min"), (11520, "3.2 h"), (360000, "4.2 days")])

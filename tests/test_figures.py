@@ -19,7 +19,7 @@ import figures
 from figures import main
 from models import create_model
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)

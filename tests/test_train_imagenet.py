@@ -27,7 +27,7 @@ from models import create_model
 from run import RunError
 from train_imagenet import main
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--data-dir", "images", "--teacher", "resnet18", "--teacher-checkpoint", "teacher.pt", "--student", "MobileNetV1", "--size", "32",
          "--batch-size", "8", "--lr", "0.01", "--device", "cpu", "--workers", "0", "--epochs", "1"]
 NAME = "resnet18-MobileNetV1-kd-z-images-seed0"

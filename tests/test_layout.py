@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 ROOMS = {
     "zscore_kd": {"torch"},
     "weights": {"torch", "safetensors"},
