@@ -1,456 +1,321 @@
-"""Speed of train_cifar.py, part by part, side by side with a plain loop in one process.
+"""Speed of the training scripts, part by part, beside the plain loop of the field in the same process.
 
 \b
   python bench.py                                 all experiments on this machine
-  python bench.py --compile --json bench.json     with torch.compile beside it; the numbers for machines
+  python bench.py --compile --json bench.json     with torch.compile beside it; every round's numbers
   python bench.py --only resnet56-resnet20        one of them
 
-The plain loop is what the field's code does: eager, float32, contiguous, the teacher run for every batch of 64, the loss read
-after every step. It is measured with per-image torchvision transforms in two workers, and with this project's batched
-augmentation, so that a slow loader is not what wins. Contestants take turns; medians over the turns, and their spread.
+The baseline is what the field's code does: eager, float32, contiguous, the teacher run for every batch, loss
+and accuracy read after every step; with torchvision's transforms in two loading workers, and with this
+program's batched augmentation, so that a slow loader does not decide. All take turns, round by round.
 """
 
-import itertools
 import json
 import math
-import multiprocessing
 import os
-import statistics
 import tempfile
 import time
 import warnings
+from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import chain, count, cycle, islice, repeat
 from pathlib import Path
+from statistics import median
 
 import click
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision import transforms
-from torchvision.datasets import ImageFolder
-from torchvision.transforms.functional import to_pil_image
+from torchvision import datasets, transforms
 
-import recipes
 import cli
-import run as runs
 import train_cifar
 import train_imagenet
-from data import (IMAGENET_MEAN, IMAGENET_STD, MEAN, STD, VIEWS, Data, Folders, Split, crop_and_flip, epoch_draws, folder_batches, folder_keys, normalise,
-                  strong_draws, strong_view, synthetic)
+from data import IMAGENET_MEAN, IMAGENET_STD, MEAN, STD, VIEWS, Data, Folders, Split, folder_keys, synthetic
+from distill import Distiller, make_step
 from models import create_model
+from recipes import IMAGENET
+from run import RunError, collect_facts, first_line, rounded
 from teacher import BATCH, Teacher
-from zscore_kd import distillation_loss
 
-EXPERIMENTS = {"resnet56-resnet20": ("resnet56", "resnet20", "kd"), "resnet32x4-resnet8x4": ("resnet32x4", "resnet8x4", "kd"),
-               "resnet32x4-resnet8x4-mlkd": ("resnet32x4", "resnet8x4", "mlkd")}
-ROWS = ("data", "teacher", "student", "whole, first epoch", "whole, remembered")
-TRAINING_IMAGES = 50_000
+EXPERIMENTS = "resnet56-resnet20", "resnet32x4-resnet8x4", "resnet32x4-resnet8x4-mlkd"
+ROWS = "data", "teacher", "student", "whole, first epoch", "whole, cached"
+DATA, TEACHER, STUDENT, FIRST, CACHED = ROWS
+COLUMNS = {"workers": "baseline, 2 workers", "baseline": "baseline", "this": "this program",
+           "compiled": "with --compile", "roofline": "roofline"}
+LOADED = 512        # images, at least, that ImageNet's loading is measured with
 
-
-def resolved(name, device, compile):
-    """The recipe of an experiment, as the command itself finds it."""
-    teacher, student, method = EXPERIMENTS[name]
-    flags = dict.fromkeys(p.name for p in train_cifar.main.params)
-    flags |= {"teacher": teacher, "student": student, "method": method, "zscore": True, "recipe": "authors", "data": "synthetic",
-              "deterministic": False, "compile": compile, "exact_teacher": False, "val_from_train": 0}
-    return train_cifar.resolve(flags, device)[0] | {"seed": 0}
+# What is measured: `use` on `steps` of `batches`, (views, target, ...); the first `skip` do not count.
+Part = namedtuple("Part", "batches steps use skip", defaults=(lambda *batch: None, 0))
 
 
-def images_on(device):
-    """Made images, as many as are prepared at once and as many again; speed does not depend on what they show."""
-    n = 2 * train_cifar.AHEAD[device.type]
-    split = Split(*(x.to(device) for x in synthetic(n, 1)))
-    return Data(split, split, split, "test")
+def measure(parts, rounds, device):
+    """{row: {column: [images per second in each round]}} of {row: {column: Part}}; one more is warm-up."""
+    def now():
+        getattr(torch, device.type).synchronize()
+        return time.perf_counter()
+
+    rates = {part: [] for cells in parts.values() for part in cells.values()}
+    for part in list(rates) * (rounds + 1):
+        images, begun = 0, now()
+        for i, batch in enumerate(islice(part.batches, part.steps), 1):
+            part.use(*batch)
+            images += len(batch[1])
+            if i == part.skip:
+                images, begun = 0, now()
+        rates[part].append(images / (now() - begun))
+    return {row: {c: rates[part][1:] for c, part in cells.items()} for row, cells in parts.items()}
 
 
-# ---------------------------------------------------------------- the contestants: each call does some steps, and says how many
+def endless(batches, epochs, first_step=0):
+    return chain.from_iterable(batches.epoch(epoch, first_step) for epoch in epochs)
 
 
-class PerImage(Dataset):
-    """One image at a time through torchvision's transforms, as (view, target), or (weak, strong, target) for MLKD."""
+def build(network, recipe, world, plain=False):
+    """(teacher, ask, learn) as the scripts make them, or as the plain loop does. network: name -> module.
 
-    def __init__(self, split, two_views):
-        self.images, self.targets = split.images.cpu().permute(0, 2, 3, 1).numpy(), split.targets.tolist()
-        crop = [transforms.ToPILImage(), transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
-        tensor = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
-        self.views = [transforms.Compose(crop + tensor)]
-        if two_views:       # two operations and a hole, like the strong view's
-            self.views.append(transforms.Compose(crop + [transforms.RandAugment(2)] + tensor + [transforms.RandomErasing(p=1)]))
-
-    def __len__(self):
-        return len(self.targets)
-
-    def __getitem__(self, i):
-        return *(view(self.images[i]) for view in self.views), self.targets[i]
-
-
-def plain_loop(recipe, data, device, steps):
-    """{row: call} of the plain loop, and of the one whose images come from two workers."""
-    two = recipe["method"] == "mlkd"
-    torch.manual_seed(0)
-    teacher, student = create_model(recipe["teacher"]).to(device).eval(), create_model(recipe["student"]).to(device).train()
-    optimizer = torch.optim.SGD(student.parameters(), recipe["lr"], momentum=0.9, weight_decay=recipe["weight_decay"])
-    options = {"zscore_relations": recipe["zscore_relations"]} if two else {}
-
-    def batched():
-        for epoch in itertools.count():
-            order, views = (torch.from_numpy(x).to(device) for x in epoch_draws(0, epoch, len(data.train.targets)))
-            strong = strong_draws(0, epoch, len(order)).to(device) if two else None
-            for first in range(0, len(order), 64):
-                part = slice(first, first + 64)
-                chosen, target = data.train.images[order[part]], data.train.targets[order[part]]
-                images = [normalise(crop_and_flip(chosen, views[part])).contiguous()]
-                if two:
-                    images.append(normalise(strong_view(chosen, strong[part])).contiguous())
-                yield images, target
-
-    def per_image():
-        loader = DataLoader(PerImage(data.train, two), 64, shuffle=True, num_workers=2, prefetch_factor=1, drop_last=True, persistent_workers=True)
-        while True:
-            for *images, target in loader:
-                yield [x.to(device) for x in images], target.to(device)
-
-    def ask(images):
-        with torch.no_grad():
-            return [teacher(x) for x in images]
-
-    def learn(images, target, teacher_logits):
-        logits = [student(x) for x in images]
-        ce = sum(F.cross_entropy(z, target) for z in logits)
-        kd = distillation_loss(recipe["method"], logits[0], teacher_logits[0], target, recipe["base_temp"], zscore=True,
-                               student_strong=logits[-1], teacher_strong=teacher_logits[-1], **options)
-        loss = recipe["ce_weight"] * ce + recipe["kd_weight"] * kd
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss.item()
-
-    batches, loaded = batched(), per_image()
-    images, target = next(batches)
-    answers = ask(images)
-
-    def whole(batches):
-        return sum(1 for images, target in itertools.islice(batches, steps) if learn(images, target, ask(images)) is not None)
-
-    plain = {"data": lambda: sum(1 for _ in itertools.islice(batches, steps)),
-             "teacher": lambda: sum(1 for _ in range(steps) if ask(images)),
-             "student": lambda: sum(1 for _ in range(steps) if learn(images, target, answers) is not None),
-             "whole, first epoch": (every := lambda: whole(batches)), "whole, remembered": every}
-    workers = {"data": lambda: sum(1 for _ in itertools.islice(loaded, 4 * steps)),     # more than waits ready in the workers
-               "whole, first epoch": (every := lambda: whole(loaded)), "whole, remembered": every}
-    return {"workers": workers, "plain": plain}
-
-
-def this_program(recipe, data, device, steps, folder):
-    """{row: call} of train_cifar.py's own parts."""
-    torch.manual_seed(0)
-    teacher = Teacher(create_model(recipe["teacher"]), device, recipe["precision"], compile=recipe["compile"])
-    teacher.attend(data.train, Path(folder) / str(recipe["compile"]))
-    learner = train_cifar.build(recipe, 100, device, recipe["compile"])
-    learner.student.train()
-    learner.set_epoch(1)
-
-    def lessons(epochs, teacher=teacher):
-        for epoch in epochs:
-            yield from train_cifar.lessons(recipe, data, teacher, epoch, 0, device)
-
-    def whole(source):
-        return sum(1 for lesson in itertools.islice(source, steps) if learner.step(*lesson))
-
-    only_data, new, known = lessons(itertools.count(), None), lessons(itertools.count(1)), lessons(itertools.repeat(0))
-    lesson = next(known)
-    for _ in range(2 * len(data.train.targets) // 64):      # ask for all of epoch 0, so that it is known
-        next(known)
-    order, views = map(torch.from_numpy, epoch_draws(0, 0, len(data.train.targets)))
-    images = normalise(crop_and_flip(data.train.images[order[:64 * steps].to(device)], views[:64 * steps].to(device)))
-    asked = [images] * len(lesson[0])
-    return {"data": lambda: sum(1 for _ in itertools.islice(only_data, steps)),
-            "teacher": lambda: [teacher.logits(x) for x in asked] and steps,
-            "student": lambda: sum(1 for _ in range(steps) if learner.step(*lesson)),
-            "whole, first epoch": lambda: whole(new), "whole, remembered": lambda: whole(known)}
-
-
-# ---------------------------------------------------------------- measuring
-
-
-def measure(contestants, rounds, device):
-    """{(column, row): rates, images per second, one a round}. All take their turn in every round."""
-    keys = {(column, row): call for column, calls in contestants.items() for row, call in calls.items()}
-    rates = {call: [] for call in keys.values()}        # the plain loop's step is the same in every epoch: measured once
-    for turn in range(rounds + 1):          # the first is warm-up
-        for call in rates:
-            begun = time.perf_counter()
-            steps = call()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if turn:
-                rates[call].append(64 * steps / (time.perf_counter() - begun))
-    return {key: rates[call] for key, call in keys.items()}
-
-
-def peak(name, device_name, which, steps):
-    """Peak memory (MiB) of one contestant's whole steps; to be run in a process of its own."""
-    device = torch.device(device_name)
-    cli.keep_memory()
-    data, recipe = images_on(device), resolved(name, device, False)
-    with tempfile.TemporaryDirectory() as folder:
-        calls = this_program(recipe, data, device, steps, folder) if which == "this" else plain_loop(recipe, data, device, steps)["plain"]
-        calls["whole, first epoch"]()
-    return cli.peak_memory(device)
-
-
-def floor(recipe, device):
-    """Images per second if the teacher's and the student's arithmetic ran at the rate of a large matrix product: (first epoch,
-    remembered, that rate in FLOP/s)."""
-    dtype = torch.bfloat16 if recipe["precision"] == "bf16" else torch.float32
-    size = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    times = []
-    for _ in range(6):
-        begun = time.perf_counter()
-        (a @ a)[0, 0].item()
-        times.append(time.perf_counter() - begun)
-    rate = 2 * size**3 / min(times)
-    teacher, student = create_model(recipe["teacher"]).eval(), create_model(recipe["student"])
-    images = torch.randn(2, 3, 32, 32)
-    with FlopCounterMode(display=False) as asked, torch.no_grad():
-        teacher(images)
-    with FlopCounterMode(display=False) as learnt:
-        student(images).sum().backward()
-    views = 2 if recipe["method"] == "mlkd" else 1
-    asked, learnt = (views * counter.get_total_flops() / 2 for counter in (asked, learnt))
-    kept = asked / 2 if views == 2 else 0           # the strong view is asked about every time
-    return rate / (asked + learnt), rate / (kept + learnt), rate
-
-
-def hours(epochs, first, remembered, ahead, batch):
-    """Projected hours of a run, evaluation aside. Epoch e finds the share 1 - (161/162)^e of the views known; the teacher
-    computes the others of `ahead` images in full batches."""
-    unknown = ((1 - 1 / VIEWS) ** e for e in range(epochs))
-    asked = (min(1, math.ceil(ahead * share / batch) * batch / ahead) for share in unknown)
-    return sum(TRAINING_IMAGES * (1 / remembered + share * (1 / first - 1 / remembered)) for share in asked) / 3600
-
-
-def experiment(name, device, rounds, compile):
-    """All numbers of one experiment, as a dict."""
-    steps = train_cifar.AHEAD[device.type] // 64
-    data = images_on(device)
-    recipe = resolved(name, device, False)
-    with tempfile.TemporaryDirectory() as folder:
-        contestants = plain_loop(recipe, data, device, steps)
-        contestants["this"] = this_program(recipe, data, device, steps, folder)
-        if compile:
-            contestants["compiled"] = this_program(recipe | {"compile": True}, data, device, steps, folder)
-        rates = measure(contestants, rounds, device)
-    result = {"experiment": name, "precision": recipe["precision"], "rounds": rounds, "steps": steps, "rows": {}}
-    for row in ROWS:
-        result["rows"][row] = {
-            column: {"img_s": statistics.median(r), "low": min(r), "high": max(r),
-                     **{f"times_{other}": statistics.median(a / b for a, b in zip(r, rates[other, row]))
-                        for other in ("workers", "plain") if (other, row) in rates}}
-            for column in contestants if (r := rates.get((column, row)))}
-    whole = {row: {c: v["img_s"] for c, v in result["rows"][row].items()} for row in ROWS[3:]}
-    result["epochs"] = recipe["full_epochs"]
-    result["hours"] = {c: hours(recipe["full_epochs"], whole[ROWS[3]][c], whole[ROWS[4]][c], 64 * steps,
-                                BATCH[device.type]) for c in contestants}
-    result["floor_first"], result["floor_remembered"], result["flop_s"] = floor(recipe, device)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        result["peak_mib"] = {c: pool.submit(peak, name, device.type, c, steps).result() for c in ("plain", "this")}
-    return result
-
-
-# ---------------------------------------------------------------- ImageNet: loading against learning
-
-
-def jpeg_folder(folder, count=256):
-    """`count` JPEG files of ImageNet's typical 500 x 375 pixels, of two classes."""
-    for i, image in enumerate(F.interpolate(synthetic(count, 5).images.float(), (375, 500), mode="bicubic").clamp(0, 255).byte()):
-        path = Path(folder) / "train" / f"class{i % 2}" / f"{i}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        to_pil_image(image).save(path, quality=90)
-
-
-def imagenet(device, rounds, data_dir, batch):
-    """Images per second at 224 pixels: loading (torchvision's ImageFolder pipeline, and this program's, with the same workers), and for
-    both pairs of the paper the step with images in memory, and both together. At most 16 batches of a large folder, or 512 images."""
-    workers = min(8, os.cpu_count() or 1)
-    with tempfile.TemporaryDirectory() as made:
-        if data_dir is None:
-            jpeg_folder(made)
-        root = Path(data_dir or made) / "train"
-        try:
-            samples = ImageFolder(root).samples
-        except OSError as error:
-            raise runs.RunError(f"no folders of images, one for each class, in {root} ({runs.first_line(error)})") from None
-        steps = max(2, min(len(samples) // batch, 16)) if data_dir else max(4, min(16, 2 * workers))      # all workers have some
-
-        def repeated(steps):        # few files are read again
-            return (samples * -(-steps * batch // len(samples)))[:steps * batch]
-
-        many = repeated(max(steps, 512 // batch))       # so many that the workers' start is a small part
-        pipeline = transforms.Compose([transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
-                                       transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
-        dataset = ImageFolder(root, pipeline)
-        dataset.samples, epochs = many, itertools.count()
-        calls = {}
-
-        def plain():
-            for images, _ in DataLoader(dataset, batch, shuffle=True, num_workers=workers):
-                images.to(device)
-            return len(many), None
-
-        calls["loading, ImageFolder"] = plain
-        for pair in recipes.IMAGENET:
-            calls |= imagenet_calls(pair, repeated(steps), None if len(calls) > 1 else many, batch, workers, device, epochs)
-        rates = {name: [] for name in calls}
-        for turn in range(rounds + 1):          # the first is warm-up
-            for name, call in calls.items():
-                begun = now(device)
-                images, warm = call()
-                if turn:
-                    rates[name].append(images / (now(device) - (warm or begun)))
-    rows = {name: {"img_s": statistics.median(r), "low": min(r), "high": max(r)} for name, r in rates.items()}
-    return {"experiment": "imagenet", "batch": batch, "workers": workers, "images": steps * batch, "rows": rows}
-
-
-def now(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def imagenet_calls(pair, samples, many, batch, workers, device, epochs):
-    """What is measured of one pair, by name; each call says how many images it took, and since when, None: since it began.
-
-    many: samples to load alone, None: do not.
+    ask(views): the teacher's logits. learn(views, target, index, teacher_logits): a step.
     """
-    teacher_name, student = pair
-    team = train_imagenet.Team(device.type)
-    recipe = recipes.imagenet(*pair, "kd", True) | {
-        "teacher": teacher_name, "student": student, "method": "kd", "zscore": True, "seed": 0, "batch_size": batch, "size": 224,
-        "full_epochs": 100, "precision": cli.pick_precision(None, device)}
-    learner = train_imagenet.Learner(recipe, 1000, team)
-    learner.student.train()
-    teacher = Teacher(train_imagenet.network(teacher_name, 1000), device, recipe["precision"])
-    teacher.batch = None
+    device, lr, teacher = world.device, recipe["lr"], network(recipe["teacher"])
+    layout = torch.contiguous_format if plain else torch.channels_last
+    distiller = Distiller(network(recipe["student"]).to(memory_format=layout), recipe).to(device).train()
+    distiller.kd_weight.fill_(recipe["kd_weight"])
+    optimizer = torch.optim.SGD(distiller.parameters(), lr if plain else torch.tensor(lr, device=device), 0.9,
+                                weight_decay=recipe["weight_decay"], fused=None if plain else True)
+    for parameter in distiller.parameters():
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    step = make_step(distiller, optimizer, recipe["batch_size"], world, None, recipe["compile"], not plain)
+    if not plain:
+        teacher = Teacher(teacher, device, recipe["precision"], compile=recipe["compile"])
+    logits = teacher.to(device).eval().requires_grad_(False) if plain else teacher.logits
 
-    def lessons(samples, teacher, workers):
-        return train_imagenet.Lessons(recipe, Folders(samples, samples, "val", []), teacher, team, workers, None)
+    def ask(views, *_):
+        return [logits(x) for x in views]
 
-    held = next(lessons(samples, None, 0).epoch(0, 0))[0]
+    def learn(views, target, index=None, teacher_logits=None):
+        sums, _ = step(views, target, target, teacher_logits or ask(views))     # no loss here reads the index
+        return sums.tolist() if plain else sums
+    return teacher, ask, learn
 
-    def decoded():
-        lesson = lessons(many, None, workers)
-        for _ in folder_batches(lesson.dataset, folder_keys(0, next(epochs), len(many), batch, 0, 0, 1, 1)[0], workers):
+
+def per_image(two_views, items):
+    """A loading worker's batch of [(image, target)]: torchvision's transforms, image by image."""
+    crop = [transforms.ToPILImage(), transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
+    tensor = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    strong = [*crop, transforms.RandAugment(2), *tensor, transforms.RandomErasing(p=1)]
+    views = [transforms.Compose(view) for view in ([*crop, *tensor], strong)[:1 + two_views]]
+    images, targets = zip(*items)
+    return [torch.stack([*map(view, images)]) for view in views], torch.tensor(targets)
+
+
+def recipe_of(name, device, *flags):
+    """The recipe of an experiment, as the command itself finds it."""
+    pair = zip(("--teacher", "--student", "--method"), f"{name}-kd".split("-"))
+    return train_cifar.resolve_arguments([*chain(*pair), "--zscore", "--device", device.type, *flags])[0]
+
+
+def parts_of(name, column, world, folder):
+    """{row: Part} of a column of an experiment; where the cached logits are a file, it is in `folder`."""
+    device, plain = world.device, column in ("workers", "baseline")
+    flags = {"compiled": ["--compile"], "this": []}.get(column, ["--precision", "fp32"])
+    recipe, chunk = recipe_of(name, device, *flags), train_cifar.CHUNK[device.type]
+    size, steps = recipe["batch_size"], chunk // recipe["batch_size"]
+    split = Split(*(x.to(device) for x in synthetic(2 * chunk, 1)))     # speed does not depend on the images
+    torch.manual_seed(0)
+    teacher, ask, learn = build(create_model, recipe, world, plain)
+    known, batches, chunks = (
+        train_cifar.Batches(Data(*[split] * 3, "test"), recipe | {"batch_size": n}, t, device)
+        for t, n in ((teacher, size), (None, size), (None, chunk)))
+    if not plain:
+        teacher.cache_logits(split, Path(folder, column))
+        for held in known.epoch(0, 0):      # its weak views' logits are cached from here on
             pass
-        return len(many), None
-
-    def loaded():
-        for _ in lessons(many, None, workers).epoch(next(epochs), 0):
-            pass
-        return len(many), None
-
-    def learned():
-        warm = None         # the workers' start is not of every step
-        for parts in lessons(samples, teacher, workers).epoch(next(epochs), 0):
-            learner.step(parts, 1)
-            warm = warm or now(device)
-        return len(samples) - batch, warm
-
-    def step(few=min(len(samples) // batch, 4)):
-        for _ in range(few):
-            learner.step([(held[0], held[1], [teacher.logits(held[0][0])], 0)], 1)
-        return few * batch, None
-
-    calls = {"loading, this program": loaded, "its workers alone, uint8": decoded} if many else {}
-    return calls | {f"step of {'-'.join(pair)}, images in memory": step, f"step of {'-'.join(pair)}, from JPEG files": learned}
+        return {DATA: Part(endless(batches, count()), steps), STUDENT: Part(repeat(held), steps, learn),
+                TEACHER: Part(repeat(next(chunks.epoch(0, 0))), 1, ask),
+                FIRST: Part(endless(known, count(1)), steps, learn),
+                CACHED: Part(endless(known, repeat(0)), steps, learn)}
+    if column == "workers":
+        images = list(zip(split.images.permute(0, 2, 3, 1).cpu().numpy(), split.targets.tolist()))
+        loader = DataLoader(images, size, True, num_workers=2, persistent_workers=True, prefetch_factor=1,
+                            collate_fn=partial(per_image, recipe["method"] == "mlkd"))
+        source = chain.from_iterable(repeat(loader))
+    else:
+        batches.chunk, source = size, endless(batches, count())
+    source = (([x.to(device).contiguous() for x in views], y.to(device)) for views, y, *_ in source)
+    held, whole = next(source), Part(source, steps, learn)
+    # four times the steps, as the workers have a few batches ready when their turn begins
+    return {DATA: Part(source, 4 * steps), TEACHER: Part(repeat(held), steps, ask),
+            STUDENT: Part(repeat((*held, None, ask(held[0]))), steps, learn), FIRST: whole, CACHED: whole}
 
 
-def imagenet_table(result):
-    lines = [f"| 224 pixels, batch {result['batch']}, {result['workers']} workers | images/s |", "|---|---|"]
-    lines += [f"| {name} | {row['img_s']:,.0f} ({row['low']:,.0f} to {row['high']:,.0f}) |" for name, row in result["rows"].items()]
-    rate = {name: row["img_s"] for name, row in result["rows"].items()}
-    for pair in map("-".join, recipes.IMAGENET):
-        limit = "loading" if rate["loading, this program"] < rate[f"step of {pair}, images in memory"] else "the step"
-        hours = 1_281_167 * 100 / rate[f"step of {pair}, from JPEG files"] / 3600
-        lines += ["", f"{pair}: {limit} limits; 100 epochs of 1,281,167 images would take {cli.duration(3600 * hours)}, evaluation aside"]
-    return "\n".join(lines)
+def peak(name, column, device):
+    """Peak memory (MiB) of a column's whole steps; to be run in a process of its own. device: its name."""
+    world = train_cifar.prepared({"device": device, "deterministic": False, "compile": False})
+    with tempfile.TemporaryDirectory() as folder:
+        measure({FIRST: {column: parts_of(name, column, world, folder)[FIRST]}}, 0, world.device)
+    return cli.peak_memory(world.device)
 
 
-# ---------------------------------------------------------------- the report
+def roofline(recipe, device):
+    """({row: images per second if all arithmetic ran as fast as a large matrix product}, its FLOP/s)."""
+    size, bf16 = 8192 if device.type == "cuda" else 2048, recipe["precision"] == "bf16"
+    matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else None)
+    product = Part(repeat((matrix, [0])), 1, lambda a, _: a @ a)        # [0]: counts as one image
+    rate = 2 * size**3 * max(measure({0: {0: product}}, 5, device)[0][0])
+    images, views = torch.randn(2, 3, 32, 32), 2 if recipe["method"] == "mlkd" else 1
+    with FlopCounterMode(display=False) as counter:
+        create_model(recipe["teacher"]).eval().requires_grad_(False)(images)
+        view = counter.get_total_flops() / 2
+        create_model(recipe["student"])(images).sum().backward()
+    teacher, student = views * view, views * (counter.get_total_flops() / 2 - view)
+    flops = {TEACHER: teacher, STUDENT: student, FIRST: teacher + student, CACHED: teacher - view + student}
+    return {row: rate / n for row, n in flops.items()}, rate        # a strong view is never cached
 
 
-HEADERS = {"workers": "plain, 2 workers", "plain": "plain", "this": "this program", "compiled": "with --compile"}
+def hours(epochs, first, cached, chunk, batch, images=50_000):
+    """Projected hours of a run, evaluation aside, from images per second without and with cached logits."""
+    missing = ((1 - 1 / VIEWS) ** e for e in range(epochs))     # the share of an epoch's views not yet cached
+    asked = (min(1, math.ceil(chunk * share / batch) * batch / chunk) for share in missing)     # full batches
+    return sum(images * (1 / cached + share * (1 / first - 1 / cached)) for share in asked) / 3600
+
+
+def experiment(name, world, rounds, compile):
+    """All numbers of one experiment, as a dict."""
+    device, recipe, columns = world.device, recipe_of(name, world.device), list(COLUMNS)[:3 + compile]
+    with tempfile.TemporaryDirectory() as folder:
+        parts = {c: parts_of(name, c, world, folder) for c in columns}
+        rates = measure({row: {c: parts[c][row] for c in columns} for row in ROWS}, rounds, device)
+    rate = {row: {c: median(values) for c, values in cells.items()} for row, cells in rates.items()}
+    bounds, flops = roofline(recipe, device)
+    for row, bound in bounds.items():
+        rates[row]["roofline"] = [bound] * rounds
+    with ProcessPoolExecutor(1, max_tasks_per_child=1) as pool:
+        memory = {c: pool.submit(peak, name, c, device.type).result() for c in ("baseline", "this")}
+    sizes, last = (train_cifar.CHUNK[device.type], BATCH[device.type]), columns[-1]
+    shares = ", ".join(f"{row} {rate[FIRST][last] / rate[row][last]:.0%}" for row in (DATA, TEACHER, STUDENT))
+    return {"experiment": name, "epochs": recipe["epochs"], "rates": rates, "peak_mib": memory,
+            "hours": {c: hours(recipe["epochs"], rate[FIRST][c], rate[CACHED][c], *sizes) for c in columns},
+            "notes": [f"of a step of the first epoch ({COLUMNS[last]}): {shares}, measured apart; roofline: "
+                      f"the {flops / 1e9:,.0f} GFLOP/s of a large {recipe['precision']} matrix product"]}
+
+
+def jpeg_folder(folder, files=256):
+    """`folder`, with JPEG files of ImageNet's typical 500 x 375 pixels, of two classes, in folder/train/."""
+    images = F.interpolate(synthetic(files, 5).images.float(), (375, 500), mode="bicubic")
+    for i, image in enumerate(images.clamp(0, 255).byte()):
+        path = Path(folder, "train", f"class{i % 2}", f"{i}.jpg")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        transforms.functional.to_pil_image(image).save(path, quality=90)
+    return folder
+
+
+def imagenet(world, rounds, folder, batch):
+    """Images per second at 224 pixels, as a dict: loading by torchvision's ImageFolder and by this program;
+    both pairs' step with images in memory, and from files. folder: holds train/CLASS/, or RunError."""
+    device, workers = world.device, min(8, os.cpu_count() or 1)
+    pipeline = transforms.Compose([
+        transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+        transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+    steps = max(4, min(16, 2 * workers))
+    loads = max(steps, LOADED // batch)
+    try:
+        plain = datasets.ImageFolder(Path(folder, "train"), pipeline)
+    except OSError as error:
+        raise RunError(f"no folders of images in {folder}/train ({first_line(error)})") from None
+    plain.samples = list(islice(cycle(plain.samples), loads * batch))       # few files are read again
+    theirs = repeat(DataLoader(plain, batch, shuffle=True, num_workers=workers, persistent_workers=True))
+
+    def resolved(teacher, student):
+        flags = ["--teacher", teacher, "--student", student, "--zscore", "--batch-size", str(batch)]
+        return train_imagenet.resolve(train_imagenet.main.make_context("", flags).params, world)[0]
+
+    def decoded(epoch):
+        loading.keys[:], _ = folder_keys(0, epoch, loads * batch, batch, 0, 0, 1, 1)
+        return ((images, target) for images, _, target, _ in islice(loading.loader, loads))
+
+    folders, recipe = Folders(plain.samples, [], "val", []), resolved(*next(iter(IMAGENET)))
+    loading = train_imagenet.Batches(folders, recipe, None, world, workers, None)
+    held = next(loading.epoch(0, 0))
+    parts = {"loading": {"baseline": Part(chain.from_iterable(theirs), loads, lambda x, _: x.to(device)),
+                         "this": Part(endless(loading, count()), loads)},
+             "its workers alone, uint8": {"this": Part(chain.from_iterable(map(decoded, count())), loads)}}
+    for pair in IMAGENET:
+        name = f"step of {'-'.join(pair)}"
+        teacher, _, learn = build(lambda n: train_imagenet.network(n, 1000), resolved(*pair), world)
+        teacher.batch = None
+        # a run waits only once for the first batch of each worker
+        files = Part(endless(loading, count(), loads - steps), steps, learn, min(workers, steps // 2))
+        parts |= {f"{name}, images in memory": {"this": Part(repeat(held), 4, learn)},
+                  f"{name}, from JPEG files": {"this": files}}
+    rates, name = measure(parts, rounds, device), f"224 pixels, batch {batch}, {workers} workers"
+    return {"experiment": name, "rates": rates, "notes": limits(rates)}
+
+
+def limits(rates):
+    """A line for each pair: whether loading or the step limits, and the time of its 100 epochs."""
+    rate, lines = {row: median(cells["this"]) for row, cells in rates.items()}, []
+    for name in map("-".join, IMAGENET):
+        what = "loading" if rate["loading"] < rate[f"step of {name}, images in memory"] else "the step"
+        spent = cli.duration(100 * 1_281_167 / rate[f"step of {name}, from JPEG files"])
+        lines.append(f"{name}: {what} limits; 100 epochs of 1,281,167 images: {spent}, evaluation aside")
+    return lines
 
 
 def table(result):
-    """Markdown: images per second, median (lowest to highest), and ratios to the two plain loops of the same round."""
-    columns = [c for c in HEADERS if c in result["hours"]]
-    name = result["experiment"]
-    lines = [f"| {name}, images/s | " + " | ".join(HEADERS[c] for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for row, cells in result["rows"].items():
-        texts = []
-        for column in columns:
-            if (cell := cells.get(column)) is None:
-                texts.append("")
-                continue
-            text = f"{cell['img_s']:,.0f} ({cell['low']:,.0f} to {cell['high']:,.0f})"
-            if column in ("this", "compiled"):
-                ratios = [f"{cell[f'times_{c}']:.2f}" for c in ("workers", "plain") if f"times_{c}" in cell]
-                text += f", x {' and '.join(ratios)}"
-            texts.append(text)
-        lines.append(f"| {row} | " + " | ".join(texts) + " |")
-    lines.append(f"| {result['epochs']} epochs, projected | "
-                 + " | ".join(cli.duration(3600 * result["hours"][c]) for c in columns) + " |")
-    memory = {c: f"{m:,.0f} MiB" if m else "" for c, m in result["peak_mib"].items()}
-    lines.append("| peak memory | " + " | ".join(memory.get(c, "") for c in columns) + " |")
-    return "\n".join(lines)
+    """Markdown: images per second, median (lowest to highest); for this program the medians of each round's
+    ratios to the baselines and to the roofline; hours and peak memory where they are known; the notes."""
+    columns = [c for c in COLUMNS if any(c in cells for cells in result["rates"].values())]
 
+    def text(column, cells):
+        values, others = cells[column], [c for c in ("workers", "baseline", "roofline") if c in cells]
+        if column == "roofline":
+            return f"{values[0]:,.0f}"
+        ratios = [f"{median(a / b for a, b in zip(values, cells[c])):.2f}" for c in others]
+        shown = f", x {' / '.join(ratios)}" if ratios and column in ("this", "compiled") else ""
+        return f"{median(values):,.0f} ({min(values):,.0f} to {max(values):,.0f}){shown}"
 
-def where(result):
-    """One line: the shares of a step, the arithmetic floor, and how near to it the program is."""
-    column = "compiled" if "compiled" in result["hours"] else "this"
-    rates = {row: result["rows"][row][column]["img_s"] for row in ROWS}
-    first, known = rates[ROWS[3]], rates[ROWS[4]]
-    parts = [f"{row} {100 * first / rates[row]:.0f} %" for row in ROWS[:3]]
-    return (f"{result['experiment']}: of a step of the first epoch ({HEADERS[column]}) {', '.join(parts)}, measured apart; "
-            f"arithmetic floor at {result['flop_s'] / 1e9:,.0f} GFLOP/s of a large {result['precision']} matrix product: "
-            f"{result['floor_first']:,.0f} images/s in the first epoch ({100 * first / result['floor_first']:.0f} % reached), "
-            f"{result['floor_remembered']:,.0f} remembered ({100 * known / result['floor_remembered']:.0f} %)")
+    rows = {f"{result['experiment']}, images/s": COLUMNS, "---": dict.fromkeys(columns, "---")}
+    rows |= {row: {c: text(c, cells) for c in cells} for row, cells in result["rates"].items()}
+    if "hours" in result:
+        spent = {c: cli.duration(3600 * h) for c, h in result["hours"].items()}
+        rows[f"{result['epochs']} epochs, projected"] = spent
+        rows["peak memory"] = {c: f"{m:,.0f} MiB" for c, m in result["peak_mib"].items() if m}
+    lines = [f"| {' | '.join([row, *(cells.get(c, '') for c in columns)])} |" for row, cells in rows.items()]
+    return "\n".join([*lines, "", *result["notes"]])
 
 
 @click.command(cls=cli.Command, help=__doc__)
-@click.option("--only", type=cli.Choice([*EXPERIMENTS, "imagenet"]), multiple=True, help="An experiment; may be given again.")
-@click.option("--rounds", type=cli.COUNT, default=7, show_default=True, help="Turns of each contestant.")
-@click.option("--compile/--no-compile", default=False, help="Measure torch.compile too; a minute more for each experiment.")
+@click.option("--only", type=cli.Choice([*EXPERIMENTS, "imagenet"]), multiple=True, help="May be repeated.")
+@click.option("--rounds", type=cli.COUNT, default=7, show_default=True, help="Turns of each part.")
+@click.option("--compile/--no-compile", default=False, help="torch.compile too; a minute more for each.")
 @click.option("--device", type=cli.Choice(["cuda", "mps", "cpu"]), help="[default: the best there is]")
-@click.option("--json", "json_file", type=click.Path(dir_okay=False, writable=True), metavar="FILE", help="Write the numbers there.")
-@click.option("--image-dir", type=click.Path(file_okay=False, exists=True), metavar="DIR", help="imagenet: a folder with train/.  [default: made JPEG files]")
-@click.option("--imagenet-batch", type=cli.COUNT, metavar="N", help="imagenet: images a step.  [default: 512 on cuda, else 16]")
-def main(only, rounds, compile, device, json_file, image_dir, imagenet_batch):
-    device = cli.pick_device(device)
-    cli.pick_kernels(False)
-    cli.keep_memory()
-    if compile:
-        cli.check_compiler(device)
+@click.option("--json", "file", type=click.Path(dir_okay=False, writable=True), help="Every round's numbers.")
+@click.option("--image-dir", type=click.Path(file_okay=False, exists=True),
+              help="Holds train/CLASS/.  [default: JPEG files are made]")
+@click.option("--imagenet-batch", type=cli.COUNT, help="Images a step.  [default: 512 on cuda, else 16]")
+def main(only, rounds, compile, device, file, image_dir, imagenet_batch):
+    world, results = train_cifar.prepared({"device": device, "deterministic": False, "compile": compile}), []
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
-    facts = runs.collect_facts(device)
-    click.echo(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, Python {facts['python']}; "
-               f"{rounds} rounds of {train_cifar.AHEAD[device.type] // 64} steps of 64\n")
-    results = []
+    facts, cuda = collect_facts(world.device) | {"rounds": rounds}, world.device.type == "cuda"
+    click.echo(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, "
+               f"Python {facts['python']}\n{rounds} rounds; x: ratios to the baselines and the roofline")
+    if cuda and torch.cuda.get_device_capability() >= (8, 0) and torch.backends.cudnn.allow_tf32:
+        click.echo("the baseline's float32 convolutions are TF32, PyTorch's default")
     for name in only or [*EXPERIMENTS, "imagenet"]:
-        if name == "imagenet":
-            try:
-                results.append(imagenet(device, rounds, image_dir, imagenet_batch or (512 if device.type == "cuda" else 16)))
-            except torch.OutOfMemoryError:
-                raise runs.RunError("the device's memory is full: give a smaller --imagenet-batch") from None
-            click.echo(imagenet_table(results[-1]) + "\n")
+        if name != "imagenet":
+            results.append(experiment(name, world, rounds, compile))
         else:
-            results.append(experiment(name, device, rounds, compile))
-            click.echo(table(results[-1]) + "\n\n" + where(results[-1]) + "\n")
-        if json_file:
-            Path(json_file).write_text(json.dumps(runs.rounded({"facts": facts, "results": results}), indent=2))
+            with tempfile.TemporaryDirectory() as made:
+                images, batch = image_dir or jpeg_folder(made), imagenet_batch or (512 if cuda else 16)
+                try:
+                    results.append(imagenet(world, rounds, images, batch))
+                except torch.OutOfMemoryError:
+                    raise RunError("the device's memory is full: give a smaller --imagenet-batch") from None
+        click.echo("\n" + table(results[-1]))
+        if file:
+            Path(file).write_text(json.dumps(rounded({"facts": facts, "results": results}), indent=2))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -23,33 +24,77 @@ def nearest_first(name, known):
 def check_name(flag, name, known):
     """Raises a usage error that lists the known names, the nearest first."""
     if name not in known:
-        raise click.UsageError(f"{flag} {name}: no such network; known, the nearest first: {nearest_first(name, known)}")
+        raise click.UsageError(f"{flag} {name}: no such network; "
+                               f"known, the nearest first: {nearest_first(name, known)}")
 
 
 def check_method(flags, networks):
-    """Usage errors of the flags that say what is trained, which click cannot see by itself. Takes the teacher from method none.
+    """Usage errors of the flags that say what is trained, which click cannot see by itself.
 
-    networks: the names that --teacher and --student may have.
+    Takes the teacher from method none. networks: the names that --teacher and --student may have.
     """
     if flags["method"] == "none":
         if flags["zscore"]:
-            raise click.UsageError("--zscore needs a method that distils: --method none has no teacher's logits to standardize")
+            raise click.UsageError("--zscore needs a method that distils: "
+                                   "--method none has no teacher's logits to standardize")
         flags["teacher"] = flags["teacher_checkpoint"] = None
     for flag, method in (("alpha", "dkd"), ("beta", "dkd"), ("zscore_relations", "mlkd")):
         if flags[flag] is not None and flags["method"] != method:
-            raise click.UsageError(f"--{flag.replace('_', '-')} is for --method {method}, not {flags['method']}")
+            raise click.UsageError(f"--{flag.replace('_', '-')} is for --method {method}, "
+                                   f"not {flags['method']}")
     if flags["zscore_relations"] and not flags["zscore"]:
         raise click.UsageError("--zscore-relations needs --zscore")
     for flag in ("base_temp", "kd_weight"):
         if flags[flag] is not None and flags["method"] == "none":
-            raise click.UsageError(f"--{flag.replace('_', '-')} is for a method that distils, not for --method none")
+            raise click.UsageError(f"--{flag.replace('_', '-')} is for a method that distils, "
+                                   "not for --method none")
     for flag in ("teacher", "student"):
         if flags[flag] is not None:
             check_name(f"--{flag}", flags[flag], networks)
     if flags["eval_file"] is None and flags["student"] is None:
-        raise click.UsageError("name a --student" + ("" if flags["method"] == "none" else " and a --teacher") + "; --list shows the pairs")
+        raise click.UsageError("name a --student" + ("" if flags["method"] == "none" else " and a --teacher")
+                               + "; --list shows the pairs")
     if flags["eval_file"] is None and flags["method"] != "none" and flags["teacher"] is None:
         raise click.UsageError("name a --teacher (or train the student alone: --method none)")
+
+
+GIVEN = ("base_temp", "kd_weight", "ce_weight", "alpha", "beta", "zscore_relations", "epochs", "batch_size",
+         "lr", "weight_decay")
+
+
+def resolve(flags, found, doubts, device):
+    """The recipe: the pair's numbers `found`, with the flags given. Returns (recipe, lines to print)."""
+    names = {k: flags[k] for k in ("teacher", "student", "method", "zscore")}
+    found, lines = dict(found), []
+    if doubts:
+        lines.append(f"unsure: {len(doubts)} of this recipe's choices are in doubt, see --list")
+    if not found.pop("known"):
+        pair = (f"{names['teacher']} -> {names['student']}" if names["teacher"]
+                else f"{names['student']} alone")
+        lines.append(f"no published recipe for {pair}: taking learning rate {found['lr']:g}"
+                     + (f", base temperature {found['base_temp']:g}, weight {found['kd_weight']:g}"
+                        if names["teacher"] else ""))
+    given = {k: flags[k] for k in GIVEN if flags[k] is not None}
+    usual, batch = found["batch_size"], given.get("batch_size", found["batch_size"])
+    if batch != usual and "lr" not in given:
+        lines.append(f"warning: the recipe's learning rate {found['lr']:g} is for batches of {usual}; "
+                     f"for {batch} give --lr too (linear rule: {found['lr'] * batch / usual:g})")
+    return names | found | {
+        "full_epochs": found["epochs"], **given, "precision": pick_precision(flags["precision"], device),
+        "deterministic": flags["deterministic"], "compile": flags["compile"],
+        "val_from_train": flags["val_from_train"], "seed": flags["seed"]}, lines
+
+
+@contextmanager
+def one_line():
+    """The rooms' own ValueErrors, and a full device, as one line."""
+    try:
+        yield
+    except ValueError as error:
+        raise RunError(str(error)) from None
+    except torch.OutOfMemoryError:
+        raise RunError("the device's memory is full: take smaller batches (--batch-size, --at-once N where "
+                       "there is one), or see what else is on the device") from None
 
 
 class Choice(click.Choice):
@@ -57,7 +102,8 @@ class Choice(click.Choice):
 
     def convert(self, value, param, ctx):
         if value not in self.choices:
-            self.fail(f"{value!r} is not known; known, the nearest first: {nearest_first(str(value), list(self.choices))}")
+            self.fail(f"{value!r} is not known; known, the nearest first: "
+                      f"{nearest_first(str(value), list(self.choices))}")
         return super().convert(value, param, ctx)
 
 
@@ -68,7 +114,8 @@ class Command(click.Command):
         try:
             code = super().main(*args, standalone_mode=False, **more)
         except click.UsageError as error:
-            click.echo(f"Error: {error.format_message().replace(os.linesep, ' ')} (--help shows all flags)", err=True)
+            click.echo(f"Error: {error.format_message().replace(os.linesep, ' ')} (--help shows all flags)",
+                       err=True)
             code = error.exit_code
         except click.ClickException as error:
             error.show()
@@ -95,33 +142,45 @@ POSITIVE, WEIGHT, COUNT = Finite(min=0, min_open=True), Finite(min=0), click.Int
 
 SHARED = [
     click.option("--teacher", metavar="NAME", help="Teacher network."),
-    click.option("--student", metavar="NAME", help="Student network, or the one to train alone with --method none."),
-    click.option("--zscore/--no-zscore", default=False, help="Standardize the logits of both sides.  [default: off]"),
-    click.option("--base-temp", type=POSITIVE, metavar="TAU", help="Temperature of the method.  [default: recipe]"),
+    click.option("--student", metavar="NAME",
+                 help="Student network, or the one to train alone with --method none."),
+    click.option("--zscore/--no-zscore", default=False,
+                 help="Standardize the logits of both sides.  [default: off]"),
+    click.option("--base-temp", type=POSITIVE, metavar="TAU",
+                 help="Temperature of the method.  [default: recipe]"),
     click.option("--kd-weight", type=WEIGHT, metavar="W", help="lambda_KD.  [default: recipe]"),
     click.option("--ce-weight", type=WEIGHT, metavar="W", help="lambda_CE.  [default: recipe]"),
     click.option("--alpha", type=WEIGHT, help="DKD: weight of the target class's part.  [default: recipe]"),
     click.option("--beta", type=WEIGHT, help="DKD: weight of the other classes' part.  [default: recipe]"),
     click.option("--zscore-relations/--no-zscore-relations", default=None,
-                 help="MLKD with --zscore: standardize the class and batch relations too.  [default: recipe]"),
+                 help="MLKD with --zscore: standardize the class and batch relations too.  "
+                      "[default: recipe]"),
     click.option("--epochs", type=COUNT, help="Length; the schedule scales with it.  [default: recipe]"),
     click.option("--batch-size", type=COUNT, help="Images per step.  [default: recipe]"),
     click.option("--lr", type=POSITIVE, help="Learning rate at the start.  [default: recipe]"),
     click.option("--weight-decay", type=WEIGHT, help="[default: recipe]"),
-    click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="First seed."),
-    click.option("--seeds", type=COUNT, default=1, show_default=True, help="Number of seeds to run, one by one."),
+    click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True,
+                 help="First seed."),
+    click.option("--seeds", type=COUNT, default=1, show_default=True,
+                 help="Number of seeds to run, one by one."),
     click.option("--val-from-train", type=click.IntRange(min=0), default=0, metavar="N",
-                 help="Hold N training images out and evaluate the student on them alone, for choosing numbers."),
+                 help="Hold N training images out and evaluate the student on them alone, "
+                      "for choosing numbers."),
     click.option("--teacher-checkpoint", metavar="FILE", help="The teacher's weights."),
-    click.option("--out", metavar="DIR", default="runs", show_default=True, help="Folder for the runs' folders."),
+    click.option("--out", metavar="DIR", default="runs", show_default=True,
+                 help="Folder for the runs' folders."),
     click.option("--device", type=Choice(["cuda", "mps", "cpu"]), help="[default: the best there is]"),
     click.option("--precision", type=Choice(["fp32", "bf16"]),
                  help="bf16 is autocast, losses in float32.  [default: bf16 on cuda, else fp32]"),
     click.option("--deterministic", is_flag=True, help="Deterministic CUDA kernels; slower."),
-    click.option("--compile/--no-compile", default=False, help="torch.compile: faster steps after a minute of preparation.  [default: off]"),
-    click.option("--list", "list_recipes", is_flag=True, help="Print all recipes and published numbers, and exit."),
-    click.option("--dry-run", is_flag=True, help="Walk the whole path in seconds: made data, two batches, a temporary folder."),
-    click.option("--eval", "eval_file", metavar="FILE", help="Evaluate a checkpoint of any supported format, and exit."),
+    click.option("--compile/--no-compile", default=False,
+                 help="torch.compile: faster steps after a minute of preparation.  [default: off]"),
+    click.option("--list", "list_recipes", is_flag=True,
+                 help="Print all recipes and published numbers, and exit."),
+    click.option("--dry-run", is_flag=True,
+                 help="Walk the whole path in seconds: made data, two batches, a temporary folder."),
+    click.option("--eval", "eval_file", metavar="FILE",
+                 help="Evaluate a checkpoint of any supported format, and exit."),
 ]
 
 
@@ -148,7 +207,8 @@ def pick_device(name=None):
 def pick_precision(name, device):
     """"fp32" or "bf16": the one that was asked for, else bf16 where a CUDA device has it in hardware."""
     if name is None:
-        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        name = ("bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+                else "fp32")
     return name
 
 
@@ -160,7 +220,7 @@ def pick_kernels(deterministic):
 
 
 def keep_memory():
-    """Lets the C library keep freed memory. It would give it back and fault it in again at every step: 10 % on a CPU."""
+    """Lets the C library keep freed memory: to fault it in again at every step costs 10 % on a CPU."""
     try:
         mallopt = ctypes.CDLL(None).mallopt         # glibc's; M_MMAP_THRESHOLD and M_TRIM_THRESHOLD
         if mallopt(-3, 2**30) or mallopt(-3, 2**25):        # older ones take 32 MiB at most
@@ -172,16 +232,16 @@ def keep_memory():
 def check_compiler(device):
     """RunError where torch.compile does not work."""
     import torch._inductor.config       # a second, which only this needs
-    torch._inductor.config.freezing = device.type == "cpu"      # a teacher's weights are constants: 8 % on a CPU
+    torch._inductor.config.freezing = device.type == "cpu"      # a teacher's weights are constant: 8 % there
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
     except Exception as error:      # torch raises its own types, by version
-        raise RunError(f"--compile does not work here ({first_line(error)}); it needs a C++ compiler on a CPU, Triton on a GPU. Leave "
-                       "the flag out") from None
+        raise RunError(f"--compile does not work here ({first_line(error)}); it needs a C++ compiler on a "
+                       "CPU, Triton on a GPU. Leave the flag out") from None
 
 
 def peak_memory(device):
-    """Peak memory in MiB: of the allocator on CUDA, of the process elsewhere; None where it cannot be known."""
+    """Peak memory in MiB: of the allocator on CUDA, of the process elsewhere; None if it cannot be known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:                    # Linux; getrusage there counts the process that started this one too
@@ -207,11 +267,11 @@ def duration(seconds):
 
 
 class Progress:
-    """A line that moves on a terminal, one plain row an epoch elsewhere, and the projected time after some seconds."""
+    """A line that moves on a terminal, a plain row an epoch elsewhere, and soon the projected time."""
 
-    def __init__(self, images, epochs, done, device, advice="", stretch=1):
-        """stretch: images that are prepared at once; speed is judged over whole stretches."""
-        self.stretch, self.stretches = stretch, 0
+    def __init__(self, images, epochs, done, device, advice="", chunk=1):
+        """chunk: images that are prepared at once; speed is judged over whole chunks."""
+        self.chunk, self.chunks = chunk, 0
         self.images, self.epochs, self.device, self.advice = images, epochs, device, advice
         self.left = images * epochs - done      # images still to be trained on
         self.seen, self.begun, self.printed, self.projected = 0, None, 0.0, False
@@ -224,17 +284,18 @@ class Progress:
             return
         self.seen += images
         elapsed = now - self.begun
-        before, self.stretches = self.stretches, self.seen // self.stretch
-        if not self.projected and elapsed >= 5 and self.stretches > before:
+        before, self.chunks = self.chunks, self.seen // self.chunk
+        if not self.projected and elapsed >= 5 and self.chunks > before:
             self.projected = True
             remaining = self.left * elapsed / self.seen
-            line = (f"about {duration(remaining)} for the {self.left:,} images to go ({self.seen / elapsed:,.0f} images/s "
-                    f"on {self.device.type}), evaluation aside")
+            line = (f"about {duration(remaining)} for the {self.left:,} images to go "
+                    f"({self.seen / elapsed:,.0f} images/s on {self.device.type}), evaluation aside")
             self.print(line + (f": {self.advice}" if self.advice and remaining > 86400 else ""))
         if sys.stdout.isatty() and now - self.printed >= 0.5:
             self.printed = now
             share = 1 - (self.left - self.seen) / (self.images * self.epochs)
-            click.echo(f"\r\033[Kepoch {epoch + 1}/{self.epochs}  {share:.0%}  {self.seen / max(elapsed, 1e-9):,.0f} images/s  "
+            click.echo(f"\r\033[Kepoch {epoch + 1}/{self.epochs}  {share:.0%}  "
+                       f"{self.seen / max(elapsed, 1e-9):,.0f} images/s  "
                        f"{duration((self.left - self.seen) * elapsed / self.seen)} left", nl=False)
 
     def print(self, line):

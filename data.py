@@ -1,15 +1,13 @@
-"""CIFAR-100 as tensors on the device, augmented in whole batches; a synthetic set for a machine without data.
+"""Images: CIFAR-100 as tensors on the device, augmented in batches; a synthetic set; folders of large images.
 
     data = load_data("cifar100", "data", device)            # uint8 images, once
     order, views = epoch_draws(seed, epoch, len(data.train.targets))
     images = normalise(crop_and_flip(data.train.images[order[:64]], views[:64]))
 
-No loader processes and no PIL in that loop: the whole set is 184 MB of uint8. Folders of images (ImageNet) do need both; they
-stand at the end of the file.
+No loading processes and no PIL in that loop: the whole set is 184 MB of uint8. Folders (ImageNet) need both.
 """
 
 import functools
-import http.client
 import itertools
 import math
 import os
@@ -19,6 +17,7 @@ import time
 import urllib.error
 import urllib.request
 import warnings
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,12 +30,14 @@ from torchvision.datasets import CIFAR100, ImageFolder
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import functional as pil
 
-MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)      # of pixels in [0, 1]; as in the field's code
-PAD = 4                                                             # pixels of black on each side before the crop
-VIEWS = (2 * PAD + 1) ** 2 * 2                                      # 81 crops x 2 flips = 162 views of an image
-SYNTHETIC_SIZES = 10_000, 2_000                                     # training and test images
-TIMEOUT = 30                                                        # seconds without a byte before a download is given up
-HELD_OUT_KEY = 2**64 - 1                                            # draws of this seed are the same for every run
+MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # of pixels in [0, 1]; as in the field's code
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PAD = 4                                 # pixels of black on each side before the crop
+VIEWS = (2 * PAD + 1) ** 2 * 2          # 81 crops x 2 flips = 162 views of an image
+SYNTHETIC_SIZES = 10_000, 2_000         # training and test images
+HELD_OUT_KEY = 2**64 - 1                # draws of this seed are the same for every run
+TIMEOUT = 30    # seconds without a byte before a download is given up
+WAIT = 600      # seconds without a batch before a loading process is given up
 
 CIFAR100_CLASSES = tuple("""
 apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
@@ -68,8 +69,8 @@ class Data(NamedTuple):
 def epoch_draws(seed, epoch, n):
     """(order, views) of one epoch, int64 arrays (n,): a shuffle, and for each place in it one of VIEWS.
 
-    A pure function of (seed, epoch), by a counter-based generator keyed with both: seeds and epochs never share draws,
-    resuming needs no generator state, and the raw 64-bit words are the same in every NumPy version.
+    A pure function of (seed, epoch), by a counter-based generator keyed with both: seeds and epochs share no
+    draws, resuming needs no generator state, and the raw words are the same in every NumPy version.
     """
     words = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(2 * n).reshape(2, n)
     order = np.argsort(words[0], kind="stable")
@@ -78,16 +79,16 @@ def epoch_draws(seed, epoch, n):
 
 
 def crop_and_flip(images, views):
-    """The field's augmentation, one view per image: pad by 4 black pixels, crop 32 x 32, flip.
+    """The field's augmentation, one view per image: pad by 4 black pixels, crop to the size before, flip.
 
-    images: (B, 3, H, W) uint8. views: (B,) int64 in [0, VIEWS): (9 top + left) * 2 + flip. Returns (B, 3, H, W) uint8.
+    images: (B, 3, H, W) uint8. views: (B,) int64 in [0, VIEWS): (9 top + left) * 2 + flip. Returns new ones.
     """
     channels, height, width = images.shape[1:]
     row, column = (torch.arange(n, device=images.device) for n in (height, width))
     top, left, flip = views // 2 // (2 * PAD + 1), views // 2 % (2 * PAD + 1), views % 2 == 1
     rows = top[:, None] + row
     columns = left[:, None] + torch.where(flip[:, None], width - 1 - column, column)
-    places = (rows[:, :, None] * (width + 2 * PAD) + columns[:, None, :]).flatten(1)    # in the padded image, one gather
+    places = (rows[:, :, None] * (width + 2 * PAD) + columns[:, None, :]).flatten(1)    # in the padded image
     padded = F.pad(images, (PAD, PAD, PAD, PAD)).flatten(2)
     return padded.gather(2, places[:, None].expand(-1, channels, -1)).view(images.shape)
 
@@ -99,180 +100,23 @@ def _statistics(device, *statistics):
 
 
 def normalise(images, mean=MEAN, std=STD):
-    """uint8 (B, 3, H, W) -> float32, (x / 255 - mean) / std, channels last. The same bits as ToTensor and Normalize."""
+    """uint8 (B, 3, H, W) -> float32, (x / 255 - mean) / std, channels last: the bits of torchvision's."""
     mean, std = _statistics(images.device, mean, std)
-    x = images.to(torch.float32).div_(255).sub_(mean).div_(std)     # planes first: over three channels last it takes four times as long
+    x = images.to(torch.float32).div_(255).sub_(mean).div_(std)     # plane by plane: four times as fast
     return x.contiguous(memory_format=torch.channels_last)
-
-
-# ---------------------------------------------------------------- the strong view of multi-level distillation
-
-
-OPERATIONS = ("AutoContrast", "Brightness", "Color", "Contrast", "Equalize", "Identity", "Posterize", "Rotate", "Sharpness",
-              "ShearX", "ShearY", "Solarize", "TranslateX", "TranslateY")       # FixMatch's, each with probability 1/14
-
-
-class StrongDraws(NamedTuple):
-    views: torch.Tensor         # (N,) int64, the crop and flip
-    operations: torch.Tensor    # (N, 2) int64 in [0, 14): two, with replacement, one after the other
-    magnitudes: torch.Tensor    # (N, 2) float in [0, 1): the place in each operation's range
-    cutout: torch.Tensor        # (N, 3) float in [0, 1): side / 16 pixels, centre x / 32, centre y / 32
-
-    def __getitem__(self, part):
-        return StrongDraws(*(draws[part] for draws in tuple(self)))
-
-    def to(self, device):
-        return StrongDraws(*(draws.to(device) for draws in tuple(self)))
-
-
-def strong_draws(seed, epoch, n):
-    """The draws of one epoch's strong views, independent of `epoch_draws`; a pure function of (seed, epoch)."""
-    key = np.array([seed, epoch + 2**32], dtype=np.uint64)
-    words = torch.from_numpy(np.random.Philox(key=key).random_raw(8 * n).reshape(n, 8).view(np.int64) >> 11 & 2**53 - 1)
-    uniform = (words.double() * 2**-53).float().clamp_(max=1 - 2**-24)
-    return StrongDraws(words[:, 0] % VIEWS, words[:, 1:3] % len(OPERATIONS), uniform[:, 3:5], uniform[:, 5:8])
-
-
-def strong_view(images, draws):
-    """Crop, flip, two of OPERATIONS and a cutout, each image with its own draws. (B, 3, H, W) uint8 to the same.
-
-    Pillow's arithmetic: nearest neighbour, black outside, blends that truncate. The enhancers' factors are in [0.05, 0.95],
-    posterize keeps 4 to 7 bits, rotation is within 30 degrees, shear within 0.3, translation within 0.3 of the side.
-    """
-    return strong_operations(crop_and_flip(images, draws.views), draws)
-
-
-def strong_operations(images, draws):
-    """`strong_view` after its crop and flip; images of any size."""
-    for k in range(2):
-        images = _operate(images, draws.operations[:, k], draws.magnitudes[:, k])
-    return _cutout(images, *draws.cutout.unbind(1))
-
-
-def _operate(x, operation, u):
-    """One operation an image. Three families serve all fourteen: tables of 256 grey levels, one affine map, two blends."""
-    u = u[:, None, None]
-
-    def is_one_of(*names):
-        chosen = torch.zeros_like(operation, dtype=torch.bool)
-        for name in names:
-            chosen = chosen | (operation == OPERATIONS.index(name))
-        return chosen[:, None, None, None]
-
-    flat = x.flatten(2).long()
-    red, green, blue = flat.unbind(1)
-    grey = (19595 * red + 38470 * green + 7471 * blue + 2**15 >> 16).view(len(x), 1, *x.shape[2:])
-    factor = 0.05 + 0.9 * u[..., None]
-
-    table = _tables(flat, operation, u, grey).gather(2, flat).view_as(x)
-    moved = _affine(x, operation, u)
-    colour = _blend(grey.float(), x.float(), factor).to(torch.uint8)
-    sharp = _blend(_smooth(x), x.float(), factor).to(torch.uint8)
-
-    x = torch.where(is_one_of("AutoContrast", "Brightness", "Contrast", "Equalize", "Posterize", "Solarize"), table, x)
-    x = torch.where(is_one_of("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY"), moved, x)
-    x = torch.where(is_one_of("Color"), colour, x)
-    return torch.where(is_one_of("Sharpness"), sharp, x)
-
-
-def _blend(degenerate, x, factor):
-    """Between a degenerate image (0) and the image itself (1), truncated as Pillow does."""
-    return (degenerate + factor * (x - degenerate)).trunc()
-
-
-def _tables(flat, operation, u, grey):
-    """The operations that map grey levels, as tables (B, 3, 256) uint8; flat: (B, 3, H W) levels, u: (B, 1, 1)."""
-    level = torch.arange(256, device=flat.device).expand(*flat.shape[:2], 256)
-    real = torch.float32 if flat.device.type == "mps" else torch.float64
-    factor, mean = 0.05 + 0.9 * u, (2 * grey.flatten(1).sum(1) + grey[0].numel()) // (2 * grey[0].numel())
-
-    low, high = flat.amin(2, keepdim=True), flat.amax(2, keepdim=True)
-    span = (high - low).to(real)                # 0 for one level, where the table is the identity
-    scale = torch.full_like(span, 255).div(span)        # 255 / span would be 255 * (1 / span), rounded twice
-    stretch = torch.where(high > low, (level * scale - low * scale).nan_to_num(0, 0, 0).clamp(0, 255).long(), level)
-
-    histogram = torch.zeros_like(level).scatter_add(2, flat, torch.ones_like(flat))
-    step = (flat.shape[2] - histogram.gather(2, high)) // 255           # the last level's pixels are not counted
-    before = histogram.cumsum(2) - histogram
-    equal = torch.where(step > 0, ((step // 2 + before) // step.clamp(min=1)).clamp(max=255), level)
-
-    kept = 2 ** (4 - (4 * u).long())            # 4 to 7 bits are kept: levels are rounded down to multiples of 16 to 2
-    tables = {"AutoContrast": stretch, "Brightness": _blend(torch.zeros_like(factor), level.float(), factor),
-              "Contrast": _blend(mean[:, None, None].float(), level.float(), factor), "Equalize": equal,
-              "Posterize": level - level % kept, "Solarize": torch.where(level < 256 * u, level, 255 - level)}
-    result = level
-    for name, values in tables.items():
-        result = torch.where((operation == OPERATIONS.index(name))[:, None, None], values.long(), result)
-    return result.to(torch.uint8)
-
-
-def _affine(x, operation, u):
-    """Rotation, shear and translation as one gather at nearest neighbours, in Pillow's 16-bit fixed point."""
-    height, width = x.shape[2:]
-    u, one, zero = u[:, 0, 0], torch.ones_like(u[:, 0, 0]), torch.zeros_like(u[:, 0, 0])
-    angle = torch.deg2rad(30 - 60 * u)          # Pillow turns counter-clockwise
-    sin, cos, small = angle.sin(), angle.cos(), 0.6 * u - 0.3
-    middle_x, middle_y = width / 2, height / 2
-    maps = {"Rotate": (cos, sin, middle_x - cos * middle_x - sin * middle_y,
-                       -sin, cos, middle_y + sin * middle_x - cos * middle_y),
-            "ShearX": (one, small, zero, zero, one, zero), "ShearY": (one, zero, zero, small, one, zero),
-            "TranslateX": (one, zero, small * width, zero, one, zero), "TranslateY": (one, zero, zero, zero, one, small * height)}
-    matrix = torch.stack([one, zero, zero, zero, one, zero], 1)
-    for name, values in maps.items():
-        matrix = torch.where((operation == OPERATIONS.index(name))[:, None], torch.stack(values, 1), matrix)
-    a, b, c, d, e, f = matrix.unbind(1)
-    c, f = c + (a + b) / 2, f + (d + e) / 2     # from the middle of a pixel
-    a, b, c, d, e, f = ((65536 * v + 0.5).floor().long()[:, None, None] for v in (a, b, c, d, e, f))
-    row, column = torch.arange(height, device=x.device)[:, None], torch.arange(width, device=x.device)
-    from_x, from_y = a * column + b * row + c >> 16, d * column + e * row + f >> 16
-    inside = (from_x >= 0) & (from_x < width) & (from_y >= 0) & (from_y < height)
-    index = torch.where(inside, from_y * width + from_x, 0).flatten(1)[:, None].expand(-1, x.shape[1], -1)
-    return torch.where(inside[:, None], x.flatten(2).gather(2, index).view_as(x), 0)
-
-
-def _smooth(x):
-    """Pillow's SMOOTH filter, (1 1 1; 1 5 1; 1 1 1) / 13 rounded, the border as it was; float."""
-    x = x.int()
-    rows = x[:, :, :-2] + x[:, :, 1:-1] + x[:, :, 2:]
-    total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * x[:, :, 1:-1, 1:-1]
-    smooth = x.clone()
-    smooth[:, :, 1:-1, 1:-1] = (2 * total + 13) // 26
-    return smooth.float()
-
-
-def _cutout(x, side, centre_x, centre_y):
-    """A grey rectangle (125, 123, 114) of up to half the image's side, its far edge included, clipped."""
-    height, width = x.shape[2:]
-    side = side * width / 2
-
-    def covered(centre, size):
-        first = (centre * size - side / 2).clamp(min=0).floor()
-        last = (first + side).clamp(max=size).floor()
-        place = torch.arange(size, device=x.device)
-        return (place >= first[:, None]) & (place <= last[:, None])
-
-    hole = covered(centre_y, height)[:, None, :, None] & covered(centre_x, width)[:, None, None, :]
-    return torch.where(hole, torch.tensor((125, 123, 114), dtype=torch.uint8, device=x.device).view(3, 1, 1), x)
-
-
-# ---------------------------------------------------------------- evaluation
 
 
 @torch.no_grad()
 def evaluate(network, split, batch_size=500):
-    """Mean cross-entropy, top-1 and top-5 (%) of `network`, images (B, 3, H, W) -> logits (B, K), on a whole split."""
+    """Mean cross-entropy, top-1 and top-5 (%) of `network`, (B, 3, H, W) -> logits (B, K), on a split."""
     sums = torch.zeros(3, device=split.images.device)
     for images, targets in zip(split.images.split(batch_size), split.targets.split(batch_size)):
         logits = network(normalise(images)).float()
-        sums += torch.stack([F.cross_entropy(logits, targets, reduction="sum"), *top_k_hits(logits, targets)])
+        hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+        sums += torch.stack([loss, hits[:, 0].sum(), hits.any(1).sum()])
     loss, top1, top5 = (sums / len(split.targets)).tolist()
     return {"loss": loss, "top1": 100 * top1, "top5": 100 * top5}
-
-
-def top_k_hits(logits, targets):
-    """How many of the targets (B,) are the first, and among the first five, of the logits (B, K): two scalars."""
-    hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
-    return hits[:, 0].sum(), hits.any(1).sum()
 
 
 # ---------------------------------------------------------------- the sets
@@ -283,37 +127,45 @@ def load_data(name, data_dir, device, *, train_images=None, val_from_train=0, do
 
     val_from_train: hold that many training images out and evaluate on them, the test split untouched.
     train_images: train on the first so many of the rest. Both in one fixed shuffle, the same for every seed.
-    Raises ValueError, one line that says what to do, for missing or damaged data and for numbers that do not fit.
+    ValueError, one line that says what to do, for missing or damaged data and for numbers that do not fit.
     """
-    train, test = tuple(map(synthetic, SYNTHETIC_SIZES, (1, 2))) if name == "synthetic" else read_cifar100(data_dir, download)
-    shuffle = torch.from_numpy(epoch_draws(HELD_OUT_KEY, 0, len(train.targets))[0])
-    rest = len(shuffle) - val_from_train
-    if rest < 1:
-        raise ValueError(f"--val-from-train {val_from_train} leaves nothing of {len(shuffle)} training images")
+    if name == "synthetic":
+        train, test = map(synthetic, SYNTHETIC_SIZES, (1, 2))
+    else:
+        train, test = read_cifar100(data_dir, download)
+    shuffle, rest = held_out(len(train.targets), val_from_train)
     if train_images is not None and not 1 <= train_images <= rest:
         raise ValueError(f"--train-images {train_images}: there are {rest} training images")
 
     def pick(split, indices=slice(None)):
         return Split(split.images[indices].to(device), split.targets[indices].to(device))
 
-    test, held_out = pick(test), pick(train, shuffle[rest:])
-    train = pick(train, shuffle[: train_images or rest]) if val_from_train or train_images else pick(train)
-    return Data(train, test, *((held_out, "val") if val_from_train else (test, "test")))
+    test, val = pick(test), pick(train, shuffle[rest:])
+    train = pick(train, shuffle[:train_images or rest]) if val_from_train or train_images else pick(train)
+    return Data(train, test, *((val, "val") if val_from_train else (test, "test")))
 
 
-LAYOUTS = (CIFAR100.base_folder, "")    # the archive's folder, or its three files directly in the folder that is named
+def held_out(n, val_from_train):
+    """(a shuffle of n training images, the same for every run, how many stay): the others are held out."""
+    if val_from_train >= n:
+        raise ValueError(f"--val-from-train {val_from_train} leaves nothing of {n} training images")
+    return torch.from_numpy(epoch_draws(HELD_OUT_KEY, 0, n)[0]), n - val_from_train
+
+
+LAYOUTS = CIFAR100.base_folder, ""      # the archive's folder, or its three files in the named folder itself
 
 
 def has_cifar100(data_dir):
     """Whether CIFAR-100 is in `data_dir`, unpacked or as its archive; nothing is downloaded."""
     folder = Path(data_dir).expanduser()
-    return any((folder / name).exists() for name in (CIFAR100.filename, *(Path(base, "train") for base in LAYOUTS)))
+    places = CIFAR100.filename, *(f"{base or '.'}/train" for base in LAYOUTS)
+    return any((folder / place).exists() for place in places)
 
 
 def read_cifar100(data_dir, download=True):
-    """(train, test) of the official CIFAR-100 in `data_dir`, unpacked and, if `download`, downloaded (169 MB) where it is missing.
+    """(train, test) of the official CIFAR-100 in `data_dir`; `download` it (169 MB) where it is missing.
 
-    The files' MD5 are checked. The environment variable CIFAR100_URL names another place, which is tried before the official one.
+    The files' MD5 are checked. The environment variable CIFAR100_URL names a mirror, which is tried first.
     """
     folder = Path(data_dir).expanduser()
     for base in LAYOUTS:
@@ -325,13 +177,14 @@ def read_cifar100(data_dir, download=True):
             pass
     else:
         sets = _fetch_cifar100(folder, download)
-    # (N, 32, 32, 3) as the reader gives it -> (N, 3, 32, 32)
-    return tuple(Split(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets)) for s in sets)
+    return tuple(Split(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets))
+                 for s in sets)                 # the reader gives (N, 32, 32, 3)
 
 
 def _fetch_cifar100(folder, download):
-    damaged = any((folder / base / "train").exists() for base in LAYOUTS)
-    problem = f"CIFAR-100 in {folder} is damaged (its checksums differ)" if damaged else f"no CIFAR-100 in {folder}"
+    problem = f"no CIFAR-100 in {folder}"
+    if any((folder / base / "train").exists() for base in LAYOUTS):
+        problem = f"CIFAR-100 in {folder} is damaged (its checksums differ)"
     archive = folder / CIFAR100.filename
     if not check_integrity(archive, CIFAR100.tgz_md5):
         if not download:
@@ -340,50 +193,54 @@ def _fetch_cifar100(folder, download):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             fetch([*filter(None, [os.environ.get("CIFAR100_URL")]), CIFAR100.url], archive, CIFAR100.tgz_md5)
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise ValueError(f"{problem}, and it could not be downloaded ({error}). The same command goes on with what has come; or set "
-                             f"CIFAR100_URL to a mirror, or put cifar-100-python.tar.gz (https://www.cs.toronto.edu/~kriz/cifar.html) into "
-                             f"{folder}, or name the folder that holds cifar-100-python with --data-dir, or try --data synthetic") from None
-    try:
-        return [CIFAR100(folder, train=train, download=True) for train in (True, False)]     # unpacks the archive
+        except (OSError, ValueError, HTTPException) as error:
+            raise ValueError(
+                f"{problem}, and it could not be downloaded ({error}). The same command goes on with what "
+                "has come; or set CIFAR100_URL to a mirror, or put cifar-100-python.tar.gz "
+                f"(https://www.cs.toronto.edu/~kriz/cifar.html) into {folder}, or name the folder that holds "
+                "cifar-100-python with --data-dir, or try --data synthetic") from None
+    try:            # the reader unpacks it
+        return [CIFAR100(folder, train=train, download=True) for train in (True, False)]
     except OSError as error:
-        raise ValueError(f"{archive} could not be unpacked ({error.strerror or error}): name a folder with room for it with --data-dir") from None
+        raise ValueError(f"{archive} could not be unpacked ({error.strerror or error}): name a folder with "
+                         "room for it with --data-dir") from None
 
 
 def fetch(urls, path, md5):
-    """Downloads the first of `urls` that works to `path`, by way of path.part, with which a later attempt goes on.
+    """Downloads the first of `urls` that works to `path`, by way of path.part, where a later attempt goes on.
 
-    Raises the last address's OSError, ValueError or http.client.HTTPException where none works or the checksum differs.
+    Raises the last OSError, ValueError or HTTPException where none works or the checksum differs.
     """
-    part, problem = path.with_name(f"{path.name}.part"), None
+    part, version = (path.with_name(f"{path.name}.part{end}") for end in ("", ".version"))
     for url in urls:
         while True:
             before = part.stat().st_size if part.exists() else 0
             print(f"{url}{f', from byte {before:,} on' if before else ''}", flush=True)
             try:
-                _receive(url, part, before)
-            except (OSError, ValueError, http.client.HTTPException) as error:
+                _receive(url, part, version, before)
+                if not check_integrity(part, md5):
+                    part.unlink()
+                    raise ValueError(f"what {url} gave has another checksum")
+            except (OSError, ValueError, HTTPException) as error:
                 problem = error
-                if part.exists() and part.stat().st_size > before:      # it breaks off, but something came: once more
-                    continue
-                break
-            if check_integrity(part, md5):
-                part.with_name(f"{part.name}.version").unlink(missing_ok=True)
+                if not part.exists() or part.stat().st_size <= before:      # else something came: once more
+                    break
+            else:
+                version.unlink(missing_ok=True)
                 part.replace(path)
                 return
-            part.unlink()
-            problem = ValueError(f"what {url} gave has another checksum")
-            break
     raise problem
 
 
-def _receive(url, part, done):
-    """The rest of a file after the first `done` bytes in `part`, or all of it where the server has another by now."""
-    version = part.with_name(f"{part.name}.version")        # the server's name for the file that `part` is the beginning of
+def _receive(url, part, version, done):
+    """Appends to `part` what follows its first `done` bytes, or writes all if the server's file is another.
+
+    version: a file with the server's name (ETag) for what `part` is the beginning of.
+    """
     known = version.read_text() if done and version.exists() else ""
-    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-", "If-Range": known} if known else {})
+    headers = {"Range": f"bytes={done}-", "If-Range": known} if known else {}
     try:
-        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code == 416 and known:     # nothing is missing
             return
@@ -405,10 +262,10 @@ def _receive(url, part, done):
 
 @functools.cache
 def synthetic(n, part, seed=0):
-    """n made images, 32 x 32, of 100 classes in 20 families of five. `part` draws the images, `seed` the classes.
+    """n made images 32 x 32, 100 classes in 20 families of five. `part` draws the images, `seed` the classes.
 
-    A class is a smooth pattern, near those of its family; an image is its class's pattern, moved and partly covered
-    by another class's, with noise. The amounts were set so that a larger network, trained longer, beats a small one.
+    A class is a smooth pattern, near those of its family; an image is its class's pattern, moved and partly
+    covered by another's, with noise, so much that a larger network, trained longer, beats a small one.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -430,10 +287,6 @@ def synthetic(n, part, seed=0):
 # ---------------------------------------------------------------- folders of images (ImageNet)
 
 
-WAIT = 600      # seconds for a batch of images
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
 class Folders(NamedTuple):
     train: list                 # [(path, target)]
     eval: list
@@ -442,37 +295,37 @@ class Folders(NamedTuple):
 
 
 def load_folders(data_dir, val_from_train=0):
-    """The images under data_dir/train/CLASS/ and data_dir/val/CLASS/. ValueError, one line, for what is missing.
+    """The images under data_dir/train/CLASS/ and val/CLASS/, as Folders. ValueError if any are missing.
 
-    val_from_train: hold so many training images out, by one fixed shuffle, and evaluate on them; val/ is not needed then.
+    val_from_train: hold so many training images out, in one fixed shuffle, and evaluate on them, not on val/.
     """
     root, sets = Path(data_dir).expanduser(), {}
     for part in ("train",) if val_from_train else ("train", "val"):
         try:
             sets[part] = ImageFolder(root / part)
         except OSError as error:
-            raise ValueError(f"no folders of images, one for each class, in {root / part} ({str(error).splitlines()[0]}); name "
-                             "the folder that holds train/ and val/ with --data-dir") from None
+            raise ValueError(f"no folders of images, one for each class, in {root / part} "
+                             f"({str(error).splitlines()[0]}); name the folder that holds train/ and val/ "
+                             "with --data-dir") from None
     train = sets["train"]
     if not val_from_train:
         if sets["val"].classes != train.classes:
-            odd = sorted(set(sets["val"].classes) ^ set(train.classes))
-            raise ValueError(f"{root}: train/ and val/ have different classes, for instance {', '.join(odd[:3])}")
+            odd = ", ".join(sorted(set(sets["val"].classes) ^ set(train.classes))[:3])
+            raise ValueError(f"{root}: train/ and val/ have different classes, for instance {odd}")
         return Folders(train.samples, sets["val"].samples, "val", train.classes)
-    order = epoch_draws(HELD_OUT_KEY, 0, len(train.samples))[0].tolist()
-    if val_from_train >= len(order):
-        raise ValueError(f"--val-from-train {val_from_train} leaves nothing of {len(order)} training images")
-    return Folders([train.samples[i] for i in sorted(order[:-val_from_train])],
-                   [train.samples[i] for i in sorted(order[-val_from_train:])], "held-out", train.classes)
+    shuffle, rest = held_out(len(train.samples), val_from_train)
+    parts = [[train.samples[i] for i in sorted(part.tolist())] for part in (shuffle[:rest], shuffle[rest:])]
+    return Folders(*parts, "held-out", train.classes)
 
 
 def random_box(width, height, draw):
-    """(left, top, width, height) of a crop of 8 to 100 % of the area and a side ratio of 3/4 to 4/3 (Szegedy et al. 2015).
+    """(left, top, width, height) of a crop: 8 to 100 % of the area, sides 3:4 to 4:3 (Szegedy et al. 2015).
 
     draw: a random.Random. Ten attempts, then the largest centred box of an allowed ratio.
     """
     for _ in range(10):
-        area, ratio = width * height * draw.uniform(0.08, 1), math.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3)))
+        area = width * height * draw.uniform(0.08, 1)
+        ratio = math.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return draw.randint(0, width - w), draw.randint(0, height - h), w, h
@@ -481,10 +334,10 @@ def random_box(width, height, draw):
 
 
 class FolderImages(Dataset):
-    """Decoded images by key (index, seed): `views` random crops of each in training, the centre in evaluation.
+    """Decoded images by key (index, seed): `views` random crops in training, the centre in evaluation (0).
 
-    An item is ([uint8 (3, size, size)], [flip], target, bad): bad lists the indices of images that could not be decoded; in
-    training the next one stands in, in evaluation black does.
+    An item is ([uint8 (3, size, size)], [flip], target, bad): bad lists the indices of images that could not
+    be decoded; in training the next one stands in, in evaluation black does.
     """
 
     def __init__(self, samples, size, views=0):
@@ -494,8 +347,7 @@ class FolderImages(Dataset):
         return len(self.samples)
 
     def __getitem__(self, key):
-        index, seed = key
-        bad = []
+        (index, seed), bad, count = key, [], self.views or 1
         while True:
             path, target = self.samples[index]
             try:
@@ -507,22 +359,22 @@ class FolderImages(Dataset):
             except Exception:       # Pillow raises a dozen types for damaged files
                 bad.append(index)
                 if not self.views or len(bad) > 100:        # so many are an error for the caller
-                    views = self.views or 1
-                    return [torch.zeros(3, self.size, self.size, dtype=torch.uint8)] * views, [False] * views, target, bad
+                    black = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
+                    return [black] * count, [False] * count, target, bad
                 index = (index + 1) % len(self.samples)
-        draw = random.Random(seed)
+        draw, square = random.Random(seed), [self.size, self.size]
         images, flips = [], []
         for _ in range(self.views):
             left, top, width, height = random_box(*image.size, draw)
-            images.append(pil.resized_crop(image, top, left, height, width, [self.size, self.size]))
+            images.append(pil.resized_crop(image, top, left, height, width, square))
             flips.append(draw.random() < 0.5)
         if not self.views:
-            images, flips = [pil.center_crop(pil.resize(image, round(self.size * 8 / 7)), [self.size, self.size])], [False]
+            images, flips = [pil.center_crop(pil.resize(image, round(self.size * 8 / 7)), square)], [False]
         return [pil.pil_to_tensor(x) for x in images], flips, target, bad
 
 
 def to_rgb(image):
-    """A Pillow image of any mode in RGB: 16-bit grey scaled, not clipped; what is transparent on white. EXIF is not looked at."""
+    """A Pillow image of any mode in RGB: 16-bit grey scaled, what is transparent on white, EXIF not read."""
     if image.mode.startswith("I"):
         image = image.point(lambda level: level / 256).convert("L")
     if "transparency" in image.info or "A" in image.getbands():
@@ -534,31 +386,32 @@ def to_rgb(image):
 def collate(items):
     """([uint8 (B, 3, S, S) of each view], [flips (B,) of each view], targets (B,), bad indices)."""
     images, flips, targets, bad = zip(*items)
-    return ([torch.stack(view) for view in zip(*images)], [torch.tensor(view) for view in zip(*flips)], torch.tensor(targets),
-            [i for some in bad for i in some])
+    return ([torch.stack(view) for view in zip(*images)], [torch.tensor(view) for view in zip(*flips)],
+            torch.tensor(targets), [i for some in bad for i in some])
 
 
 def folder_batches(dataset, keys, workers, pin=False):
-    """A DataLoader over lists of keys, one list a batch. Its processes live as long as it does: `keys` may be filled anew for each epoch.
+    """A DataLoader over lists of keys, one list a batch, which may be filled anew for each epoch.
 
-    They are forked once, as a fork beside running threads can leave a process that hangs (CPython 3.11 did, after a collective); one
-    that says nothing for WAIT seconds is a RuntimeError.
+    Its processes are forked once, as a fork beside running threads can leave one that hangs (CPython 3.11,
+    after a collective); one that gives nothing for WAIT seconds is a RuntimeError.
     """
-    return DataLoader(dataset, batch_sampler=keys, num_workers=workers, collate_fn=collate, pin_memory=pin, worker_init_fn=ignore_signals,
-                      persistent_workers=workers > 0, timeout=WAIT if workers else 0)
+    return DataLoader(dataset, batch_sampler=keys, num_workers=workers, collate_fn=collate, pin_memory=pin,
+                      worker_init_fn=ignore_signals, persistent_workers=workers > 0,
+                      timeout=WAIT if workers else 0)
 
 
 def ignore_signals(worker):
-    """In a loading process: what stops a job reaches all its processes, and the one that trains still needs images for its save."""
+    """What stops a job reaches all its processes, and the one that trains needs images until it has saved."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 def folder_keys(seed, epoch, n, batch, first_step, rank, world, parts):
-    """Rank's share of an epoch's batches: keys, `parts` lists a batch, and where in the epoch each list begins.
+    """A rank's share of an epoch's batches: keys, `parts` lists a batch, and where in the epoch each begins.
 
-    Batches are the same whatever the number of processes: each takes its part of every one. Parts and lists are of equal length, or
-    one apart. The last, incomplete batch is left out.
+    Batches are the same whatever the number of processes: each takes its part of every one. Parts and lists
+    are of equal length, or one apart. The last, incomplete batch is left out.
     """
     order, _ = epoch_draws(seed, epoch, n)
     seeds = np.random.Philox(key=np.array([seed, epoch + 2**33], dtype=np.uint64)).random_raw(n)
@@ -572,5 +425,6 @@ def folder_keys(seed, epoch, n, batch, first_step, rank, world, parts):
 
 
 def normalise_folder(images, flips):
-    """uint8 (B, 3, S, S), flipped where `flips` says so, with ImageNet's mean and deviation, as `normalise`."""
-    return normalise(torch.where(flips[:, None, None, None], images.flip(3), images), IMAGENET_MEAN, IMAGENET_STD)
+    """`normalise` with ImageNet's mean and deviation, uint8 (B, 3, S, S), flipped where flips (B,) says."""
+    images = torch.where(flips[:, None, None, None], images.flip(3), images)
+    return normalise(images, IMAGENET_MEAN, IMAGENET_STD)

@@ -54,7 +54,7 @@ def he_init(model):
                 nn.init.zeros_(m.bias)
 
 
-# ---------------------------------------------------------------- ResNet for CIFAR (He et al. 2016, section 4.2)
+# -------------------------------------------------------- ResNet for CIFAR (He et al. 2016, section 4.2)
 
 
 class BasicBlock(nn.Module):
@@ -88,7 +88,8 @@ class ResNet(nn.Module):
 
     @staticmethod
     def _stage(blocks, inp, out, stride):
-        return nn.Sequential(BasicBlock(inp, out, stride), *(BasicBlock(out, out, 1) for _ in range(blocks - 1)))
+        return nn.Sequential(BasicBlock(inp, out, stride),
+                             *(BasicBlock(out, out, 1) for _ in range(blocks - 1)))
 
     def forward(self, x):
         x = F.relu(self.bn1(self.conv1(x)))
@@ -97,45 +98,55 @@ class ResNet(nn.Module):
         return self.fc(pool(x))
 
 
-# ---------------------------------------------------------------- ResNet18/34/50, ImageNet's shape with a CIFAR stem
+# -------------------------------------------------------- ResNet18/34/50, ImageNet's shape with a CIFAR stem
 
 
-class WideBlock(nn.Module):
-    """BasicBlock (expansion 1) or Bottleneck (expansion 4, the stride in the 3x3), keys as in the CIFAR ResNet18."""
+class WideBasicBlock(nn.Module):
+    """BasicBlock with the keys of the field's CIFAR ResNet18: `shortcut` for `downsample`."""
 
-    def __init__(self, inp, width, stride, expansion):
+    expansion = 1
+
+    def __init__(self, inp, width, stride):
         super().__init__()
-        out = width * expansion
-        if expansion == 1:
-            convs = [conv3x3(inp, out, stride), conv3x3(out, out)]
-        else:
-            convs = [conv1x1(inp, width), conv3x3(width, width, stride), conv1x1(width, out)]
-        self.depth = len(convs)
-        for i, conv in enumerate(convs, 1):
-            setattr(self, f"conv{i}", conv)
-            setattr(self, f"bn{i}", nn.BatchNorm2d(conv.out_channels))
-        project = stride != 1 or inp != out
-        self.shortcut = nn.Sequential(*(conv_bn(conv1x1(inp, out, stride)) if project else []))
+        self.conv1, self.bn1 = conv_bn(conv3x3(inp, width, stride))
+        self.conv2, self.bn2 = conv_bn(conv3x3(width, width))
+        project = stride != 1 or inp != width
+        self.shortcut = nn.Sequential(*(conv_bn(conv1x1(inp, width, stride)) if project else []))
 
     def forward(self, x):
-        y = x
-        for i in range(1, self.depth + 1):
-            y = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(y))
-            if i < self.depth:
-                y = F.relu(y, inplace=True)
-        return F.relu(y + self.shortcut(x))
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 with the stride, 1x1 to four times the width, plus the shortcut, ReLU."""
+
+    expansion = 4
+
+    def __init__(self, inp, width, stride):
+        super().__init__()
+        self.conv1, self.bn1 = conv_bn(conv1x1(inp, width))
+        self.conv2, self.bn2 = conv_bn(conv3x3(width, width, stride))
+        self.conv3, self.bn3 = conv_bn(conv1x1(width, 4 * width))
+        project = stride != 1 or inp != 4 * width
+        self.shortcut = nn.Sequential(*(conv_bn(conv1x1(inp, 4 * width, stride)) if project else []))
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
+        return F.relu(self.bn3(self.conv3(y)) + self.shortcut(x))
 
 
 class WideStageResNet(nn.Module):
-    def __init__(self, blocks, expansion, num_classes):
+    def __init__(self, block, blocks, num_classes):
         super().__init__()
         self.conv1, self.bn1 = conv_bn(conv3x3(3, 64))
         inp = 64
         for i, (width, stride) in enumerate(zip((64, 128, 256, 512), (1, 2, 2, 2))):
             stage = []
             for j in range(blocks[i]):
-                stage.append(WideBlock(inp, width, stride if j == 0 else 1, expansion))
-                inp = width * expansion
+                stage.append(block(inp, width, stride if j == 0 else 1))
+                inp = width * block.expansion
             setattr(self, f"layer{i + 1}", nn.Sequential(*stage))
         self.linear = nn.Linear(inp, num_classes)
         he_init(self)
@@ -147,7 +158,7 @@ class WideStageResNet(nn.Module):
         return self.linear(pool(x))
 
 
-# ---------------------------------------------------------------- Wide ResNet (Zagoruyko and Komodakis 2016)
+# -------------------------------------------------------- Wide ResNet (Zagoruyko and Komodakis 2016)
 
 
 class PreActBlock(nn.Module):
@@ -174,7 +185,8 @@ class WideResNet(nn.Module):
         self.conv1 = conv3x3(3, 16)
         inp = 16
         for i, (width, stride) in enumerate(zip((16 * k, 32 * k, 64 * k), (1, 2, 2)), 1):
-            units = [PreActBlock(inp if j == 0 else width, width, stride if j == 0 else 1) for j in range(blocks)]
+            units = [PreActBlock(inp if j == 0 else width, width, stride if j == 0 else 1)
+                     for j in range(blocks)]
             stage = nn.Module()
             stage.layer = nn.Sequential(*units)     # the field's key is block1.layer.0...
             setattr(self, f"block{i}", stage)
@@ -191,7 +203,7 @@ class WideResNet(nn.Module):
         return self.fc(pool(F.relu(self.bn1(x))))
 
 
-# ---------------------------------------------------------------- VGG with batch norm (Simonyan and Zisserman 2015)
+# -------------------------------------------------------- VGG with batch norm (Simonyan and Zisserman 2015)
 
 
 @torch.fx.wrap     # one operation for who traces a network, as it looks at the size
@@ -227,7 +239,7 @@ class VGG(nn.Module):
         return self.classifier(pool(x))
 
 
-# ---------------------------------------------------------------- MobileNetV2 at half width (Sandler et al. 2018)
+# -------------------------------------------------------- MobileNetV2 at half width (Sandler et al. 2018)
 
 
 class InvertedResidual(nn.Module):
@@ -235,7 +247,8 @@ class InvertedResidual(nn.Module):
         super().__init__()
         mid = inp * expand
         self.residual = stride == 1 and inp == out
-        self.conv = nn.Sequential(*conv_bn_relu(conv1x1(inp, mid)), *conv_bn_relu(conv3x3(mid, mid, stride, mid)),
+        self.conv = nn.Sequential(*conv_bn_relu(conv1x1(inp, mid)),
+                                  *conv_bn_relu(conv3x3(mid, mid, stride, mid)),
                                   *conv_bn(conv1x1(mid, out)))
 
     def forward(self, x):
@@ -250,8 +263,8 @@ class MobileNetV2(nn.Module):
         self.conv1 = nn.Sequential(*conv_bn_relu(conv3x3(3, 16, 2)))
         self.blocks = nn.ModuleList()
         inp = 16
-        for expand, width, n, stride in ((1, 8, 1, 1), (6, 12, 2, 1), (6, 16, 3, 2), (6, 32, 4, 2), (6, 48, 3, 1),
-                                         (6, 80, 3, 2), (6, 160, 1, 1)):
+        for expand, width, n, stride in ((1, 8, 1, 1), (6, 12, 2, 1), (6, 16, 3, 2), (6, 32, 4, 2),
+                                         (6, 48, 3, 1), (6, 80, 3, 2), (6, 160, 1, 1)):
             units = []
             for j in range(n):
                 units.append(InvertedResidual(inp, width, stride if j == 0 else 1, expand))
@@ -270,7 +283,7 @@ class MobileNetV2(nn.Module):
         return self.classifier(pool(self.conv2(x)))
 
 
-# ---------------------------------------------------------------- ShuffleNet V1 and V2 (Zhang et al., Ma et al. 2018)
+# -------------------------------------------------------- ShuffleNet V1 and V2 (Zhang et al., Ma et al. 2018)
 
 
 class ShuffleUnitV1(nn.Module):
@@ -306,7 +319,8 @@ class ShuffleV1(nn.Module):
 
     @staticmethod
     def _stage(inp, out, n):
-        return nn.Sequential(ShuffleUnitV1(inp, out, 2, 3), *(ShuffleUnitV1(out, out, 1, 3) for _ in range(n - 1)))
+        return nn.Sequential(ShuffleUnitV1(inp, out, 2, 3),
+                             *(ShuffleUnitV1(out, out, 1, 3) for _ in range(n - 1)))
 
     def forward(self, x):
         x = F.relu(self.bn1(self.conv1(x)))
@@ -374,15 +388,15 @@ class ShuffleV2(nn.Module):
         return self.linear(pool(F.relu(self.bn2(self.conv2(x)))))
 
 
-# ---------------------------------------------------------------- MobileNetV1 for ImageNet (Howard et al. 2017)
+# -------------------------------------------------------- MobileNetV1 for ImageNet (Howard et al. 2017)
 
 
 class MobileNetV1(nn.Module):
     def __init__(self, num_classes):
         super().__init__()
         units, inp = [nn.Sequential(*conv_bn_relu(conv3x3(3, 32, 2)))], 32
-        for out, stride in ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2),
-                            (1024, 1)):
+        for out, stride in ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5,
+                            (1024, 2), (1024, 1)):
             units.append(nn.Sequential(*conv_bn_relu(conv3x3(inp, inp, stride, inp)),
                                        *conv_bn_relu(conv1x1(inp, out))))
             inp = out
@@ -393,7 +407,7 @@ class MobileNetV1(nn.Module):
         return self.fc(pool(self.model(x)))
 
 
-# ---------------------------------------------------------------- names and files
+# -------------------------------------------------------- names and files
 
 NARROW, WIDE = (16, 16, 32, 64), (32, 64, 128, 256)
 
@@ -401,9 +415,9 @@ MODELS = {
     **{f"resnet{d}": lambda n, d=d: ResNet(d, NARROW, n) for d in (8, 14, 20, 32, 44, 56, 110)},
     "resnet8x4": lambda n: ResNet(8, WIDE, n),
     "resnet32x4": lambda n: ResNet(32, WIDE, n),
-    "ResNet18": lambda n: WideStageResNet((2, 2, 2, 2), 1, n),
-    "ResNet34": lambda n: WideStageResNet((3, 4, 6, 3), 1, n),
-    "ResNet50": lambda n: WideStageResNet((3, 4, 6, 3), 4, n),
+    "ResNet18": lambda n: WideStageResNet(WideBasicBlock, (2, 2, 2, 2), n),
+    "ResNet34": lambda n: WideStageResNet(WideBasicBlock, (3, 4, 6, 3), n),
+    "ResNet50": lambda n: WideStageResNet(Bottleneck, (3, 4, 6, 3), n),
     **{f"wrn_{d}_{k}": lambda n, d=d, k=k: WideResNet(d, k, n) for d in (16, 40) for k in (1, 2)},
     "vgg8": lambda n: VGG((1, 1, 1, 1, 1), n),
     "vgg11": lambda n: VGG((1, 1, 2, 2, 2), n),
@@ -434,9 +448,10 @@ def create_model(name, num_classes=100):
 def load_weights(model, path, *, prefer="student", say=print):
     """Loads any of the field's checkpoint files into `model`; returns what else the file says, a dict.
 
-    Formats: see weights.py; float16 weights are cast to the model's. Always weights_only, always strict; only `num_batches_tracked`,
-    which old files lack, may be missing. prefer: "student" or "teacher", where a file has both halves; `say` takes a line where there
-    was a choice. Raises ValueError, one line that names the file, the network and the first keys that differ; the model is then untouched.
+    Formats: see weights.py; float16 weights are cast to the model's. Always weights_only, always strict; only
+    `num_batches_tracked`, which old files lack, may be missing. prefer: "student" or "teacher", where a file
+    has both halves; `say` takes a line where there was a choice. Raises ValueError, one line that names the
+    file, the network and the first keys that differ; the model is then untouched.
     """
     name = getattr(model, "name", type(model).__name__)
     content = read_checkpoint(path, name)
@@ -459,26 +474,28 @@ def load_weights(model, path, *, prefer="student", say=print):
     reshaped = [k for k in want if k in state and want[k].shape != state[k].shape]
     head = list(want)[-2:]      # every network ends with its classifier's weight and bias
     if not missing and not unexpected and reshaped == head and state[head[1]].ndim == 1:
-        raise ValueError(f"{path} is for {len(state[head[1]])} classes, this {name} is for {len(want[head[1]])}")
+        raise ValueError(f"{path} is for {len(state[head[1]])} classes, "
+                         f"this {name} is for {len(want[head[1]])}")
     if missing or unexpected or reshaped:
         differ = ([f"{k} is missing" for k in missing] + [f"{k} is not in {name}" for k in unexpected]
                   + [f"{k} is {tuple(state[k].shape)}, not {tuple(want[k].shape)}" for k in reshaped])
         guess = guess_network(content)
-        raise ValueError(f"{path} is not a {name}" + (f" but a {guess}" if guess not in (None, name) else "") + f": {'; '.join(differ[:3])}"
+        raise ValueError(f"{path} is not a {name}" + (f" but a {guess}" if guess not in (None, name) else "")
+                         + f": {'; '.join(differ[:3])}"
                          + (f"; and {len(differ) - 3} more" if len(differ) > 3 else ""))
     model.load_state_dict(want | state)
     return facts_of(content)
 
 
 def class_count(content, model):
-    """How many classes the weights in a checkpoint's content are for, where the rest of them fits the model; else None."""
+    """How many classes a checkpoint's weights are for, where the rest of them fits the model; else None."""
     fits, _ = find_weights(content, model)
     bias = fits[preferred(fits)][list(model.state_dict())[-1]] if fits else None
     return len(bias) if bias is not None and bias.ndim == 1 else None
 
 
 def guess_network(content):
-    """The name in MODELS whose keys and shapes, but for the class count, weights in a checkpoint's content have; None if there is none."""
+    """The name in MODELS whose keys and shapes a checkpoint's content has, class count aside; else None."""
     found = {}
     for name in MODELS:
         with torch.device("meta"):

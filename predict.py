@@ -1,4 +1,4 @@
-"""Classifies images with a file that export.py wrote. Needs onnxruntime, numpy and Pillow; copy it beside the .onnx file.
+"""Classifies images with a file that export.py wrote. Needs onnxruntime, numpy and Pillow; copy it beside it.
 
     python predict.py resnet8x4.int8.onnx cat.png photos/
     python predict.py resnet8x4.onnx cat.png --json
@@ -29,26 +29,28 @@ class Classifier:
         if "classes" not in facts:
             raise ValueError("it was not written by export.py: no metadata")
         self.classes, self.size, self.resize = (json.loads(facts[k]) for k in ("classes", "size", "resize"))
-        self.mean, self.std = (np.array(json.loads(facts[k]), np.float32).reshape(3, 1, 1) for k in ("mean", "std"))
+        self.mean, self.std = (np.array(json.loads(facts[k]), np.float32).reshape(3, 1, 1)
+                               for k in ("mean", "std"))
         self.temperature = float(facts["temperature"])
         self.takes_float = self.session.get_inputs()[0].type == "tensor(float)"
 
     def pixels(self, image):
-        """uint8 (3, height, width) of a Pillow image, upright, in RGB; other sizes are resized and the centre is taken."""
+        """uint8 (3, height, width) of a Pillow image, upright, in RGB; resized, and the centre taken."""
         try:
             image = ImageOps.exif_transpose(image)
         except Exception:       # a damaged orientation, for which Pillow has several errors: as it is
             pass
         if image.mode.startswith("I"):              # 16-bit grey, which Pillow would clip
             image = image.point(lambda level: level / 256).convert("L")
-        image = image.convert("RGBA") if "transparency" in image.info or "A" in image.getbands() else image.convert("RGB")
-        if image.mode == "RGBA":
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        if "transparency" in image.info or "A" in image.getbands():
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        image = image.convert("RGB")
         height, width = self.size
         short, other = min(image.size), max(image.size)
-        if (short, other) != (self.resize, self.resize):        # as torchvision's Resize and CenterCrop, to the pixel
+        if (short, other) != (self.resize, self.resize):    # to the pixel as torchvision's Resize, CenterCrop
             scaled = int(self.resize * other / short)
-            image = image.resize((self.resize, scaled) if image.width <= image.height else (scaled, self.resize), Image.Resampling.BILINEAR)
+            new = (self.resize, scaled) if image.width <= image.height else (scaled, self.resize)
+            image = image.resize(new, Image.Resampling.BILINEAR)
         left, top = round((image.width - width) / 2), round((image.height - height) / 2)
         image = image.crop((left, top, left + width, top + height))
         return np.asarray(image).transpose(2, 0, 1)
@@ -101,14 +103,16 @@ def main():
             continue
         height, width = classifier.size
         if size != (width, height):
-            print(f"notice: {path} is {size[0]} x {size[1]}, resized and cropped to {width} x {height}", file=sys.stderr)
+            print(f"notice: {path} is {size[0]} x {size[1]}, resized and cropped to {width} x {height}",
+                  file=sys.stderr)
         probabilities = classifier(pixels[None])[0]
-        best = np.argsort(-probabilities, kind="stable")[:arguments.top]
+        best = [(classifier.classes[i], int(i), float(probabilities[i]))
+                for i in np.argsort(-probabilities, kind="stable")[:arguments.top]]
         if arguments.json:
-            print(json.dumps({"image": str(path), "top": [{"class": classifier.classes[i], "index": int(i),
-                                                            "probability": round(float(probabilities[i]), 6)} for i in best]}))
+            top = [{"class": name, "index": i, "probability": round(p, 6)} for name, i, p in best]
+            print(json.dumps({"image": str(path), "top": top}))
         else:
-            print(f"{path}: " + ", ".join(f"{classifier.classes[i]} {100 * probabilities[i]:.1f} %" for i in best))
+            print(f"{path}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, _, p in best))
     if not found:
         sys.exit(f"Error: no images ({', '.join(SUFFIXES)}) in {', '.join(arguments.images)}")
     sys.exit(1 if failed else 0)

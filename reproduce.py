@@ -1,19 +1,20 @@
-"""The paper's CIFAR-100 table from one command: many runs of train_cifar.py, their results, the README's tables.
+"""The papers' CIFAR-100 table from one command: command lines of train_cifar.py, their results, the tables.
 
 \b
-  python reproduce.py                                            six teachers, then eight pairs, nine methods, one seed
+  python reproduce.py                                     six teachers, then eight pairs, nine methods
   python reproduce.py --pairs resnet32x4-resnet8x4 --methods kd,kd-z --seeds 3
-  python reproduce.py --pairs resnet56-resnet8 --epochs 12 --train-images 20000      a short budget, in a table of its own
-  python reproduce.py --table                                    the README's tables from results/; nothing is run
+  python reproduce.py --pairs resnet56-resnet8 --epochs 12 --train-images 20000     a short budget
+  python reproduce.py --table                             the tables from results/; nothing is run
 
-A run is results/NAME.json, its log results/logs/NAME.jsonl.gz, and for teachers a file in checkpoints/. Stopped at any moment, the same command goes on; what
-is finished is not run again. A row that another process has in hand is left to it, so that several may share one GPU.
+A row is results/NAME.json, its log results/logs/NAME.jsonl.gz, for teachers a file in checkpoints/. A row
+that is there is not run again; one that another process has in hand is left to it: several may share a GPU.
 """
 
 import gzip
 import json
 import os
 import re
+import shlex
 import statistics
 from pathlib import Path
 from typing import NamedTuple
@@ -21,58 +22,65 @@ from typing import NamedTuple
 import click
 import torch
 
-import recipes
 import cli
+import recipes
 import run as runs
 import train_cifar
 from data import load_data
-from models import MODELS, create_model, load_weights, weights_sha256
-from weights import read_checkpoint
+from models import create_model, load_weights, weights_sha256
 from run import Busy, RunError
-from teacher import CHECKPOINTS, Teacher
+from teacher import CHECKPOINTS, Teacher, find_teacher
+from weights import read_checkpoint
 
 ROOT = Path(__file__).resolve().parent
 TEACHERS = ("resnet32x4", "wrn_40_2", "resnet56", "resnet110", "vgg13", "ResNet50")
-PAIRS = ("resnet32x4-resnet8x4", "resnet32x4-ShuffleV2", "resnet32x4-wrn_16_2", "resnet32x4-wrn_40_2", "wrn_40_2-wrn_16_2",
-         "resnet56-resnet20", "resnet110-resnet32", "resnet110-resnet20")
+PAIRS = ("resnet32x4-resnet8x4", "resnet32x4-ShuffleV2", "resnet32x4-wrn_16_2", "resnet32x4-wrn_40_2",
+         "wrn_40_2-wrn_16_2", "resnet56-resnet20", "resnet110-resnet32", "resnet110-resnet20")
 METHODS = ("none", "kd", "kd-z", "dkd", "dkd-z", "mlkd-z", "mlkd-z-released", "ctkd-z", "wttm")
 KNOWN_METHODS = ("none", *(f"{c}{r}" for c in recipes.COLUMNS for r in ("", "-released")))
-KEPT_PAIR = "resnet32x4-resnet8x4"      # its students are kept in checkpoints/, like the teachers
+KEPT = ("resnet32x4-resnet8x4", "resnet8x4", *TEACHERS)     # whose students are kept in checkpoints/
 LARGEST = 16e6      # bytes of a checkpoint that is kept
+NOISE = 0.25        # points: how the last epoch of full-length runs deviates from seed to seed
 BEGIN, END = "<!-- made by reproduce.py: begin -->", "<!-- made by reproduce.py: end -->"
+# what a recipe that lacks a key means: older records lack the newer keys
+DEFAULTS = {"compile": False, "deterministic": False, "exact_teacher": False, "feature": None,
+            "feature_weight": None, "precision": "fp32", "student_checkpoint": None, "train_images": None,
+            "val_from_train": 0}
 
 
 class Row(NamedTuple):
+    """A command line of train_cifar.py, and what it is resolved to."""
     teacher: str | None
     student: str
     method: str         # as in KNOWN_METHODS
+    seed: int
+    arguments: list     # that make the row on any machine
+    where: list         # on this one
+    recipe: dict
+    name: str           # of its result
 
     @property
     def pair(self):
         return f"{self.teacher}-{self.student}" if self.teacher else self.student
 
-    def flags(self):
-        """The row in train_cifar.py's words."""
-        name, *rest = self.method.split("-")
-        return {"teacher": self.teacher, "student": self.student, "method": name, "zscore": "z" in rest,
-                "recipe": "released" if "released" in rest else "authors"}
+    @property
+    def full_length(self):
+        return not budget_of(self.recipe)
+
+
+def options(**values):
+    """The words of flags with values; a flag whose value is None is left out."""
+    return [word for k, v in values.items() if v is not None for word in (f"--{k.replace('_', '-')}", str(v))]
 
 
 def rows_of(pairs, methods):
-    """Rows in the order of pairs, then methods. A pair is TEACHER-STUDENT, or one network alone; a student alone counts once."""
-    rows = []
+    """(teacher or None, student, method) by pairs, TEACHER-STUDENT or NAME, then methods; each once."""
+    rows = {}
     for pair in pairs:
         *teacher, student = pair.split("-")
         for method in methods if teacher else ["none"]:
-            rows.append(Row(teacher[0] if teacher and method != "none" else None, student, method))
-    return list(dict.fromkeys(rows))
-
-
-# ---------------------------------------------------------------- running
-
-
-def is_full(recipe):
-    return recipe["epochs"] == recipe["full_epochs"] and recipe["train_images"] is None
+            rows[teacher[0] if method != "none" else None, student, method] = None
+    return list(rows)
 
 
 def budget_of(recipe):
@@ -81,111 +89,159 @@ def budget_of(recipe):
     return epochs + ([f"{recipe['train_images']}images"] if recipe["train_images"] else [])
 
 
-def command_of(row, recipe, teacher_checkpoint=None):
-    """The command that makes this row alone, on any machine: with all that a recipe and a machine may decide otherwise."""
-    words = ["python train_cifar.py"]
-    for name, value in row.flags().items():
-        if name == "zscore":
-            words += ["--zscore"] * value
-        elif value is not None and (name, value) != ("recipe", "authors"):
-            words.append(f"--{name} {value}")
-    given = {"teacher_checkpoint": teacher_checkpoint if row.teacher else None, "seed": recipe["seed"],
-             "epochs": None if recipe["epochs"] == recipe["full_epochs"] else recipe["epochs"], "train_images": recipe["train_images"],
-             "precision": recipe["precision"], "data": None if recipe["data"] == "cifar100" else recipe["data"]}
-    words += [f"--{k.replace('_', '-')} {v}" for k, v in given.items() if v is not None]
-    return " ".join(words + ["--compile"] * recipe["compile"])
+def differences(before, now, but=()):
+    """Where two recipes differ, keys in `but` aside: ["precision was fp32, now bf16"]."""
+    before, now = (DEFAULTS | json.loads(json.dumps(recipe)) for recipe in (before, now))
+    return [f"{k} was {before.get(k)}, now {now.get(k)}" for k in before | now
+            if k not in but and before.get(k) != now.get(k)]
+
+
+# ---------------------------------------------------------------- running
 
 
 class Reproduction:
-    """What the rows share: the data, and each teacher with its remembered answers."""
+    """What the rows share: flags, folders, data and teachers."""
 
-    def __init__(self, flags, device, results, readme):
-        self.device, self.teachers, self.data, self.results, self.readme = device, {}, None, results, readme
-        self.flags = dict.fromkeys(p.name for p in train_cifar.main.params) | {
-            "deterministic": False, "val_from_train": 0, "save_every": 60, "capture": True, "teacher_memory": True,
-            "exact_teacher": False, "dry_run": False} | flags
-        self.facts = runs.collect_facts(device)     # now: the files may change while the rows run
-        self.named = None       # the hash of --teacher-checkpoint
-        self.kept = {KEPT_PAIR, KEPT_PAIR.split("-")[1], *TEACHERS}     # whose weights go to checkpoints/
+    def __init__(self, flags, results, readme):
+        self.results, self.readme, self.kept, self.shared = results, readme, KEPT, {}
+        self.device = cli.pick_device(flags["device"])
+        self.flags = flags | {"precision": cli.pick_precision(flags["precision"], self.device)}
+        self.facts = runs.collect_facts(self.device)        # now: files may change while the rows run
+        self.teachers = {}      # what train_cifar.py is to be told of each one's file
+        self.hashes = {}        # of files of weights
 
-    def recipe(self, row, seed):
-        """(the row's resolved recipe, lines to print, its name)."""
-        recipe, lines = train_cifar.resolve(self.flags | row.flags(), self.device)
-        recipe["seed"] = seed
-        released = ["released"] if "released" in row.method else []
-        return recipe, lines, "-".join([train_cifar.run_name(recipe), *released, *budget_of(recipe)])
+    def row(self, teacher, student, method, seed):
+        flags, (name, *rest) = self.flags, method.split("-")
+        arguments = options(teacher=teacher, student=student, method=name) + ["--zscore"] * ("z" in rest)
+        arguments += ["--recipe", "released"] * ("released" in rest)
+        arguments += options(teacher_checkpoint=flags["teacher_checkpoint"] if teacher else None, seed=seed,
+                             **{k: flags[k] for k in ("epochs", "train_images", "precision")},
+                             data=None if flags["data"] == "cifar100" else flags["data"])
+        arguments += ["--compile"] * flags["compile"]
+        where = options(**{k: flags[k] for k in ("device", "data_dir", "teacher_url")})
+        recipe, folder = train_cifar.resolve_arguments([*arguments, *where])
+        parts = ["released"] * ("released" in rest) + budget_of(recipe)
+        where += options(out=Path(flags["out"], *parts))
+        return Row(teacher, student, method, seed, arguments, where, recipe, "-".join([folder, *parts]))
 
-    def done(self, path, recipe):
-        """Whether a row's result is there; RunError where it is another recipe's, or another teacher's than the named one."""
+    def done(self, row):
+        """Whether a row's result is there; RunError for another recipe's, or not the named teacher's."""
+        path, recipe, named = self.results / f"{row.name}.json", row.recipe, self.flags["teacher_checkpoint"]
         if not path.exists():
             return False
-        before = load_record(path)["recipe"]
-        if recipe["teacher"] and self.flags["teacher_checkpoint"]:
-            if self.named is None:
-                network = create_model(recipe["teacher"])
-                load_weights(network, self.flags["teacher_checkpoint"], prefer="teacher")
-                self.named = weights_sha256(network)
-            recipe = recipe | {"teacher_sha256": self.named}
-        now = json.loads(json.dumps(recipe))
-        differ = [f"{k} was {before.get(k)}, now {v}" for k, v in now.items() if before.get(k) != v]
+        if row.teacher and named:
+            recipe = recipe | {"teacher_sha256": self.sha256(row.teacher, named)}
+        differ = differences(load_record(path)["recipe"], recipe, () if named else ("teacher_sha256",))
         if differ:
-            raise RunError(f"{path} is of another recipe ({'; '.join(differ)}): choose other --results and --out, or remove it")
+            raise RunError(f"{path} is of another recipe ({'; '.join(differ)}): choose other --results and "
+                           "--out, or remove it")
         return True
 
-    def run(self, row, recipe):
-        """Trains a row, or finds it trained. Returns its record and its run's folder."""
-        flags = self.flags | row.flags()
-        self.data = self.data or load_data(flags["data"], flags["data_dir"], self.device, train_images=flags["train_images"])
-        teacher, top1 = self.teacher(recipe, flags) if row.teacher else (None, None)
-        out = Path(flags["out"], *(["released"] if "released" in row.method else []), *budget_of(recipe))
-        result, folder = train_cifar.distil(recipe, self.data, teacher, flags | {"out": str(out)}, self.device)
+    def run(self, row):
+        """Runs a row, or finds its run finished, and writes its result and the tables."""
+        more = self.teacher(row) if row.teacher else []
+        _, result, folder, teacher = train_cifar.run([*row.arguments, *more, *row.where], self.shared)
+        if teacher:
+            self.check_teacher(row, teacher.sha256, teacher.source)
         config = json.loads((folder / "config.json").read_text())
-        facts = [{k: v for k, v in x.items() if k != "command"} for x in (config["facts"], self.facts)]     # begun with, ended with
-        return {"teacher": row.teacher, "student": row.student, "method": row.method, "seed": recipe["seed"],
-                **{k: result[k] for k in ("last", "best", "best_chosen_on", "epochs", "minutes", "img_s")},
-                "full_length": is_full(recipe), "teacher_top1": top1, "teacher_source": teacher and teacher.source,
-                "command": command_of(row, recipe, flags["teacher_checkpoint"]), "facts": facts[0],
-                **({"went_on_with": facts[1]} if facts[0] != facts[1] else {}), "recipe": config["recipe"]}, folder
+        begun, ended = ({k: v for k, v in x.items() if k != "command"} for x in (config["facts"], self.facts))
+        record = {"teacher": row.teacher, "student": row.student, "method": row.method, "seed": row.seed,
+                  **{k: result[k] for k in ("last", "best", "best_chosen_on", "epochs", "minutes", "img_s")},
+                  "full_length": row.full_length, "teacher_top1": teacher and teacher.top1,
+                  "teacher_source": teacher and teacher.source,
+                  "command": shlex.join(["python", "train_cifar.py", *row.arguments, *more]), "facts": begun,
+                  **({"went_on_with": ended} if begun != ended else {}), "recipe": config["recipe"]}
+        if row.full_length and row.recipe["data"] == "cifar100" and row.seed == 0 and row.pair in self.kept:
+            data = load_data("cifar100", self.flags["data_dir"], self.device)
+            click.echo(keep(row, record, folder, data, self.device))
+        with runs.explained(self.results):      # the JSON, which says that a row is done, last
+            (self.results / "logs").mkdir(parents=True, exist_ok=True)
+            log = gzip.compress((folder / "log.jsonl").read_bytes(), mtime=0)
+            replace(self.results / "logs" / f"{row.name}.jsonl.gz", log)
+            replace(self.results / f"{row.name}.json", to_json(record))
+        write_tables(self.results, self.readme)
 
-    def teacher(self, recipe, flags):
-        """(the Teacher of a row, trained here first where there is none, its top-1); once for all rows that have it."""
-        name = recipe["teacher"]
-        if name not in self.teachers:
-            teacher = train_cifar.get_teacher(recipe, self.data, flags, self.device, self.train_teacher)
-            before = {r["recipe"]["teacher_sha256"]: r["teacher_source"] for r in load_records(self.results) if r["teacher"] == name
-                      and (r["recipe"]["data"], *budget_of(r["recipe"])) == (recipe["data"], *budget_of(recipe))}
-            if before and teacher.sha256 not in before:     # rows of two teachers would stand beside each other
-                raise RunError(f"{self.results} has rows taught by another {name} ({', '.join(before.values())}) than {teacher.source}: "
-                               "name that one with --teacher-checkpoint, or choose other --results")
-            top1, line = teacher.check(self.data.test, recipes.ALONE.get(name) if flags["data"] == "cifar100" else None)
-            click.echo(line)
-            self.teachers[name] = teacher, top1
-        return self.teachers[name]
+    def teacher(self, row):
+        """What train_cifar.py is to be told of a teacher's file. One that is missing is trained first."""
+        if row.teacher not in self.teachers:
+            path, more = self.flags["teacher_checkpoint"], []
+            if not path and row.recipe["data"] == "cifar100":
+                path, reason = find_teacher(row.teacher, None, self.flags["teacher_url"], click.echo)
+                if path is None:
+                    click.echo(f"{reason}; training {row.teacher} here first")
+                    path = self.train_teacher(row.teacher)
+                    more = [] if path.parent == CHECKPOINTS else options(teacher_checkpoint=path)
+            if path:
+                self.check_teacher(row, self.sha256(row.teacher, path), path)
+            self.teachers[row.teacher] = more
+        return self.teachers[row.teacher]
 
-    def train_teacher(self, recipe, flags, device):
-        """A missing teacher's file: of its own row, at full length whatever the budget, which is recorded and kept like any."""
-        if recipe["data"] != "cifar100":
-            return train_cifar.train_teacher(recipe, flags, device)
-        shared = Reproduction(self.flags | {"epochs": None, "train_images": None}, device, self.results, self.readme)
-        row = Row(None, recipe["teacher"], "none")
-        shared.kept.add(row.student)
-        run_all([(row, 0)], shared)
-        alone, _, name = shared.recipe(row, 0)
-        for path in (CHECKPOINTS / f"{row.student}.pt", Path(flags["out"]) / name / "student.pt"):
+    def train_teacher(self, name):
+        """The file of a teacher trained as a row of its own, at full length whatever the budget."""
+        flags = self.flags | {"epochs": None, "train_images": None}
+        alone = Reproduction(flags, self.results, self.readme)
+        alone.kept, alone.shared = [*self.kept, name], self.shared
+        row = alone.row(None, name, "none", 0)
+        run_all([row], alone)
+        for path in (CHECKPOINTS / f"{name}.pt", Path(flags["out"], row.name, "student.pt")):
             if path.exists():
                 return path
-        if shared.done(self.results / f"{name}.json", alone):       # a result without its weights
-            return train_cifar.train_teacher(recipe, flags, device)
-        raise Busy(f"{row.student} is being trained")
+        if not alone.done(row):
+            raise Busy(f"{name} is being trained")
+        # its result is there, its weights are not
+        return train_cifar.run([*row.arguments, *row.where], self.shared)[2] / "student.pt"
+
+    def sha256(self, name, path):
+        """The hash of a teacher's weights in a file, read once."""
+        if path not in self.hashes:
+            network = create_model(name)
+            load_weights(network, path, prefer="teacher")
+            self.hashes[path] = weights_sha256(network)
+        return self.hashes[path]
+
+    def check_teacher(self, row, sha256, source):
+        """RunError where rows of the same table were taught by another one."""
+        budget = row.recipe["data"], *budget_of(row.recipe)
+        before = {r["recipe"]["teacher_sha256"]: r["teacher_source"] for r in load_records(self.results)
+                  if r["teacher"] == row.teacher and (r["recipe"]["data"], *budget_of(r["recipe"])) == budget}
+        if before and sha256 not in before:
+            raise RunError(f"{self.results} has rows taught by another {row.teacher} "
+                           f"({', '.join(before.values())}) than {source}: name that one with "
+                           "--teacher-checkpoint, or choose other --results")
 
 
-def record_row(record, folder, results, name):
-    """results/NAME.json and results/logs/NAME.jsonl.gz; the JSON, which says that a row is done, last."""
-    with runs.explained(results):
-        (results / "logs").mkdir(parents=True, exist_ok=True)
-        log = gzip.compress((folder / "log.jsonl").read_bytes(), mtime=0)
-        replace(results / "logs" / f"{name}.jsonl.gz", log)
-        replace(results / f"{name}.json", (json.dumps(runs.rounded(record), indent=2) + "\n").encode())
+def run_all(rows, shared):
+    """Every row that is not done, for a Reproduction. RunError at the end, when some could not be run."""
+    problems, again = [], True
+    while again:        # once more when a row that was in another's hands may be free by now
+        again, elsewhere, awaited = False, [], set()
+        for row in rows:
+            try:
+                if row.name in problems or shared.done(row):
+                    continue
+                if row.teacher in awaited:      # another teacher than the awaited one is not taken meanwhile
+                    raise Busy(f"{row.teacher} is being trained")
+                click.echo(f"\n{row.name}")
+                shared.run(row)
+                again = True
+            except Busy:
+                elsewhere.append(row.name)
+                if row.method == "none" and row.full_length and not shared.flags["teacher_checkpoint"]:
+                    awaited.add(row.student)
+            except (RunError, click.UsageError, ValueError, torch.OutOfMemoryError) as error:
+                click.echo(f"{row.name}: {runs.first_line(error)}", err=True)
+                problems.append(row.name)
+        again = again and bool(elsewhere)
+    write_tables(shared.results, shared.readme)       # another process may have written its own in between
+    if elsewhere:
+        click.echo(f"in another process's hands: {', '.join(elsewhere)}")
+    if problems:
+        raise RunError(f"{len(problems)} of {len(rows)} rows could not be run: {', '.join(problems)}; "
+                       "their reasons are above")
+
+
+def to_json(record):
+    return (json.dumps(runs.rounded(record), indent=2) + "\n").encode()
 
 
 def replace(path, content):
@@ -198,37 +254,37 @@ def replace(path, content):
 
 
 def keep(row, record, folder, data, device):
-    """A teacher, or a student of KEPT_PAIR, as float16 weights with a model card (JSON) in checkpoints/; returns a line to print.
+    """Keeps a row's student as float16 weights with a model card (JSON) in checkpoints/; returns a line.
 
-    Weights of 16 MB and more, and those whose accuracy float16 changes by more than 0.02 points, are left out; the card stays. A file
-    that is there already is not touched: rows may have been taught by it.
+    Weights of 16 MB and more, and those whose accuracy float16 changes by more than 0.02 points, are left
+    out; the card stays. A file that is there already is not touched: rows may have been taught by it.
     """
     name = row.student if row.teacher is None else f"{row.pair}-{row.method}"
     path, card = CHECKPOINTS / f"{name}.pt", CHECKPOINTS / f"{name}.json"
-    weights = {k: v.half() if v.is_floating_point() else v for k, v in read_checkpoint(folder / "student.pt")["model"].items()}
+    if path.exists() and card.exists():
+        return f"{path} is there already and stays"
+    weights = read_checkpoint(folder / "student.pt")["model"]
+    half = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
+    partial, top1 = CHECKPOINTS / f"{name}.{os.getpid()}.part", []
     with runs.explained(CHECKPOINTS):
         CHECKPOINTS.mkdir(exist_ok=True)
-        if path.exists() and card.exists():
-            return f"{path} is there already and stays"
-        partial = runs.write_checkpoint(CHECKPOINTS / f"{name}.{os.getpid()}.part", {"model": weights, "student": row.student})
+        runs.write_checkpoint(partial, {"model": half, "student": row.student})
         try:
-            top1 = []       # as trained and as kept, by the same arithmetic: float32
-            for file in (folder / "student.pt", partial):
+            for file in (folder / "student.pt", partial):       # by the same arithmetic: float32
                 network = create_model(row.student)
                 load_weights(network, file)
                 top1.append(Teacher(network, device).evaluate(data.test)["top1"])
             size, same = partial.stat().st_size, abs(top1[1] - top1[0]) <= 0.02
-            replace(card, (json.dumps(runs.rounded(
-                {k: record[k] for k in ("command", "seed", "last", "best", "best_chosen_on", "facts")}
-                | {"float32_top1": top1[0], "float16_top1": top1[1], "float16_bytes": size}), indent=2) + "\n").encode())
-            if path.exists():
-                return f"{path} is there already and stays; its card was written"
-            if size >= LARGEST or not same:
-                return f"{name}: {size / 1e6:.1f} MB, {top1[0]:.2f} %, {top1[1]:.2f} % in float16: only its card is kept"
+            shown = {k: record[k] for k in ("command", "seed", "last", "best", "best_chosen_on", "facts")}
+            shown |= {"float32_top1": top1[0], "float16_top1": top1[1], "float16_bytes": size}
+            replace(card, to_json(shown))
+            line = f"{path}: {size / 1e6:.1f} MB, {top1[0]:.2f} %, {top1[1]:.2f} % in float16"
+            if path.exists() or size >= LARGEST or not same:
+                return f"{line}: only its card is written"
             os.replace(partial, path)
+            return f"{line}: kept"
         finally:
             partial.unlink(missing_ok=True)
-    return f"kept {path}, {top1[1]:.2f} % in float16"
 
 
 # ---------------------------------------------------------------- the tables
@@ -238,10 +294,10 @@ def load_record(path):
     """One row's result; RunError for a file that is not one."""
     try:
         record = json.loads(path.read_text())
-        for key in ("teacher", "student", "seed", "epochs", "full_length", "minutes", "teacher_top1", "teacher_source", "command"):
+        for key in ("teacher", "student", "seed", "epochs", "full_length", "teacher_top1", "teacher_source"):
             record[key]
-        record["last"]["top1"] + record["best"]["top1"], record["facts"]["device"], record["recipe"]["data"]
-        Row(None, "", record["method"]).flags()
+        record["last"]["top1"] + record["best"]["top1"] + record["minutes"]
+        record["facts"]["device"], record["recipe"]["data"], record["method"] + record["command"]
         return record
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise RunError(f"{path} is not a row's result; remove it") from None
@@ -253,15 +309,15 @@ def load_records(results):
 
 
 def cells_of(records):
-    """Row -> its records by seed. RunError where the seeds of one cell were run by different recipes."""
+    """(teacher, student, method) -> its records by seed. RunError where their recipes differ."""
     cells = {}
     for record in records:
-        cell = cells.setdefault(Row(record["teacher"], record["student"], record["method"]), {})
+        cell = cells.setdefault((record["teacher"], record["student"], record["method"]), {})
         for other in cell.values():
-            differ = [k for k in record["recipe"] | other["recipe"] if k != "seed" and record["recipe"].get(k) != other["recipe"].get(k)]
+            differ = differences(other["recipe"], record["recipe"], ("seed",))
             if differ:
-                raise RunError(f"seeds {other['seed']} and {record['seed']} of {record['command']} differ in {', '.join(differ)}: no "
-                               "mean is taken over them; move one of them out of the results")
+                raise RunError(f"seeds {other['seed']} and {record['seed']} of {record['command']} differ: "
+                               f"{'; '.join(differ)}. No mean is taken; move one out of the results")
         cell[record["seed"]] = record
     return cells
 
@@ -272,75 +328,94 @@ def spread(values, sign=""):
     return f"{statistics.mean(values):{sign}.2f}{deviation} (n = {len(values)})"
 
 
-def device_of(facts):
-    return facts["device"] + (f", {facts['threads']} threads" if facts["device"].endswith("cpu") else "")
+def verdict(values, others, full_length):
+    """What RULE calls `values` beside as many `others`."""
+    n, difference = len(values), statistics.mean(values) - statistics.mean(others)
+    if n > 1:
+        error = ((statistics.variance(values) + statistics.variance(others)) / n) ** 0.5
+    else:
+        error = NOISE * 2 ** 0.5 if full_length else float("inf")
+    return "within noise" if abs(difference) <= 2 * error else "better" if difference > 0 else "worse"
 
 
-def table_row(row, cells):
-    """One line of a table. A cell that has not been run is empty."""
-    flags = row.flags()
-    names = (row.teacher, row.student, flags["method"], flags["zscore"])
-    published, logged = (f"{v:.2f}" if v else "" for v in (recipes.published(*names), recipes.logged(*names)))
-    pair = f"{row.teacher} → {row.student}" if row.teacher else row.student
-    method = flags["method"].upper() + "+Z" * flags["zscore"] + ", released" * (flags["recipe"] == "released")
-    cell = cells.get(row, {})
-    if not cell:
-        return [pair, "alone" if row.teacher is None else method, "", "", published, logged, "", "", "", ""]
-    plain = cells.get(row._replace(method=row.method.replace("-z", "")), {}) if flags["zscore"] else {}
-    alike = ("teacher_sha256", "precision", "compile")      # the recipes differ anyway
-    delta = [cell[s]["last"]["top1"] - plain[s]["last"]["top1"] for s in sorted(cell.keys() & plain.keys())
-             if all(cell[s]["recipe"].get(k) == plain[s]["recipe"].get(k) for k in alike)]
-    shown = list(cell.values())
-    return [pair, "alone" if row.teacher is None else method, spread([r["last"]["top1"] for r in shown]),
-            spread([r["best"]["top1"] for r in shown]), published, logged, spread(delta, "+") if delta else "",
-            f"{statistics.mean(r['minutes'] for r in shown):.1f}", ", ".join(sorted({device_of(r["facts"]) for r in shown})),
-            "`" + re.sub(" --seed [0-9]+", "", shown[0]["command"].removeprefix("python train_cifar.py ")) + "`"]
+RULE = f"""\
+Δ of Z is taken over the seeds that were run with and without Z, with one teacher, precision and compilation.
+It is called better or worse where it exceeds twice its standard error, from the sample deviations of the two
+cells. One seed gives no deviation: a full-length run is then taken to deviate by {NOISE} points, as such runs
+are known to, and a short one is within noise."""
+HEAD = ("pair", "method", "last epoch, top-1", "best, chosen on test", "paper", "authors' log, last epoch",
+        "Δ of Z", "paper's Δ", "minutes", "device", "`python train_cifar.py`, with `--seed`")
 
 
-HEAD = ["pair", "method", "last epoch, top-1", "best, chosen on test", "paper", "authors' log, last epoch", "Δ of Z", "minutes",
-        "device", "`python train_cifar.py`, with `--seed`"]
+def table_row(key, cells):
+    """One line of a table; "" where there is nothing to say."""
+    (teacher, student, method), cell = key, cells[key]
+    name, *rest = method.split("-")
+    z, record = "z" in rest, next(iter(cell.values()))
+    plain = cells.get((teacher, student, method.replace("-z", "")), {}) if z else {}
+    alike = ("teacher_sha256", "precision", "compile")      # the two methods' recipes differ anyway
+    seeds = [s for s in cell if s in plain and not differences(
+        *({k: c[s]["recipe"][k] for k in alike if k in c[s]["recipe"]} for c in (plain, cell)))]
+    last = [[c[s]["last"]["top1"] for s in seeds] for c in (cell, plain)]
+    gain = [a - b for a, b in zip(*last)]
+    published, baseline = (recipes.published(teacher, student, name, on) for on in (z, False))
+    logged = recipes.logged(teacher, student, name, z)
+    minutes = [r["minutes"] for r in cell.values() if not r.get("background")]      # they hold waiting
+    devices = {d["device"] + (f", {d['threads']} threads" if d["device"].endswith("cpu") else "")
+               for d in (r["facts"] for r in cell.values())}
+    command = re.sub(" --seed [0-9]+", "", record["command"].removeprefix("python train_cifar.py "))
+    return [f"{teacher} → {student}" if teacher else student,
+            name.upper() + "+Z" * z + ", released" * ("released" in rest) if teacher else "alone",
+            *(spread([r[k]["top1"] for r in cell.values()]) for k in ("last", "best")),
+            f"{published:.2f}" if published else "", f"{logged:.2f}" if logged else "",
+            f"{spread(gain, '+')}, {verdict(*last, record['full_length'])}" if gain else "",
+            f"{published - baseline:+.2f}" if z and published and baseline else "",
+            f"{statistics.mean(minutes):.1f}" if minutes else "", ", ".join(sorted(devices)), f"`{command}`"]
 
 
-def teachers_of(records):
-    """Which teachers taught the rows, a sentence."""
-    teachers = {(r["teacher"], r["teacher_source"], f"{r['teacher_top1']:.2f} %", r["recipe"]["teacher_sha256"][:12]) for r in records if r["teacher"]}
-    return "".join(f"Teacher {name}: {source}, {top1}, SHA-256 of its weights {sha}... " for name, source, top1, sha in sorted(teachers)).strip()
+def markdown(records):
+    """Which teachers taught, and a table of the rows, without columns that have nothing to say."""
+    cells = cells_of(records)
+    pairs = [*TEACHERS, *PAIRS, *(f"{teacher}-{student}" for teacher, student, _ in cells if teacher)]
+    order = dict.fromkeys([*rows_of(pairs, [*METHODS, *KNOWN_METHODS]), *cells])
+    rows = [table_row(key, cells) for key in order if key in cells]
+    used = [i for i in range(len(HEAD)) if any(row[i] for row in rows)]
+    teachers = {(r["teacher"], r["teacher_source"], r["teacher_top1"], r["recipe"]["teacher_sha256"])
+                for r in records if r["teacher"]}
+    said = [f"Teacher {name}: {source}, {top1:.2f} %, SHA-256 of its weights {sha[:12]}..."
+            for name, source, top1, sha in sorted(teachers)]
+    lines = [" | ".join(row[i] or "–" for i in used) for row in (HEAD, ["---"] * len(HEAD), *rows)]
+    return "\n".join([" ".join(said), "", *(f"| {line} |" for line in lines), ""])
 
 
 def tables(records):
-    """Markdown of all rows, a table for each budget; full length, also where nothing has been run yet, last."""
-    short = {}
+    """Markdown of all rows, a table for each budget; full length last."""
+    budgets, text = {}, []
     for record in records:
-        if not (record["full_length"] and record["recipe"]["data"] == "cifar100"):
-            short.setdefault((record["recipe"]["data"], record["epochs"], record["recipe"]["train_images"]), []).append(record)
-    text = []
-    for (data, epochs, images), group in sorted(short.items(), key=str):
-        cells = cells_of(group)
-        pairs = dict.fromkeys(row.pair for row in cells if row.teacher)
-        methods = [*METHODS, *sorted({row.method for row in cells} - set(METHODS))]
-        rows = list(dict.fromkeys([*rows_of(pairs, methods), *cells]))
-        seconds = sum(60 * r["minutes"] for r in group)
-        text += [f"**A short budget: {epochs} epochs on {f'{images:,}' if images else 'all'} training images"
-                 f"{'' if data == 'cifar100' else ' of ' + data}, {cli.duration(seconds)} for the {len(group)} runs.** It shows that the "
-                 f"machinery works{' on real images' * (data == 'cifar100')}, not the paper's ranking. {teachers_of(group)}", "", *markdown([table_row(row, cells) for row in rows]), ""]
-    full = cells_of([r for r in records if r["full_length"] and r["recipe"]["data"] == "cifar100"])
-    rows = list(dict.fromkeys([*rows_of([*TEACHERS, *PAIRS], METHODS), *full]))
-    lines = markdown([table_row(row, full) for row in rows])
-    title = f"Full length, as in the papers: {len(full.keys() & set(rows))} of {len(rows)} rows have been run"
-    text += ([f"**{title}.** {teachers_of([r for cell in full.values() for r in cell.values()])}", "", *lines] if full else
-             [f"<details><summary>{title}; the published numbers wait beside the empty places.</summary>", "", *lines, "", "</details>"])
-    return "\n".join(text)
-
-
-def markdown(rows):
-    return ["| " + " | ".join(cells) + " |" for cells in (HEAD, ["---"] * len(HEAD), *rows)]
+        recipe = record["recipe"]
+        full = record["full_length"] and recipe["data"] == "cifar100"
+        budget = () if full else (recipe["data"], record["epochs"], recipe.get("train_images") or 0)
+        budgets.setdefault((full, *budget), []).append(record)
+    for (full, *budget), group in sorted(budgets.items()):
+        if full:
+            text.append(f"**Full length, as in the papers: {len(cells_of(group))} rows.** {markdown(group)}")
+            continue
+        (data, epochs, images), real = budget, budget[0] == "cifar100"
+        minutes = sum(r["minutes"] for r in group if not r.get("background"))
+        text.append(
+            f"**A short budget: {epochs} epochs on {f'{images:,}' if images else 'all'} training images"
+            f"{'' if real else f' of {data}'}, {cli.duration(60 * minutes)} for the {len(group)} runs.** It "
+            f"shows that the machinery works{' on real images' * real}, not the paper's ranking. "
+            + markdown(group))
+    return "\n".join(text + [RULE] * any("Δ of Z" in part for part in text)).strip()
 
 
 def write_tables(results, readme):
-    """Puts the tables between the marks of a README."""
+    """Puts the tables between the marks of a file."""
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise RunError(f"{readme} has no place for the tables: it must hold the lines {BEGIN} and {END}, once each")
+        raise RunError(f"{readme} has no place for the tables: it must hold the lines {BEGIN} and {END}, "
+                       "once each")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     with runs.explained(readme.parent):
         replace(readme, f"{before}{BEGIN}\n{tables(load_records(results))}\n{END}{after}".encode())
@@ -349,103 +424,46 @@ def write_tables(results, readme):
 # ---------------------------------------------------------------- the command
 
 
-def check_usage(flags):
-    """The pairs and methods of the flags, as lists of known names."""
-    pairs = flags["pairs"].split(",") if flags["pairs"] else [*TEACHERS, *PAIRS]
-    methods = flags["methods"].split(",") if flags["methods"] else METHODS
+@click.command(cls=cli.Command, help=__doc__)
+@click.option("--pairs", metavar="T-S,...", help="TEACHER-STUDENT, or a network.  [default: six and eight]")
+@click.option("--methods", metavar="M,...", help=f"[default: {','.join(METHODS)}]")
+@click.option("--results", metavar="DIR", default=ROOT / "results", type=click.Path(path_type=Path),
+              help="[default: results/ here]")
+@click.option("--readme", metavar="FILE", default=ROOT / "RESULTS.md", type=click.Path(path_type=Path),
+              help="File of the tables.  [default: RESULTS.md here]")
+@click.option("--table", is_flag=True, help="Only rewrite the tables from the results.")
+@click.option("--list", "list_rows", is_flag=True, help="Print the rows and which are done, and exit.")
+def main(pairs, methods, results, readme, table, list_rows, **flags):
+    if table:
+        write_tables(results, readme)
+        return
+    pairs = pairs.split(",") if pairs else [*TEACHERS, *PAIRS]
+    methods = methods.split(",") if methods else METHODS
     for pair in pairs:
         if pair.count("-") > 1:
             raise click.UsageError(f"--pairs {pair}: a pair is TEACHER-STUDENT, for instance {PAIRS[0]}")
-        for network in pair.split("-"):
-            cli.check_name("--pairs", network, [name for name in MODELS if name != "MobileNetV1"])
     for method in methods:
         if method not in KNOWN_METHODS:
-            raise click.UsageError(f"--methods {method}: known, the nearest first: {cli.nearest_first(method, list(KNOWN_METHODS))}")
+            nearest = cli.nearest_first(method, list(KNOWN_METHODS))
+            raise click.UsageError(f"--methods {method}: known, the nearest first: {nearest}")
     if flags["teacher_checkpoint"] and len({pair.split("-")[0] for pair in pairs if "-" in pair}) != 1:
-        raise click.UsageError("--teacher-checkpoint is one teacher's: name pairs with that teacher alone in --pairs")
-    return pairs, methods
-
-
-@click.command(cls=cli.Command, help=__doc__)
-@click.option("--pairs", metavar="T-S,...", help="TEACHER-STUDENT, or a network alone.  [default: the teachers and eight pairs]")
-@click.option("--methods", metavar="M,...", help=f"Of {', '.join(KNOWN_METHODS[:4])}, ...  [default: {','.join(METHODS)}]")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="First seed.")
-@click.option("--seeds", type=cli.COUNT, default=1, show_default=True, help="Number of seeds; all rows of one before the next.")
-@click.option("--epochs", type=cli.COUNT, help="A shorter budget.  [default: recipe]")
-@click.option("--train-images", type=cli.COUNT, metavar="N", help="Train on the first N images of a fixed shuffle.")
-@click.option("--teacher-checkpoint", metavar="FILE", help="The teacher's weights.")
-@click.option("--teacher-url", default=train_cifar.ARCHIVE_URL, envvar="TEACHER_URL", metavar="URL",
-              help="Archive of mdistiller's teachers, or a mirror of it (also TEACHER_URL).")
-@click.option("--data", type=cli.Choice(["cifar100", "synthetic"]), default="cifar100", show_default=True)
-@click.option("--data-dir", default="data", show_default=True, metavar="DIR", help="Folder of cifar-100-python.")
-@click.option("--out", metavar="DIR", default="runs", show_default=True, help="Folder for the runs' folders.")
-@click.option("--results", metavar="DIR", default=ROOT / "results", type=click.Path(path_type=Path), help="[default: results/ here]")
-@click.option("--readme", metavar="FILE", default=ROOT / "README.md", type=click.Path(path_type=Path), help="[default: README.md here]")
-@click.option("--device", type=cli.Choice(["cuda", "mps", "cpu"]), help="[default: the best there is]")
-@click.option("--precision", type=cli.Choice(["fp32", "bf16"]), help="[default: bf16 on cuda, else fp32]")
-@click.option("--compile/--no-compile", default=False, help="torch.compile.  [default: off]")
-@click.option("--table", is_flag=True, help="Only rewrite the README's tables from the results.")
-@click.option("--list", "list_rows", is_flag=True, help="Print the rows and which are done, and exit.")
-def main(**flags):
-    results, readme = flags.pop("results"), flags.pop("readme")
-    if flags.pop("table"):
-        write_tables(results, readme)
-        return
-    pairs, methods = check_usage(flags)
-    todo = [(row, seed) for seed in range(flags["seed"], flags["seed"] + flags["seeds"]) for row in rows_of(pairs, methods)]
-    try:
-        device = cli.pick_device(flags["device"])
-        shared = Reproduction(flags, device, results, readme)
-        if flags["list_rows"]:
-            for row, seed in todo:
-                recipe, _, name = shared.recipe(row, seed)
-                click.echo(f"{'done' if shared.done(results / f'{name}.json', recipe) else '    '}  {name}")
+        raise click.UsageError("--teacher-checkpoint is one teacher's: name its pairs alone in --pairs")
+    with cli.one_line():
+        shared = Reproduction(flags, results, readme)
+        seeds = range(flags["seed"], flags["seed"] + flags["seeds"])
+        rows = [shared.row(*row, seed) for seed in seeds for row in rows_of(pairs, methods)]
+        if list_rows:
+            for row in rows:
+                click.echo(f"{'done' if shared.done(row) else '    '}  {row.name}")
             return
         write_tables(results, readme)       # what is missing there is better said now than after hours
-        cli.pick_kernels(False)
-        cli.keep_memory()
-        if flags["compile"]:
-            cli.check_compiler(device)
-        run_all(todo, shared)
-    except ValueError as error:     # the rooms' own, one line each
-        raise RunError(str(error)) from None
+        run_all(rows, shared)
 
 
-def run_all(todo, shared):
-    """Every row that is not done. RunError at the end, when some could not be run."""
-    results, problems, elsewhere, again = shared.results, [], [], True
-    while again:        # a pass over the rows; once more when a row that was in another's hands may be free by now
-        again, elsewhere, awaited = False, [], set()
-        for row, seed in todo:
-            recipe, lines, name = shared.recipe(row, seed)
-            if name in problems:
-                continue
-            try:
-                if shared.done(results / f"{name}.json", recipe):
-                    continue
-                if row.teacher in awaited:      # another teacher than the awaited one is not taken meanwhile
-                    raise Busy(f"{row.teacher} is being trained")
-                click.echo("\n".join(["", name, *lines]))
-                record, folder = shared.run(row, recipe)
-                if is_full(recipe) and recipe["data"] == "cifar100" and seed == 0 and row.pair in shared.kept:
-                    click.echo(keep(row, record, folder, shared.data, shared.device))
-                record_row(record, folder, results, name)
-                write_tables(results, shared.readme)
-                again = True
-            except Busy:
-                elsewhere.append(name)
-                if row.method == "none" and is_full(recipe) and not shared.flags["teacher_checkpoint"]:
-                    awaited.add(row.student)
-            except (RunError, click.UsageError, ValueError, torch.OutOfMemoryError) as error:
-                click.echo(f"{name}: {runs.first_line(error)}", err=True)
-                problems.append(name)
-        again = again and bool(elsewhere)
-    write_tables(results, shared.readme)       # another process may have written its own in between
-    if elsewhere:
-        click.echo(f"in another process's hands: {', '.join(elsewhere)}")
-    if problems:
-        raise RunError(f"{len(problems)} of {len(todo)} rows could not be run: {', '.join(problems)}; their reasons are above")
-
+# flags that mean what they mean there
+PASSED = ("seed", "seeds", "epochs", "train_images", "teacher_checkpoint", "teacher_url", "data", "data_dir",
+          "out", "device", "precision", "compile")
+main.params[2:2] = [option for option in train_cifar.main.params if option.name in PASSED]
 
 if __name__ == "__main__":
     main()

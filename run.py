@@ -42,8 +42,9 @@ def explained(folder):
     try:
         yield
     except OSError as error:
-        raise RunError(f"could not write in {folder} ({error.strerror or error}); what was saved before is kept. Make room there or "
-                       "choose another --out, and give the same command again") from None
+        raise RunError(f"could not write in {folder} ({error.strerror or error}); "
+                       "what was saved before is kept. Make room there or choose another --out, and give "
+                       "the same command again") from None
 
 
 class Run:
@@ -55,13 +56,13 @@ class Run:
     def open(self):
         """The state of the last checkpoint, or None for a new run. The log is cut back to that checkpoint.
 
-        A finished run is left as it is. The folder is locked until `close`. RunError when another process has it, or when it holds a run of
-        another recipe; nothing is overwritten then.
+        A finished run is left as it is. The folder is locked until `close`. RunError when another process has
+        it, or when it holds a run of another recipe; nothing is overwritten then.
         """
         with explained(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.folder / "lock", "a")
-            if hasattr(os, "register_at_fork"):     # a loading process that outlives this one must not hold the folder
+            if hasattr(os, "register_at_fork"):     # a loading process that outlives us must not hold it
                 file = weakref.ref(self._lock)
                 os.register_at_fork(after_in_child=lambda: file() and file().close())
         if not lock(self._lock):
@@ -84,7 +85,8 @@ class Run:
         config = self.folder / "config.json"
         if not config.exists():
             if (self.folder / "last.pt").exists():
-                raise RunError(f"{self.folder} holds a checkpoint without its config.json; choose another --out")
+                raise RunError(f"{self.folder} holds a checkpoint without its config.json; "
+                               "choose another --out")
             return False
         try:
             before = json.loads(config.read_text())
@@ -94,11 +96,13 @@ class Run:
         now = json.loads(json.dumps(self.recipe))
         if "compile" in now:
             recipe = {"compile": False} | recipe        # older runs do not say
-        differ = [f"{k} was {recipe.get(k)}, now {now.get(k)}" for k in recipe | now if recipe.get(k) != now.get(k)]
+        differ = [f"{k} was {recipe.get(k)}, now {now.get(k)}"
+                  for k in recipe | now if recipe.get(k) != now.get(k)]
         if differ:
-            raise RunError(f"{self.folder} holds a run of another recipe ({'; '.join(differ)}); choose another --out, "
-                           "or remove the folder")
-        notices = [f"{k} was {facts.get(k)}, now {v}" for k, v in self.facts.items() if k != "command" and facts.get(k) != v]
+            raise RunError(f"{self.folder} holds a run of another recipe ({'; '.join(differ)}); "
+                           "choose another --out, or remove the folder")
+        notices = [f"{k} was {facts.get(k)}, now {v}"
+                   for k, v in self.facts.items() if k != "command" and facts.get(k) != v]
         if notices and not self.finished():
             click.echo(f"notice: this run began with other facts: {'; '.join(notices)}")
         return True
@@ -110,21 +114,22 @@ class Run:
                 continue
             try:
                 content = path.read_bytes()
-                with zipfile.ZipFile(io.BytesIO(content)) as file:      # torch itself does not look at the checksums
+                with zipfile.ZipFile(io.BytesIO(content)) as file:      # torch does not look at the checksums
                     if file.testzip() is not None:
                         raise zipfile.BadZipFile
             except (OSError, MemoryError) as error:     # the disk's or the machine's trouble, not the file's
                 raise RunError(f"could not read {path} ({error}); it is kept as it is") from None
             except Exception:       # zipfile raises a dozen types for damaged files
                 kept = path.with_suffix(".damaged")
-                click.echo(f"notice: {path} is damaged (kept as {kept.name}); going on from the save before it")
+                click.echo(f"notice: {path} is damaged (kept as {kept.name}); "
+                           "going on from the save before it")
                 with explained(self.folder):
                     os.replace(path, kept)          # no later save may push it over a good one
                 damaged = True
                 continue
             try:
                 return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-            except Exception as error:      # its bytes are as they were written: memory is full, or torch is another
+            except Exception as error:      # the bytes are as written: memory is full, or torch is another
                 raise RunError(f"could not read {path} ({first_line(error)}); it is kept as it is") from None
         if damaged:
             click.echo(f"notice: no save in {self.folder} is usable; beginning anew")
@@ -180,7 +185,7 @@ class Run:
 
 
 def lock(file):
-    """Locks an open file for this process until it closes it or ends, however it ends; False if another has it."""
+    """Locks an open file for this process until it closes it or ends in any way; False if another has it."""
     try:
         import fcntl
     except ImportError:     # Windows
@@ -215,7 +220,7 @@ def write_checkpoint(path, content):
 
 
 def rounded(value):
-    """Floats to 6 significant digits, inside dicts and lists; what is not finite becomes None, as JSON has no word."""
+    """Floats to 6 significant digits, inside dicts and lists; None where not finite, as JSON has no word."""
     if isinstance(value, dict):
         return {k: rounded(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -233,7 +238,7 @@ class Stopped(click.ClickException):
 
 
 class Stop:
-    """`with Stop() as stop:` turns Ctrl-C and SIGTERM into `stop.asked`, for a loop to save and leave between two steps.
+    """`with Stop() as stop:` turns Ctrl-C and SIGTERM into `stop.asked`, to save and leave between two steps.
 
     The second signal interrupts at once.
     """
@@ -267,18 +272,23 @@ def commit():
     """The program's git commit as it was when this process first asked, or None."""
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
-        name = subprocess.run([*git, "describe", "--always", "--abbrev=12"], capture_output=True, text=True, timeout=10).stdout.strip()
-        changed = name and subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], timeout=10).returncode
+        name = subprocess.run([*git, "describe", "--always", "--abbrev=12"], capture_output=True, text=True,
+                              timeout=10).stdout.strip()
+        changed = name and subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"],
+                                          timeout=10).returncode
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return name + "-dirty" * bool(changed) or None      # results and README, which change as rows are run, do not count
+    # results and README, which change as rows are run, do not count
+    return name + "-dirty" * bool(changed) or None
 
 
 def collect_facts(device):
     """Versions, device, commit and command line, for config.json."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}"
-    return {"version": VERSION, "python": platform.python_version(), "torch": torch.__version__, "device": name,
-            "threads": torch.get_num_threads(), "commit": commit(), "command": " ".join(sys.argv)}
+    name = (torch.cuda.get_device_name(device) if device.type == "cuda"
+            else f"{platform.machine()} {device.type}")
+    return {"version": VERSION, "python": platform.python_version(), "torch": torch.__version__,
+            "device": name, "threads": torch.get_num_threads(), "commit": commit(),
+            "command": " ".join(sys.argv)}
 
 
 def first_line(error):

@@ -1,4 +1,4 @@
-"""The mathematics of zscore_kd.py, against references written from the paper's equations in numpy and float64."""
+"""The mathematics of zscore_kd.py, against references from the paper's equations in numpy and float64."""
 
 import shutil
 import subprocess
@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 
 import zscore_kd
-from zscore_kd import (METHODS, CurriculumTemperature, dkd_loss, distillation_loss, kd_loss, mlkd_loss, ttm_loss,
-                       weighted_zscore, wttm_loss)
+from zscore_kd import (METHODS, CurriculumTemperature, dkd_loss, distillation_loss, kd_loss, mlkd_loss,
+                       ttm_loss, weighted_zscore, wttm_loss)
 
 K_TAU_CORRECTION = [(k, tau, c) for k in (2, 3, 10, 100, 1000) for tau in (1.0, 2.0, 4.0) for c in (0, 1)]
 
 
-# The references take complex numbers too: the gradient of an analytic f is Im f(x + ih) / h, exact to rounding.
+# The references take complex numbers: the gradient of an analytic f is Im f(x + ih) / h, exact to rounding.
 
 
 def z_reference(x, tau, correction=0):
@@ -43,7 +43,8 @@ def kl_reference(p, q):
 
 def kd_reference(z, v, tau, zscore=True, correction=0):
     """Algorithm 2's KD term: the mean over rows of tau^2 KL(q(v) || q(z))."""
-    return sum(tau**2 * kl_reference(soft_reference(t, tau, zscore, correction), soft_reference(s, tau, zscore, correction))
+    return sum(tau**2 * kl_reference(soft_reference(t, tau, zscore, correction),
+                                     soft_reference(s, tau, zscore, correction))
                for s, t in zip(z, v)) / len(z)
 
 
@@ -60,12 +61,13 @@ def dkd_reference(z, v, target, tau, alpha, beta, zscore, correction=0):
 
 
 def mlkd_reference(z, v, z_strong, v_strong, tau, zscore, zscore_relations, correction=0):
-    """The executed loss, term by term: the masks of its authors' code are applied as the means that they are."""
+    """The executed loss, term by term: the masks of its authors' code are applied as the means they are."""
     total = 0
     for i, t in enumerate((tau, 3, 5, 2, 6)):
         weak, strong = (kd_reference(a, b, t, zscore, correction) for a, b in ((z, v), (z_strong, v_strong)))
         total += weak / 2 + (strong if i < 3 else weak)
-        p, q = (np.stack([soft_reference(row, t, zscore and zscore_relations, correction) for row in x]) for x in (v, z))
+        p, q = (np.stack([soft_reference(row, t, zscore and zscore_relations, correction) for row in x])
+                for x in (v, z))
         classes = np.sum((np.einsum("bi,bj->ij", p, p) - np.einsum("bi,bj->ij", q, q)) ** 2) / p.shape[1]
         batch = np.sum((np.einsum("ik,jk->ij", p, p) - np.einsum("ik,jk->ij", q, q)) ** 2) / p.shape[0]
         total += classes / 2 + batch / 2
@@ -73,7 +75,7 @@ def mlkd_reference(z, v, z_strong, v_strong, tau, zscore, zscore_relations, corr
 
 
 def ttm_reference(z, v, temperature, zscore, weighted, correction=0):
-    """The power transform of the second paper: p^gamma renormalised, gamma = 1 / T; the weight is its power sum."""
+    """The power transform of the second paper: p^gamma renormalised, gamma = 1 / T; the weight is its sum."""
     total = 0
     for s, t in zip(z, v):
         power = soft_reference(t, 1.0, zscore, correction) ** (1 / temperature)
@@ -91,7 +93,8 @@ def check(ours, reference, z):
     for i, j in ((0, 0), (0, 1), (1, 2 % x.shape[1]), (x.shape[0] - 1, x.shape[1] - 1)):
         stepped = x.astype(complex)
         stepped[i, j] += 1e-30j
-        assert z.grad[i, j].item() == pytest.approx(reference(stepped).imag / 1e-30, rel=1e-7, abs=1e-9 * scale + 1e-14)
+        assert z.grad[i, j].item() == pytest.approx(reference(stepped).imag / 1e-30, rel=1e-7,
+                                                    abs=1e-9 * scale + 1e-14)
 
 
 def logits(rows, k, seed, scale=3.0, dtype=torch.float64):
@@ -120,12 +123,12 @@ def test_zscore_defaults_are_tau_1_and_the_population_deviation():
 def test_zscore_properties_of_the_paper(k):
     x, tau = logits(7, k, seed=1), 2.0
     z = weighted_zscore(x, tau)
-    torch.testing.assert_close(z.mean(-1), torch.zeros(7, dtype=torch.float64))                     # zero mean
+    torch.testing.assert_close(z.mean(-1), torch.zeros(7, dtype=torch.float64))             # zero mean
     torch.testing.assert_close(z.std(-1, correction=0), torch.full((7,), 1 / tau, dtype=torch.float64))
-    assert torch.equal(z.argsort(-1), x.argsort(-1))                                                # monotone
-    assert z.abs().max() <= (k - 1) ** 0.5 / tau + 1e-12                                            # bounded
+    assert torch.equal(z.argsort(-1), x.argsort(-1))                                        # monotone
+    assert z.abs().max() <= (k - 1) ** 0.5 / tau + 1e-12                                    # bounded
     one_hot = weighted_zscore(F.one_hot(torch.tensor([1]), k).double(), tau)
-    torch.testing.assert_close(one_hot[0, 1].item(), (k - 1) ** 0.5 / tau)                          # ... and reached
+    torch.testing.assert_close(one_hot[0, 1].item(), (k - 1) ** 0.5 / tau)                  # ... and reached
 
 
 def test_zscore_of_any_leading_shape_and_of_one_vector():
@@ -133,7 +136,7 @@ def test_zscore_of_any_leading_shape_and_of_one_vector():
     whole = weighted_zscore(x, 2.0)
     assert torch.equal(weighted_zscore(x.view(2, 3, 9), 2.0).view(6, 9), whole)
     assert torch.equal(weighted_zscore(x[4], 2.0), whole[4])
-    torch.testing.assert_close(weighted_zscore(x.t().contiguous().t(), 2.0), whole)                 # not contiguous
+    torch.testing.assert_close(weighted_zscore(x.t().contiguous().t(), 2.0), whole)     # not contiguous
 
 
 @pytest.mark.parametrize("k", [7, 100, 1000])
@@ -156,14 +159,16 @@ def test_a_constant_student_row_leaves_the_other_rows_gradients_right():
     torch.testing.assert_close(z.grad[[0, 2]], other.grad * 2 / 3)
 
 
-@pytest.mark.parametrize("offset, scale", [(0, 1e4), (0, 1e-4), (1e4, 1.0), (0, 1e25), (0, 1e-25), (1e6, 1.0)])
+@pytest.mark.parametrize("offset, scale", [(0, 1e4), (0, 1e-4), (1e4, 1.0), (0, 1e25), (0, 1e-25),
+                                           (1e6, 1.0)])
 def test_zscore_keeps_its_digits_in_float32(offset, scale):
     x = (offset + scale * logits(4, 100, seed=5)).float()
     expected = np.stack([z_reference(row, 2.0) for row in x.double().numpy()])
     np.testing.assert_allclose(weighted_zscore(x, 2.0).numpy(), expected, atol=2e-6)
 
 
-@pytest.mark.parametrize("bad", [[float("nan"), 0, 1], [float("inf"), 0, 1], [float("inf")] * 3, [float("nan")] * 3])
+@pytest.mark.parametrize("bad", [[float("nan"), 0, 1], [float("inf"), 0, 1], [float("inf")] * 3,
+                                 [float("nan")] * 3])
 def test_a_nan_or_infinite_row_is_never_silent(bad):
     x = torch.tensor([bad, [0.0, 1.0, 3.0]])
     z = weighted_zscore(x)
@@ -192,7 +197,7 @@ def test_kd_loss_defaults():
 
 
 def test_correction_1_is_another_temperature():
-    """The released code's K - 1: tau there is tau sqrt(K / (K - 1)) here, and the loss is scaled by the square."""
+    """The released code's K - 1: tau there is tau sqrt(K / (K - 1)) here, the loss scaled by the square."""
     k, tau = 10, 2.0
     z, v = logits(4, k, seed=10), logits(4, k, seed=11)
     other = tau * (k / (k - 1)) ** 0.5
@@ -227,7 +232,7 @@ def test_gradient_rows_sum_to_zero_and_leave_the_scale_alone():
 
 
 def test_the_papers_toy_case():
-    """With a shared temperature the student that is wrong has the lower KL; with Z the one that is right has it."""
+    """With a shared temperature the student that is wrong has the lower KL; with Z the one that is right."""
     teacher = torch.tensor([[1.0, 2.0, 3.0]])
     near_but_wrong = torch.tensor([[1.4, 2.4, 2.2]])        # its largest logit is at class 1, not 2
     far_but_right = torch.tensor([[3.0, 6.0, 9.0]])         # the teacher's relations, three times as wide
@@ -240,7 +245,8 @@ def test_the_papers_toy_case():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("zscore", [True, False])
 def test_half_precision_is_cast_up_before_anything_else(dtype, zscore):
-    z, v = logits(64, 100, seed=16, dtype=torch.float32).to(dtype), logits(64, 100, seed=17, dtype=torch.float32).to(dtype)
+    z, v = (logits(64, 100, seed=16, dtype=torch.float32).to(dtype),
+            logits(64, 100, seed=17, dtype=torch.float32).to(dtype))
     ours = kd_loss(z, v, zscore=zscore)
     assert ours.dtype == torch.float32
     expected = kd_reference(z.double().numpy(), v.double().numpy(), 2.0, zscore)
@@ -255,7 +261,8 @@ def test_float64_stays_float64():
 
 
 def test_large_logits_are_finite():
-    z, v = logits(8, 100, seed=18, scale=1e4, dtype=torch.float32).requires_grad_(), logits(8, 100, 19, 1e4, torch.float32)
+    z, v = (logits(8, 100, seed=18, scale=1e4, dtype=torch.float32).requires_grad_(),
+            logits(8, 100, 19, 1e4, torch.float32))
     for zscore in (True, False):
         z.grad = None
         loss = kd_loss(z, v, zscore=zscore)
@@ -269,7 +276,8 @@ def test_no_gradient_to_the_teacher_but_one_to_a_tensor_temperature():
     kd_loss(z, v, temp, zscore=False).backward()
     assert v.grad is None and z.grad is not None
     step = 1e-6
-    up, down = (kd_reference(z.detach().numpy(), v.detach().numpy(), 2.0 + s, zscore=False) for s in (step, -step))
+    up, down = (kd_reference(z.detach().numpy(), v.detach().numpy(), 2.0 + s, zscore=False)
+                for s in (step, -step))
     assert temp.grad.item() == pytest.approx((up - down) / (2 * step), rel=1e-6)
 
 
@@ -304,12 +312,16 @@ def test_mlkd_is_the_executed_loss(k, tau, correction, zscore, zscore_relations)
     z.requires_grad_()
     z2.requires_grad_()
     keep = z2.detach().numpy()
-    ours = mlkd_loss(z, v, z2, v2, tau, zscore=zscore, zscore_relations=zscore_relations, correction=correction)
-    check(ours, lambda x: mlkd_reference(x, v.numpy(), keep, v2.numpy(), tau, zscore, zscore_relations, correction), z)
+    ours = mlkd_loss(z, v, z2, v2, tau, zscore=zscore, zscore_relations=zscore_relations,
+                     correction=correction)
+    check(ours, lambda x: mlkd_reference(x, v.numpy(), keep, v2.numpy(), tau, zscore, zscore_relations,
+                                         correction), z)
     z2.grad = None
-    ours = mlkd_loss(z.detach(), v, z2, v2, tau, zscore=zscore, zscore_relations=zscore_relations, correction=correction)
+    ours = mlkd_loss(z.detach(), v, z2, v2, tau, zscore=zscore, zscore_relations=zscore_relations,
+                     correction=correction)
     keep_weak = z.detach().numpy()
-    check(ours, lambda x: mlkd_reference(keep_weak, v.numpy(), x, v2.numpy(), tau, zscore, zscore_relations, correction), z2)
+    check(ours, lambda x: mlkd_reference(keep_weak, v.numpy(), x, v2.numpy(), tau, zscore, zscore_relations,
+                                         correction), z2)
 
 
 @pytest.mark.parametrize("weighted, loss", [(False, ttm_loss), (True, wttm_loss)])
@@ -322,7 +334,7 @@ def test_ttm_and_wttm_are_the_second_papers(k, tau, correction, zscore, weighted
 
 
 def test_raw_relations_are_a_fifth_of_the_loss_of_a_student_near_its_teacher():
-    """What the README says of the released MLKD+Z, on logits as networks have them: a certain teacher, a student of less range."""
+    """What the README says of the released MLKD+Z, for a certain teacher and a student of less range."""
     v, y = logits(64, 100, seed=170, scale=1.5), torch.arange(64)
     v[y, y] += 12
     z = 0.6 * v + logits(64, 100, seed=171, scale=0.8)
@@ -354,7 +366,8 @@ def test_what_is_missing_or_would_divide_the_wrong_way_is_said():
 def test_every_default_argument():
     z, v, z2, v2 = (logits(4, 10, seed=s) for s in (38, 39, 40, 41))
     n, y = [x.numpy() for x in (z, v, z2, v2)], torch.tensor([3, 0, 9, 3])
-    assert dkd_loss(z, v, y).item() == pytest.approx(dkd_reference(n[0], n[1], y.numpy(), 2.0, 1.0, 8.0, True), rel=1e-9)
+    assert dkd_loss(z, v, y).item() == pytest.approx(
+        dkd_reference(n[0], n[1], y.numpy(), 2.0, 1.0, 8.0, True), rel=1e-9)
     assert mlkd_loss(z, v, z2, v2).item() == pytest.approx(mlkd_reference(*n, 2.0, True, True), rel=1e-9)
     assert ttm_loss(z, v).item() == pytest.approx(ttm_reference(n[0], n[1], 4.0, False, False), rel=1e-9)
     assert wttm_loss(z, v).item() == pytest.approx(ttm_reference(n[0], n[1], 4.0, False, True), rel=1e-9)
@@ -376,7 +389,9 @@ def test_kd_is_tckd_and_the_rest_of_nckd():
 
 
 def test_the_second_papers_theorem():
-    """KL(p' || q) = T KL(p' || q') + (T - 1) (H(p') - R(q)): x' is softmax at T, H Shannon's entropy, R Renyi's of order 1/T."""
+    """KL(p' || q) = T KL(p' || q') + (T - 1) (H(p') - R(q)).
+
+    x' is softmax at T, H Shannon's entropy, R Renyi's of order 1/T."""
     for i, temperature in enumerate((2.0, 4.0, 10.0)):
         z, v = logits(1, 10, seed=70 + i), logits(1, 10, seed=80 + i)
         p, q = F.softmax(v / temperature, -1), F.softmax(z, -1)
@@ -388,16 +403,16 @@ def test_the_second_papers_theorem():
         torch.testing.assert_close(ttm_loss(z, v, temperature), right)
 
 def maximum_entropy(logits, expected):
-    """The distribution q of largest entropy with sum q = 1 and sum q * logits = expected, and the second constraint's multiplier.
+    """The q of largest entropy with sum q = 1, sum q * logits = expected; the second constraint's multiplier.
 
-    Newton's method on the conditions of Karush, Kuhn and Tucker from the uniform q, which need not meet the constraints; no form of
-    q is presumed.
+    Newton's method on the conditions of Karush, Kuhn and Tucker from the uniform q, which need not meet the
+    constraints; no form of q is presumed.
     """
     k = len(logits)
     constraints, values = np.stack([np.ones(k), logits]), np.array([1, expected])
     q, multipliers = np.full(k, 1 / k), np.zeros(2)
 
-    def residual(q, multipliers):       # the gradient of sum q log q + multipliers (A q - b), and the constraints
+    def residual(q, multipliers):       # the gradient of sum q log q + multipliers (A q - b); the constraints
         return np.concatenate([np.log(q) + 1 + constraints.T @ multipliers, constraints @ q - values])
 
     for _ in range(200):
@@ -408,7 +423,8 @@ def maximum_entropy(logits, expected):
         step = np.linalg.solve(matrix, -r)
         size = 1.0
         while (q + size * step[:k]).min() <= 0 or size > 1e-12 and (
-                np.linalg.norm(residual(q + size * step[:k], multipliers + size * step[k:])) > (1 - 0.01 * size) * np.linalg.norm(r)):
+                np.linalg.norm(residual(q + size * step[:k], multipliers + size * step[k:]))
+                > (1 - 0.01 * size) * np.linalg.norm(r)):
             size /= 2
         q, multipliers = q + size * step[:k], multipliers + size * step[k:]
     return q, -multipliers[1]
@@ -416,8 +432,9 @@ def maximum_entropy(logits, expected):
 
 @pytest.mark.parametrize("k", [3, 10, 100])
 def test_softmax_at_a_temperature_of_its_own_is_the_maximum_entropy_solution(k):
-    """The ground of the method: q is the least committed distribution with a given expected logit, and 1 / T that constraint's
-    Lagrange multiplier. Every sample and side has a constraint of its own, so nothing makes their temperatures equal."""
+    """The ground of the method: q is the least committed distribution with a given expected logit, and 1 / T
+    that constraint's Lagrange multiplier. Every sample and side has a constraint of its own, so nothing makes
+    their temperatures equal."""
     rng = np.random.default_rng(k)
     for temperature in (0.5, 1.0, 2.0, 7.0):
         logits = rng.normal(0, 2, k)
@@ -432,10 +449,12 @@ def test_softmax_at_a_temperature_of_its_own_is_the_maximum_entropy_solution(k):
 
 
 def test_standardization_is_such_a_temperature_for_each_sample_and_side():
-    """softmax(Z(x; tau)) is the maximum-entropy solution whose multiplier is 1 / (tau sigma(x)): another one for each row."""
-    sides = torch.randn(2, 4, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * torch.tensor([5.0, 1.0]).view(2, 1, 1)
+    """softmax(Z(x; tau)) is the maximum-entropy solution of multiplier 1 / (tau sigma(x)), a row's own."""
+    sides = (torch.randn(2, 4, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+             * torch.tensor([5.0, 1.0]).view(2, 1, 1))
     multipliers = []
-    for row, q in zip(sides.flatten(0, 1).numpy(), weighted_zscore(sides, 2.0).softmax(-1).flatten(0, 1).numpy()):
+    for row, q in zip(sides.flatten(0, 1).numpy(),
+                      weighted_zscore(sides, 2.0).softmax(-1).flatten(0, 1).numpy()):
         found, multiplier = maximum_entropy(row, q @ row)
         np.testing.assert_allclose(found, q, rtol=1e-6, atol=1e-12)
         assert multiplier == pytest.approx(1 / (2 * row.std()), rel=1e-7)
@@ -461,7 +480,8 @@ def test_every_loss_and_gradient_is_finite_at_any_scale(scale, zscore):
     """Up to a deviation of 10,000; the released form of DKD is not finite long before."""
     y = torch.arange(16)
     for i in range(len(METHODS)):
-        z, v = logits(16, 100, 92, scale, torch.float32).requires_grad_(), logits(16, 100, 93, scale, torch.float32)
+        z, v = (logits(16, 100, 92, scale, torch.float32).requires_grad_(),
+                logits(16, 100, 93, scale, torch.float32))
         loss = all_losses(z, v, y, zscore)[i]
         loss.backward()
         assert loss.isfinite() and z.grad.isfinite().all(), METHODS[i]
@@ -472,7 +492,8 @@ def test_every_loss_and_gradient_is_finite_at_any_scale(scale, zscore):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_loss_casts_half_precision_up(dtype):
-    y, (z, v, z2, v2) = torch.arange(64), (logits(64, 100, seed=s, dtype=torch.float32).to(dtype) for s in (94, 95, 96, 97))
+    y, (z, v, z2, v2) = torch.arange(64), (logits(64, 100, seed=s, dtype=torch.float32).to(dtype)
+                                           for s in (94, 95, 96, 97))
     for zscore in (True, False):
         exact = all_losses(*(x.double() for x in (z, v)), y, zscore, z2.double(), v2.double())
         with torch.autocast("cpu", torch.bfloat16):
@@ -486,7 +507,8 @@ def test_every_loss_shows_nan_and_leaves_constant_rows_alone():
     for bad in (float("nan"), float("inf")):
         for side in (0, 1):
             for column in (5, 2):       # another class, the target's own
-                pair = [logits(4, 10, seed=98, dtype=torch.float32), logits(4, 10, seed=99, dtype=torch.float32)]
+                pair = [logits(4, 10, seed=98, dtype=torch.float32),
+                        logits(4, 10, seed=99, dtype=torch.float32)]
                 pair[side][2, column] = bad
                 for zscore in (True, False):
                     assert all(loss.isnan() for loss in all_losses(*pair, y, zscore))
@@ -500,12 +522,13 @@ def test_every_loss_shows_nan_and_leaves_constant_rows_alone():
 def test_ties_near_constant_rows_one_sample_and_strides():
     y = torch.tensor([1])
     row = torch.full((1, 7), 1e4)
-    row[0, 3] += 2**-7                      # one step of float32 above the others: the relations of a one-hot row
+    row[0, 3] += 2**-7                      # one step of float32 above the others: as in a one-hot row
     torch.testing.assert_close(weighted_zscore(row), weighted_zscore(F.one_hot(torch.tensor([3]), 7).float()))
     ties = torch.tensor([[1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0]])
     assert all(loss.isfinite() for zscore in (True, False) for loss in all_losses(ties, row, y, zscore))
     z, v = logits(6, 5, seed=101), logits(6, 5, seed=102)
-    for a, b in zip(all_losses(z, v, torch.arange(6) % 5, True), all_losses(z.t().contiguous().t(), v, torch.arange(6) % 5, True)):
+    for a, b in zip(all_losses(z, v, torch.arange(6) % 5, True),
+                    all_losses(z.t().contiguous().t(), v, torch.arange(6) % 5, True)):
         torch.testing.assert_close(a, b)
 
 
@@ -514,12 +537,14 @@ def compare_compiled(backend):
     for method in METHODS:
         for zscore in (True, False):
             def loss(z, v, y):
-                return distillation_loss(method, z, v, y, 2.0, zscore=zscore, student_strong=2 - z, teacher_strong=v)
+                return distillation_loss(method, z, v, y, 2.0, zscore=zscore, student_strong=2 - z,
+                                         teacher_strong=v)
             torch._dynamo.reset()       # each a program of its own, not the ninth of one function
             compiled = torch.compile(loss, fullgraph=True, backend=backend)
             torch.testing.assert_close(compiled(z, v, y), loss(z, v, y))
             stack = [torch.stack([x, x.flip(0)]) for x in (z, v, y)]
-            torch.testing.assert_close(torch.func.vmap(loss)(*stack), torch.stack([loss(z, v, y), loss(*(s[1] for s in stack))]))
+            torch.testing.assert_close(torch.func.vmap(loss)(*stack),
+                                       torch.stack([loss(z, v, y), loss(*(s[1] for s in stack))]))
 
 
 def test_every_loss_compiles_whole_and_maps():
@@ -532,13 +557,15 @@ def test_every_loss_compiles_with_inductor():
 
 
 def test_no_gradient_reaches_any_teacher():
-    y, z, v = torch.arange(6), logits(6, 10, seed=105).requires_grad_(), logits(6, 10, seed=106).requires_grad_()
+    y, z, v = (torch.arange(6), logits(6, 10, seed=105).requires_grad_(),
+               logits(6, 10, seed=106).requires_grad_())
     sum(all_losses(z, v, y, True) + all_losses(z, v, y, False)).backward()
     assert v.grad is None and z.grad is not None
 
 
 def test_a_temperature_for_each_sample():
-    z, v, temp = logits(4, 10, seed=107), logits(4, 10, seed=108), torch.tensor([[1.0], [2.0], [3.0], [4.0]], dtype=torch.float64)
+    z, v, temp = (logits(4, 10, seed=107), logits(4, 10, seed=108),
+                  torch.tensor([[1.0], [2.0], [3.0], [4.0]], dtype=torch.float64))
     rows = [kd_loss(z[i:i + 1], v[i:i + 1], temp[i].item()) for i in range(4)]
     torch.testing.assert_close(kd_loss(z, v, temp), sum(rows) / 4)
 
@@ -587,7 +614,8 @@ def test_curriculum_temperature_is_an_adversary():
         kd_loss(z, v, temperature(reversal), zscore=False).backward()
         gradients.append(temperature.g.grad.item())
     t = 1 + 20 / (1 + np.exp(-1))
-    slope = (kd_reference(z.numpy(), v.numpy(), t + 1e-6, False) - kd_reference(z.numpy(), v.numpy(), t - 1e-6, False)) / 2e-6
+    slope = (kd_reference(z.numpy(), v.numpy(), t + 1e-6, False)
+             - kd_reference(z.numpy(), v.numpy(), t - 1e-6, False)) / 2e-6
     s = 1 / (1 + np.exp(-1))
     assert gradients[0] == pytest.approx(slope * 20 * s * (1 - s), rel=1e-4)
     assert gradients[1:] == pytest.approx([0.0, -0.5 * gradients[0], -gradients[0]], rel=1e-5)
@@ -596,14 +624,15 @@ def test_curriculum_temperature_is_an_adversary():
 
 def test_two_classes_leave_nothing_but_the_argmax():
     z = torch.tensor([[3.0, 1.0], [-5.0, 0.5]], dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(weighted_zscore(z).detach(), torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64))
+    torch.testing.assert_close(weighted_zscore(z).detach(),
+                               torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64))
     kd_loss(z, z.detach().flip(1)).backward()
     assert z.grad.abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("k, tau, ceiling", [
-    (2, 1, 0.881), (2, 2, 0.731), (2, 4, 0.622), (10, 1, 0.757), (10, 2, 0.370), (10, 4, 0.204), (100, 1, 0.996),
-    (100, 2, 0.606), (100, 4, 0.111), (1000, 1, 1.000), (1000, 2, 1.000), (1000, 4, 0.732)])
+    (2, 1, 0.881), (2, 2, 0.731), (2, 4, 0.622), (10, 1, 0.757), (10, 2, 0.370), (10, 4, 0.204),
+    (100, 1, 0.996), (100, 2, 0.606), (100, 4, 0.111), (1000, 1, 1.000), (1000, 2, 1.000), (1000, 4, 0.732)])
 def test_the_docstrings_table_of_ceilings(k, tau, ceiling):
     row = F.one_hot(torch.tensor(0), k).double()
     assert F.softmax(weighted_zscore(row, tau), -1).max().item() == pytest.approx(ceiling, abs=5.1e-4)
@@ -626,15 +655,22 @@ def test_the_docstrings_table_of_ceilings(k, tau, ceiling):
     (ValueError, "positive number, got -1", lambda: weighted_zscore(torch.rand(2, 3), -1)),
     (ValueError, "positive number, got nan", lambda: weighted_zscore(torch.rand(2, 3), float("nan"))),
     (ValueError, "not empty", lambda: weighted_zscore(torch.rand(0, 3))),
-    (ValueError, "unknown method 'kdd'; known: kd", lambda: distillation_loss("kdd", torch.rand(2, 3), torch.rand(2, 3))),
-    (ValueError, "at least 3 classes", lambda: dkd_loss(torch.rand(4, 2), torch.rand(4, 2), torch.zeros(4).long())),
-    (ValueError, "target must be 4 class numbers", lambda: dkd_loss(torch.rand(4, 3), torch.rand(4, 3), torch.zeros(3).long())),
-    (ValueError, "target must be 4 class numbers, got torch.float32", lambda: dkd_loss(torch.rand(4, 3), torch.rand(4, 3), torch.rand(4))),
+    (ValueError, "unknown method 'kdd'; known: kd",
+     lambda: distillation_loss("kdd", torch.rand(2, 3), torch.rand(2, 3))),
+    (ValueError, "at least 3 classes",
+     lambda: dkd_loss(torch.rand(4, 2), torch.rand(4, 2), torch.zeros(4).long())),
+    (ValueError, "target must be 4 class numbers",
+     lambda: dkd_loss(torch.rand(4, 3), torch.rand(4, 3), torch.zeros(3).long())),
+    (ValueError, "target must be 4 class numbers, got torch.float32",
+     lambda: dkd_loss(torch.rand(4, 3), torch.rand(4, 3), torch.rand(4))),
     (ValueError, "weak and strong", lambda: mlkd_loss(*[torch.rand(4, 3)] * 2, *[torch.rand(2, 3)] * 2)),
     (ValueError, "positive number, got 0", lambda: ttm_loss(torch.rand(4, 3), torch.rand(4, 3), 0)),
-    (ValueError, r"one number or \(B, 1\), got shape \(4,\)", lambda: kd_loss(torch.rand(4, 3), torch.rand(4, 3), torch.ones(4))),
-    (ValueError, r"got shape \(1, 3\)", lambda: kd_loss(torch.rand(4, 3), torch.rand(4, 3), torch.ones(1, 3))),
-    (ValueError, r"got shape \(4, 1, 1\)", lambda: kd_loss(torch.rand(4, 3), torch.rand(4, 3), torch.ones(4, 1, 1))),
+    (ValueError, r"one number or \(B, 1\), got shape \(4,\)",
+     lambda: kd_loss(torch.rand(4, 3), torch.rand(4, 3), torch.ones(4))),
+    (ValueError, r"got shape \(1, 3\)",
+     lambda: kd_loss(torch.rand(4, 3), torch.rand(4, 3), torch.ones(1, 3))),
+    (ValueError, r"got shape \(4, 1, 1\)",
+     lambda: kd_loss(torch.rand(4, 3), torch.rand(4, 3), torch.ones(4, 1, 1))),
 ])
 def test_bad_input_is_refused_with_the_values(error, words, call):
     with pytest.raises(error, match=words):
@@ -645,5 +681,6 @@ def test_the_one_file_works_alone(tmp_path):
     """What the engineer does who copies it into another repository."""
     shutil.copy(Path(__file__).with_name("zscore_kd.py"), tmp_path)
     code = "import torch, zscore_kd as k; print(k.kd_loss(torch.eye(3), torch.eye(3)).item(), k.__file__)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                          check=True)
     assert done.stdout.split()[0] == "0.0" and str(tmp_path) in done.stdout

@@ -1,10 +1,12 @@
 """Reads weights out of the checkpoint files that the field's code writes, without running any code from them.
 
     content = read_checkpoint("resnet56_best.pth")
-    places, _ = find_weights(content, model)        # {"model": state_dict}, or {"module.student": ..., "module.teacher": ...}
+    places, _ = find_weights(content, model)
+    # {"model": state_dict}, or {"module.student": ..., "module.teacher": ...}
 
-A file is one tree of names and tensors, however dictionaries and dots are nested. A network's weights are where all of its keys are
-and no others: {"model": ...}, {"net": ...}, a bare state_dict, `module.`, `_orig_mod.`, `model.` and any other prefix alike.
+A file is one tree of names and tensors, however dictionaries and dots are nested. A network's weights are
+where all of its keys are and no others: {"model": ...}, {"net": ...}, a bare state_dict, `module.`,
+`_orig_mod.`, `model.` and any other prefix alike.
 """
 
 import argparse
@@ -17,16 +19,18 @@ from pathlib import PurePosixPath
 
 import torch
 
-# NumPy's names in checkpoints: RepDistiller's and mdistiller's optimizers hold the learning rate as a numpy.float64
+# NumPy's names in checkpoints: RepDistiller's and mdistiller's optimizers hold a numpy.float64 learning rate
 NUMPY = (["numpy.ndarray", "numpy.dtype"]
          + [f"numpy.{core}.{name}" for core in ("core", "_core")
             for name in ("multiarray.scalar", "multiarray._reconstruct", "numeric._frombuffer")]
-         + [f"numpy.{kind}" for kind in ("bool", "bool_", "str_", "bytes_", "object_", "float16", "float32", "float64", "longdouble",
-                                         "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")]
-         + [f"numpy.dtypes.{kind}DType" for kind in ("Bool", "Str", "Bytes", "Object", "Float16", "Float32", "Float64", "LongDouble",
-                                                     "Int8", "Int16", "Int32", "Int64", "UInt8", "UInt16", "UInt32", "UInt64")])
+         + [f"numpy.{kind}" for kind in (
+             "bool", "bool_", "str_", "bytes_", "object_", "float16", "float32", "float64", "longdouble",
+             "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")]
+         + [f"numpy.dtypes.{kind}DType" for kind in (
+             "Bool", "Str", "Bytes", "Object", "Float16", "Float32", "Float64", "LongDouble",
+             "Int8", "Int16", "Int32", "Int64", "UInt8", "UInt16", "UInt32", "UInt64")])
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9"      # how files of torch before 1.6 begin
-COUNTERS = ("num_batches_tracked", "n_averaged")        # of batch norms, which old files lack, and of torch's AveragedModel
+COUNTERS = ("num_batches_tracked", "n_averaged")    # of batch norms (not in old files), of AveragedModel
 CLEAN = "Where it was made, save the weights alone: torch.save({}, 'clean.pt')"
 
 
@@ -41,10 +45,10 @@ class FromNumpy:
 
 
 def read_checkpoint(path, network=None):
-    """What a checkpoint file holds, tensors on the CPU. network: whose file to take out of mdistiller's archive of teachers.
+    """What a checkpoint file holds, tensors on the CPU. network: which of mdistiller's archive of teachers.
 
-    Reads torch's files (also of before version 1.6) and safetensors. ValueError, one line with the path: what the file is instead, or
-    which object in it is more than data.
+    Reads torch's files (also of before version 1.6) and safetensors. ValueError, one line with the path: what
+    the file is instead, or which object in it is more than data.
     """
     try:
         with open(path, "rb") as file:
@@ -65,7 +69,7 @@ def read_checkpoint(path, network=None):
 
 
 def _load(file, path):
-    """torch.load of a file or an open file; argparse's Namespace may pass, as RepDistiller's *_last.pth keeps its flags in one."""
+    """torch.load of a file, open or not; argparse's Namespace passes: RepDistiller's flags in *_last.pth."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace, *((FromNumpy, name) for name in NUMPY)]):
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -75,12 +79,14 @@ def _load(file, path):
         name = re.search(r"GLOBAL (\S+)", str(error))
         if name is None:
             raise ValueError(f"{path} is not a PyTorch checkpoint, or it is damaged") from None
-        what = "is a whole pickled network," if _begins_with(file, name[1]) else "holds a Python object beside tensors,"
-        raise ValueError(f"{path} {what} {name[1]}; not loaded, as it could run code. {CLEAN.format('model.state_dict()')}") from None
+        what = ("is a whole pickled network," if _begins_with(file, name[1])
+                else "holds a Python object beside tensors,")
+        raise ValueError(f"{path} {what} {name[1]}; not loaded, as it could run code. "
+                         f"{CLEAN.format('model.state_dict()')}") from None
 
 
 def _begins_with(file, name):
-    """Whether the pickle in a checkpoint begins with an object of that class, as where a network itself was saved."""
+    """Whether a checkpoint's pickle begins with an object of that class, as one of a whole network does."""
     try:
         with zipfile.ZipFile(file) as archive:
             pickled = archive.read(next(n for n in archive.namelist() if n.endswith("data.pkl")))[:512]
@@ -93,7 +99,7 @@ def _begins_with(file, name):
 
 
 def _not_a_checkpoint(path, start):
-    """What a file is that is no checkpoint, by its first bytes and a zip's names; None where it may be one."""
+    """What a file is that is no checkpoint, by its first bytes and a zip's names; None if it may be one."""
     text = start.lstrip().lower()
     if not start:
         return "is empty"
@@ -104,7 +110,8 @@ def _not_a_checkpoint(path, start):
     if start.startswith(b"\x1f\x8b"):
         return "is compressed with gzip: unpack it, and name the checkpoint in it"
     if start.startswith(b"\x80") and not start.startswith(LEGACY):
-        return f"is a plain pickle, which is not loaded, as it could run code. {CLEAN.format('model.state_dict()')}"
+        return ("is a plain pickle, which is not loaded, as it could run code. "
+                f"{CLEAN.format('model.state_dict()')}")
     if not start.startswith(b"PK"):
         return None
     try:
@@ -113,7 +120,8 @@ def _not_a_checkpoint(path, start):
     except zipfile.BadZipFile:
         return "is not a PyTorch checkpoint, or it is damaged"
     if any(n.endswith("/constants.pkl") for n in names):
-        return f"is a TorchScript archive, which holds code. {CLEAN.format(f'torch.jit.load({str(path)!r}).state_dict()')}"
+        return ("is a TorchScript archive, which holds code. "
+                f"{CLEAN.format(f'torch.jit.load({str(path)!r}).state_dict()')}")
     if all(n.endswith(".npy") for n in names):
         arrays = "{k: torch.from_numpy(v) for k, v in numpy.load(" + repr(str(path)) + ").items()}"
         return f"holds NumPy's arrays (npz). {CLEAN.format(arrays)}"
@@ -133,9 +141,10 @@ def _safetensors(path):
 
 
 def network_of(member):
-    """The network whose weights a member of mdistiller's archive holds (NAME_vanilla/ckpt_epoch_240.pth), else None."""
+    """The network of a member of mdistiller's archive, NAME of NAME_vanilla/ckpt_epoch_240.pth, else None."""
     path = PurePosixPath(member.name)
-    return path.parent.name.removesuffix("_vanilla") if member.isfile() and path.name == "ckpt_epoch_240.pth" else None
+    return (path.parent.name.removesuffix("_vanilla")
+            if member.isfile() and path.name == "ckpt_epoch_240.pth" else None)
 
 
 def _from_archive(path, network):
@@ -146,8 +155,8 @@ def _from_archive(path, network):
                 return io.BytesIO(archive.extractfile(members[network]).read())
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"{path} is a damaged tar archive ({error})") from None
-    raise ValueError(f"{path} is a tar archive with teachers of {', '.join(members) or 'no network'}, not of {network}: name one of them, or "
-                     "unpack it and name a checkpoint in it")
+    raise ValueError(f"{path} is a tar archive with teachers of {', '.join(members) or 'no network'}, "
+                     f"not of {network}: name one of them, or unpack it and name a checkpoint in it")
 
 
 def facts_of(content):
@@ -170,10 +179,11 @@ def _flat(content, where=""):
 
 
 def find_weights(content, model):
-    """({where: state_dict}, nearest): every place in a checkpoint's content that has all of the model's keys and no others.
+    """({where: state_dict}, nearest): each place in the content that has all of the model's keys, no others.
 
-    where is a dotted path, "" for the whole. The counters of batch norms may be missing; shapes are not compared. nearest: the
-    state_dict with most of the model's keys, for who wants to say what is wrong; {} where there is none.
+    where is a dotted path, "" for the whole. The counters of batch norms may be missing; shapes are not
+    compared. nearest: the state_dict with most of the model's keys, for who wants to say what is wrong; {}
+    where there is none.
     """
     flat, keys = _flat(content), set(model.state_dict())
     want, found = {k for k in keys if not k.endswith(COUNTERS)}, Counter()
@@ -184,15 +194,18 @@ def find_weights(content, model):
     def under(where):
         prefix = where + "." if where else ""
         state = {k.removeprefix(prefix): v for k, v in flat.items() if k.startswith(prefix)}
-        return {k: v for k, v in state.items() if k in keys or isinstance(v, torch.Tensor) and not k.endswith(COUNTERS)}
+        return {k: v for k, v in state.items()
+                if k in keys or isinstance(v, torch.Tensor) and not k.endswith(COUNTERS)}
 
-    fits = {where: state for where, n in found.items() if n == len(want) for state in [under(where)] if state.keys() <= keys}
+    fits = {where: state for where, n in found.items() if n == len(want)
+            for state in [under(where)] if state.keys() <= keys}
     return fits, under(found.most_common(1)[0][0]) if found else {}
 
 
 def preferred(places, prefer="student"):
-    """The place to take among those that fit: the wanted half of a teacher and a student, and rather raw weights than their average."""
+    """The place to take, of those that fit: of teacher and student the wanted one, raw before averaged."""
     def rank(where):
         words = re.split(r"[._]", where.lower())
-        return ("teacher" in words) != (prefer == "teacher"), any(w in ("ema", "swa", "averaged") for w in words), len(words)
+        return (("teacher" in words) != (prefer == "teacher"),
+                any(w in ("ema", "swa", "averaged") for w in words), len(words))
     return min(places, key=rank)

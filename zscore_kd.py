@@ -1,24 +1,24 @@
-"""Logit standardization in knowledge distillation (Sun et al., CVPR 2024), and the logit losses that it plugs into.
+"""Logit standardization in knowledge distillation (Sun et al., CVPR 2024), and the losses it plugs into.
 
 Copy this one file; it needs torch alone. In your own training loop:
 
     from zscore_kd import kd_loss
 
     with torch.no_grad():
-        teacher_logits = teacher(images)                            # (B, K), teacher.eval()
-    student_logits = student(images)                                # (B, K)
-    ce = F.cross_entropy(student_logits, target)                    # on the raw logits
-    kd = kd_loss(student_logits, teacher_logits, base_temp=2.0)     # tau^2 KL(teacher || student), tau^2 is inside
-    loss = 0.1 * ce + 9.0 * kd                                      # both terms are minimised
+        teacher_logits = teacher(images)                          # (B, K), teacher.eval()
+    student_logits = student(images)                              # (B, K)
+    ce = F.cross_entropy(student_logits, target)                  # on the raw logits
+    kd = kd_loss(student_logits, teacher_logits, base_temp=2.0)   # tau^2 KL(teacher || student), with tau^2
+    loss = 0.1 * ce + 9.0 * kd                                    # both terms are minimised
 
-Standardization is per sample, over the classes; nothing else changes. It is for softmax tasks (one label of K).
+Standardization is per sample, over the classes; nothing else changes. For softmax tasks (one label of K).
 
-Every loss takes logits (B, K), casts half precision up to float32, detaches the teacher, and returns the mean over the
-batch, unweighted: the weights stand in the training loop. A row with a NaN or +inf makes the loss NaN, never a silent
-number; a row of equal logits has Z = 0 and no gradient.
+Every loss takes logits (B, K), casts half precision up to float32, detaches the teacher, and returns the
+mean over the batch, unweighted: the weights stand in the training loop. A row with a NaN or +inf makes the
+loss NaN, never a silent number; a row of equal logits has Z = 0 and no gradient.
 
-The base temperature for another number of classes: Z is at most sqrt(K - 1) / tau, so the teacher's top probability has
-a ceiling, reached by a one-hot row:
+The base temperature for another number of classes: Z is at most sqrt(K - 1) / tau, so the teacher's top
+probability has a ceiling, reached by a one-hot row:
 
     K        tau = 1    tau = 2    tau = 4
     2        0.881      0.731      0.622       every Z is +-1 / tau: only the argmax is left, and no gradient
@@ -36,10 +36,11 @@ METHODS = ("kd", "dkd", "mlkd", "ctkd", "ttm", "wttm")
 def weighted_zscore(logits, base_temp=1.0, *, correction=0):
     """Z(x; tau) = (x - mean(x)) / std(x) / tau over the last axis. Paper: Algorithm 1.
 
-    logits: (..., K), any floating dtype. base_temp: tau, a positive number, or a tensor that broadcasts to (..., 1).
-    correction: 0 is the paper's population deviation (1/K); 1 is the released code's (1/(K-1)).
-    Returns (..., K), float32 or float64: each row has mean 0 and, with correction 0, standard deviation 1/tau.
-    TypeError for integer logits; ValueError for K < 2, an empty input, a number tau that is not positive, or a tensor of another shape.
+    logits: (..., K), any floating dtype. base_temp: tau, a positive number, or a tensor that broadcasts to
+    (..., 1). correction: 0 is the paper's population deviation (1/K); 1 is the released code's (1/(K-1)).
+    Returns (..., K), float32 or float64: each row has mean 0 and, with correction 0, standard deviation
+    1/tau. TypeError for integer logits; ValueError for K < 2, an empty input, a number tau that is not
+    positive, or a tensor of another shape.
     """
     if logits.dim() < 1 or logits.numel() == 0:
         raise ValueError(f"logits must be (..., K) and not empty, got shape {tuple(logits.shape)}")
@@ -47,8 +48,9 @@ def weighted_zscore(logits, base_temp=1.0, *, correction=0):
     with _full_precision(logits):
         x = logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-        # Z is the same for x and a x + b, a > 0. Bringing each row to [0, 1] first, by constants, changes neither Z nor
-        # its gradient; it keeps the digits of logits that are large, or close together, and shows a constant row.
+        # Z is the same for x and a x + b, a > 0. Bringing each row to [0, 1] first, by constants, changes
+        # neither Z nor its gradient; it keeps the digits of logits that are large, or close together, and
+        # shows a constant row.
         low, high = x.detach().amin(-1, keepdim=True), x.detach().amax(-1, keepdim=True)
         span = high - low
         constant = span == 0        # false for a row of infinities: inf - inf is NaN, and NaN shall show
@@ -58,15 +60,16 @@ def weighted_zscore(logits, base_temp=1.0, *, correction=0):
         variance = x.var(-1, correction=correction, keepdim=True)
         std = torch.where(constant, 1.0, variance).sqrt()                       # line 2
         z = (x - mean) / std / base_temp                                        # line 3
-        return torch.where(constant, 0.0, z)    # a constant row has no relations to teach: 0, also in the gradient
+        return torch.where(constant, 0.0, z)    # a constant row has nothing to teach: 0, also in the gradient
 
 
 def kd_loss(student_logits, teacher_logits, base_temp=2.0, *, zscore=True, correction=0):
-    """tau^2 KL(softmax Z(v; tau) || softmax Z(z; tau)), mean over the batch. Paper: Algorithm 2, lines 3, 4 and 6.
+    """tau^2 KL(softmax Z(v; tau) || softmax Z(z; tau)), batch mean. Paper: Algorithm 2, lines 3, 4 and 6.
 
     student_logits z, teacher_logits v: (B, K). base_temp: tau, a positive number or a tensor, one for all or
-    (B, 1), that may need a gradient. zscore=False is Hinton's KD, logits / tau on both sides. correction: see `weighted_zscore`.
-    Returns a scalar, unweighted (multiply by lambda_KD). Errors: see `weighted_zscore`, and shapes that differ.
+    (B, 1), that may need a gradient. zscore=False is Hinton's KD, logits / tau on both sides. correction:
+    see `weighted_zscore`. Returns a scalar, unweighted (multiply by lambda_KD). Errors: see
+    `weighted_zscore`, and shapes that differ.
     """
     z, v, base_temp = _pair(student_logits, teacher_logits, base_temp)
     with _full_precision(z):
@@ -74,31 +77,34 @@ def kd_loss(student_logits, teacher_logits, base_temp=2.0, *, zscore=True, corre
         log_q_teacher = F.log_softmax(v, -1)                                    # Algorithm 2, line 3
         log_q_student = F.log_softmax(z, -1)                                    # line 4
         q_teacher, q_student = log_q_teacher.exp(), log_q_student.exp()
-        # KL; the last two sum to 0 and take the softmaxes' rounding away, which a high temperature would blow up
+        # KL; the last two sum to 0 and take away the softmaxes' rounding, which a high temperature blows up
         kl = (q_teacher * (log_q_teacher - log_q_student) - q_teacher + q_student).sum(-1, keepdim=True)
         return (base_temp**2 * kl).mean()                                       # line 6, without lambda_KD
 
 
-def dkd_loss(student_logits, teacher_logits, target, base_temp=2.0, *, alpha=1.0, beta=8.0, zscore=True, correction=0):
-    """tau^2 (alpha TCKD + beta NCKD), mean over the batch: decoupled KD (Zhao et al., CVPR 2022, equation 7), in log space.
+def dkd_loss(student_logits, teacher_logits, target, base_temp=2.0, *, alpha=1.0, beta=8.0, zscore=True,
+             correction=0):
+    """tau^2 (alpha TCKD + beta NCKD), batch mean: decoupled KD (Zhao et al., CVPR 2022, eq. 7), in log space.
 
-    TCKD is the KL of (p_y, 1 - p_y), target class against the rest; NCKD the KL among the other K - 1 classes, where
-    KL = TCKD + (1 - p_y) NCKD. target: (B,) class numbers in [0, K). With Z the paper's lambda_KD multiplies both alpha
-    and beta. The rest as in `kd_loss`; K of at least 3.
+    TCKD is the KL of (p_y, 1 - p_y), target class against the rest; NCKD the KL among the other K - 1
+    classes, where KL = TCKD + (1 - p_y) NCKD. target: (B,) class numbers in [0, K). With Z the paper's
+    lambda_KD multiplies both alpha and beta. The rest as in `kd_loss`; K of at least 3.
     """
     z, v, base_temp = _pair(student_logits, teacher_logits, base_temp, min_classes=3)
     if target.shape != z.shape[:1] or target.is_floating_point():
-        raise ValueError(f"target must be {z.shape[0]} class numbers, got {target.dtype} of shape {tuple(target.shape)}")
+        raise ValueError(f"target must be {z.shape[0]} class numbers, "
+                         f"got {target.dtype} of shape {tuple(target.shape)}")
     with _full_precision(z):
         z, v = (_softened(x, base_temp, zscore, correction) for x in (z, v))
         is_target = target[:, None] == torch.arange(z.shape[1], device=z.device)
 
         def split(x):
-            """log p of the target (B,), of all the others together (B,), and of each other given that it is one (B, K)."""
-            x = x - x.detach().amax(-1, keepdim=True)       # the same probabilities; +inf becomes NaN, and shows
+            """log p of the target (B,), of all others together (B,), and of each other among these (B, K)."""
+            x = x - x.detach().amax(-1, keepdim=True)       # the same p; +inf becomes NaN, and shows
             others = x.masked_fill(is_target, -torch.inf)
             gap = x.gather(1, target[:, None].long()).squeeze(1) - others.logsumexp(-1)
-            return F.logsigmoid(gap), F.logsigmoid(-gap), F.log_softmax(others, -1).masked_fill(is_target, 0.0)
+            return (F.logsigmoid(gap), F.logsigmoid(-gap),
+                    F.log_softmax(others, -1).masked_fill(is_target, 0.0))
 
         (t_target, t_rest, t_other), (s_target, s_rest, s_other) = split(v), split(z)
         tckd = t_target.exp() * (t_target - s_target) + t_rest.exp() * (t_rest - s_rest)
@@ -108,22 +114,25 @@ def dkd_loss(student_logits, teacher_logits, target, base_temp=2.0, *, alpha=1.0
 
 def mlkd_loss(student_weak, teacher_weak, student_strong, teacher_strong, base_temp=2.0, *,
               zscore=True, zscore_relations=True, correction=0):
-    """Multi-level logit distillation (Jin et al., CVPR 2023) in closed form: instances, classes and batch, at five temperatures.
+    """Multi-level logit distillation (Jin et al., CVPR 2023) in closed form: instances, classes and batch.
 
-    The four logits are (B, K): the student's and the teacher's of a weakly and of a strongly augmented view. As executed by
-    its authors' code, whose confidence masks come to the constant 1/2 (for even B and K; the last batch of an epoch may be odd, and
-    theirs is then (n + 1) / 2n) and whose strong terms at 2 and 6 see the weak view.
-    zscore_relations: standardize the class and batch relations too (the released code does not). The relations have no
-    temperature squared. Returns a scalar, unweighted; errors as in `kd_loss`.
+    The four logits are (B, K): the student's and the teacher's of a weakly and of a strongly augmented view.
+    As executed by its authors' code, at five temperatures: its confidence masks come to the constant 1/2 (for
+    even B and K; the last batch of an epoch may be odd, and theirs is then (n + 1) / 2n), and its strong
+    terms at 2 and 6 see the weak view. zscore_relations: standardize the class and batch relations too (the
+    released code does not). The relations have no temperature squared. Returns a scalar, unweighted; errors
+    as in `kd_loss`.
     """
     z, v, base_temp = _pair(student_weak, teacher_weak, base_temp)
     z_strong, v_strong, _ = _pair(student_strong, teacher_strong, base_temp)
     if z.shape != z_strong.shape:
-        raise ValueError(f"weak and strong logits must have one shape, got {tuple(z.shape)} and {tuple(z_strong.shape)}")
+        raise ValueError("weak and strong logits must have one shape, "
+                         f"got {tuple(z.shape)} and {tuple(z_strong.shape)}")
     with _full_precision(z):
         raw = z, v
         if zscore:
-            z, v, z_strong, v_strong = (weighted_zscore(x, correction=correction) for x in (z, v, z_strong, v_strong))
+            z, v, z_strong, v_strong = (weighted_zscore(x, correction=correction)
+                                        for x in (z, v, z_strong, v_strong))
         temperatures = (base_temp, 3.0, 5.0, 2.0, 6.0)
         weak = [kd_loss(z, v, t, zscore=False) for t in temperatures]
         strong = [kd_loss(z_strong, v_strong, t, zscore=False) for t in temperatures[:3]]
@@ -137,18 +146,19 @@ def mlkd_loss(student_weak, teacher_weak, student_strong, teacher_strong, base_t
 
 
 def ttm_loss(student_logits, teacher_logits, temperature=4.0, *, zscore=False, correction=0):
-    """KL(softmax(v / T) || softmax(z)), mean over the batch: transformed teacher matching (Zheng and Yang, ICLR 2024).
+    """KL(softmax(v / T) || softmax(z)), batch mean: transformed teacher matching (Zheng and Yang, ICLR 2024).
 
-    The teacher alone is transformed, by the power 1 / T of its probabilities; there is no T squared. With zscore: teacher
-    softmax Z(v; T), student softmax Z(z; 1). Shapes, dtypes and errors as in `kd_loss`.
+    The teacher alone is transformed, by the power 1 / T of its probabilities; there is no T squared. With
+    zscore: teacher softmax Z(v; T), student softmax Z(z; 1). Shapes, dtypes and errors as in `kd_loss`.
     """
     return _transformed(student_logits, teacher_logits, temperature, zscore, correction, weighted=False)
 
 
 def wttm_loss(student_logits, teacher_logits, temperature=4.0, *, zscore=False, correction=0):
-    """TTM with each sample weighted by U = sum_k p_k^(1/T), the power sum of the teacher's probabilities p = softmax(v).
+    """TTM with each sample weighted by U = sum_k p_k^(1/T), the power sum of the teacher's p = softmax(v).
 
-    For T of at least 1, U lies between 1 (a certain teacher) and K^(1 - 1/T) (a uniform one). With zscore p = softmax Z(v; 1). See `ttm_loss`.
+    For T of at least 1, U lies between 1 (a certain teacher) and K^(1 - 1/T) (a uniform one). With zscore
+    p = softmax Z(v; 1). See `ttm_loss`.
     """
     return _transformed(student_logits, teacher_logits, temperature, zscore, correction, weighted=True)
 
@@ -165,10 +175,11 @@ def _transformed(student_logits, teacher_logits, temperature, zscore, correction
 
 
 class CurriculumTemperature(torch.nn.Module):
-    """CTKD's learned temperature (Li et al., AAAI 2023): T = start + span sigmoid(g), one scalar g, 1.0 at first.
+    """CTKD's learned temperature (Li et al., AAAI 2023): T = start + span sigmoid(g), g = 1.0 at first.
 
-    forward(reversal) gives T, a tensor for `base_temp` of `kd_loss`. The gradient that reaches g is multiplied by
-    -reversal: the student minimises the loss, g maximises it. Put its parameter into the student's optimizer.
+    forward(reversal) gives T, a tensor for `base_temp` of `kd_loss`. The gradient that reaches g is
+    multiplied by -reversal: the student minimises the loss, g maximises it. Put g, one scalar, into the
+    student's optimizer.
     """
 
     def __init__(self, start=1.0, span=20.0):
@@ -182,14 +193,16 @@ class CurriculumTemperature(torch.nn.Module):
         return self.start + self.span * g.sigmoid()
 
 
-def distillation_loss(method, student_logits, teacher_logits, target=None, base_temp=2.0, *, student_strong=None,
-                      teacher_strong=None, alpha=1.0, beta=8.0, zscore=True, zscore_relations=True, correction=0):
+def distillation_loss(method, student_logits, teacher_logits, target=None, base_temp=2.0, *,
+                      student_strong=None, teacher_strong=None, alpha=1.0, beta=8.0, zscore=True,
+                      zscore_relations=True, correction=0):
     """The loss of `method` by its name, one of METHODS; see that method's function for its arguments.
 
-    base_temp is the temperature of every method (a tensor for "ctkd"); the two strong views are for "mlkd", target, alpha
-    and beta for "dkd". TypeError where one of these is missing.
+    base_temp is the temperature of every method (a tensor for "ctkd"); the two strong views are for "mlkd",
+    target, alpha and beta for "dkd". TypeError where one of these is missing.
     """
-    needed = {"dkd": {"target": target}, "mlkd": {"student_strong": student_strong, "teacher_strong": teacher_strong}}.get(method, {})
+    needed = {"dkd": {"target": target},
+              "mlkd": {"student_strong": student_strong, "teacher_strong": teacher_strong}}.get(method, {})
     if missing := [name for name, value in needed.items() if value is None]:
         raise TypeError(f"method {method!r} needs {' and '.join(missing)}")
     z, v, how = student_logits, teacher_logits, {"zscore": zscore, "correction": correction}
@@ -198,7 +211,8 @@ def distillation_loss(method, student_logits, teacher_logits, target=None, base_
     if method == "dkd":
         return dkd_loss(z, v, target, base_temp, alpha=alpha, beta=beta, **how)
     if method == "mlkd":
-        return mlkd_loss(z, v, student_strong, teacher_strong, base_temp, zscore_relations=zscore_relations, **how)
+        return mlkd_loss(z, v, student_strong, teacher_strong, base_temp,
+                         zscore_relations=zscore_relations, **how)
     if method == "ttm":
         return ttm_loss(z, v, base_temp, **how)
     if method == "wttm":
@@ -212,17 +226,20 @@ def _softened(x, temperature, zscore, correction):
 
 
 def _pair(student_logits, teacher_logits, base_temp, min_classes=2):
-    """Checked (shapes and dtypes only, so that it compiles) and in one full precision: student, teacher detached, temperature."""
+    """Student, teacher detached, temperature, in one full precision. Checks what compiles: shapes, dtypes."""
     if student_logits.shape != teacher_logits.shape or student_logits.dim() != 2:
         raise ValueError("student and teacher logits must have one shape (B, K), got "
                          f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}")
     if student_logits.shape[0] == 0:
         raise ValueError(f"the batch is empty: logits of shape {tuple(student_logits.shape)}")
-    if isinstance(base_temp, torch.Tensor) and base_temp.numel() != 1 and base_temp.shape != (len(student_logits), 1):
-        raise ValueError(f"a tensor temperature must be one number or (B, 1), got shape {tuple(base_temp.shape)}")
+    if (isinstance(base_temp, torch.Tensor) and base_temp.numel() != 1
+            and base_temp.shape != (len(student_logits), 1)):
+        raise ValueError("a tensor temperature must be one number or (B, 1), "
+                         f"got shape {tuple(base_temp.shape)}")
     for logits in (student_logits, teacher_logits):
         _check_classes(logits, base_temp, min_classes)
-    dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
+    dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype),
+                                torch.float32)
     temp = base_temp.to(dtype) if isinstance(base_temp, torch.Tensor) else base_temp
     return student_logits.to(dtype), teacher_logits.detach().to(dtype), temp
 
@@ -231,10 +248,12 @@ def _check_classes(logits, base_temp, min_classes=2):
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
     if logits.shape[-1] < min_classes:
-        raise ValueError(f"at least {min_classes} classes are needed, got logits of shape {tuple(logits.shape)}")
+        raise ValueError(f"at least {min_classes} classes are needed, "
+                         f"got logits of shape {tuple(logits.shape)}")
     if isinstance(base_temp, torch.Tensor):
         if base_temp.dim() and base_temp.shape[-1] != 1:        # (B,) would divide classes, where B is K
-            raise ValueError(f"a tensor temperature must be one number or end in a dimension of 1, got shape {tuple(base_temp.shape)}")
+            raise ValueError("a tensor temperature must be one number or end in a dimension of 1, "
+                             f"got shape {tuple(base_temp.shape)}")
     elif not 0 < base_temp < float("inf"):
         raise ValueError(f"the temperature must be a positive number, got {base_temp}")
 

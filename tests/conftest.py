@@ -2,6 +2,8 @@
 
 import functools
 import http.server
+import multiprocessing
+import os
 import subprocess
 import sys
 import threading
@@ -14,11 +16,16 @@ from torchvision.datasets import CIFAR100
 import teacher
 
 ROOT = Path(__file__).resolve().parent.parent
+if "PYTEST_XDIST_WORKER" in os.environ:     # one thread for each of the test processes, and for what they start
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+# processes are forked from a server that has imported torch and the scripts, once
+multiprocessing.get_context("forkserver").set_forkserver_preload(["train_cifar", "train_imagenet"])
 
 
 @pytest.fixture(scope="session")
 def shared():
-    """The folder of reference material beside the project; a test that needs it is skipped where it is not."""
+    """The folder of reference material beside the project; tests that need it are skipped where it is not."""
     folder = ROOT.parent / "shared"
     if not (folder / "reference").is_dir():
         pytest.skip("needs the reference material in ../shared")
@@ -29,7 +36,8 @@ def shared():
 def cifar(shared, tmp_path_factory):
     """A folder with the real CIFAR-100."""
     folder = tmp_path_factory.mktemp("cifar")
-    subprocess.run([sys.executable, shared / "cifar100" / "unpack.py", folder], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, shared / "cifar100" / "unpack.py", folder], check=True,
+                   stdout=subprocess.DEVNULL)
     return folder
 
 
@@ -46,7 +54,7 @@ def no_network(monkeypatch):
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves files with ETag, Range and If-Range, as the public hosts do; `cut` is the number of bytes after which it breaks off, once."""
+    """Serves files with ETag, Range, If-Range, as the public hosts do; breaks off once after `cut` bytes."""
 
     def log_message(self, form, *values):
         self.server.asked.append(values[0])
@@ -73,7 +81,10 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def serve(tmp_path):
-    """Serves a folder on the loopback interface: (folder, address, server); server.asked holds the requests, server.ranges their ranges."""
+    """Serves a folder on the loopback interface: (folder, address, server).
+
+    server.asked holds the requests, server.ranges their ranges.
+    """
     folder = tmp_path / "served"
     folder.mkdir()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder))

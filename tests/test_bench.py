@@ -1,4 +1,4 @@
-"""bench.py: every contestant of every experiment does its steps, and the numbers that are made from times are right."""
+"""bench.py: every part of every column does its steps, and the numbers that are made from times are right."""
 
 import itertools
 import types
@@ -8,47 +8,108 @@ import torch
 
 import bench
 import train_cifar
+from distributed import World
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("method", ["kd", "mlkd"])
-def test_every_contestant_does_its_steps(method, monkeypatch, tmp_path):
-    monkeypatch.setitem(train_cifar.AHEAD, "cpu", 128)
-    monkeypatch.setitem(bench.EXPERIMENTS, "small", ("resnet8", "resnet8", method))
-    recipe, data = bench.resolved("small", CPU, False), bench.images_on(CPU)
-    contestants = bench.plain_loop(recipe, data, CPU, 2) | {"this": bench.this_program(recipe, data, CPU, 2, tmp_path)}
-    assert set(contestants["this"]) == set(bench.ROWS) == set(contestants["plain"])
-    for column, calls in contestants.items():
-        for row, call in calls.items():
-            assert call() == (8 if (column, row) == ("workers", "data") else 2), (column, row)
-    assert bench.peak("resnet56-resnet20", "cpu", "this", 1) > 100
+def set_clock(monkeypatch, times):
+    monkeypatch.setattr(bench, "time", types.SimpleNamespace(perf_counter=iter(times).__next__))
 
 
-def test_imagenets_loading_and_step_are_measured(tmp_path):
-    bench.jpeg_folder(tmp_path, 8)
-    result = bench.imagenet(CPU, 1, tmp_path, 4)
-    assert result["images"] == 8 and all(row["img_s"] > 0 for row in result["rows"].values())
+def test_an_experiment_has_all_its_numbers(monkeypatch):
+    """With a clock that goes on by a second when it is read, images per second are the images of a part."""
+    monkeypatch.setitem(train_cifar.CHUNK, "cpu", 128)
+    set_clock(monkeypatch, itertools.count())
+    result = bench.experiment("resnet8-resnet8", World("cpu"), 1, False)
+    for row, cells in result["rates"].items():
+        for column in ("workers", "baseline", "this"):
+            images = 4 * 128 if row == "data" and column != "this" else 128
+            assert cells[column] == [images], (row, column)
+    assert tuple(result["rates"]) == bench.ROWS and set(result["hours"]) == {"workers", "baseline", "this"}
+    assert min(result["peak_mib"].values()) > 100
+    text = bench.table(result)
+    assert all(x in text for x in ("| whole, cached |", "240 epochs, projected", "MiB", "matrix product"))
+
+
+def test_two_views_from_every_source(monkeypatch, tmp_path):
+    monkeypatch.setitem(train_cifar.CHUNK, "cpu", 64)
+    for column in ("workers", "baseline", "this"):
+        parts = bench.parts_of("resnet8-resnet8-mlkd", column, World("cpu"), tmp_path)
+        views, target, *_ = next(iter(parts["data"].batches))
+        assert [x.shape for x in views] == [(64, 3, 32, 32)] * 2 and target.shape == (64,)
+        assert not torch.equal(*views) and 0.5 < torch.stack(views).std() < 2
+        assert bench.measure({0: {0: parts["whole, cached"]}}, 1, CPU)[0][0][0] > 0
+
+
+def test_steps_train_and_the_teacher_is_asked_where_it_should(monkeypatch, tmp_path):
+    monkeypatch.setitem(train_cifar.CHUNK, "cpu", 128)
+    calls, make_step, logits = [], bench.make_step, bench.Teacher.logits
+
+    def watched_make(distiller, *rest):
+        step = make_step(distiller, *rest)
+
+        def watched(views, target, index, teacher_logits):
+            before = [p.detach().clone() for p in distiller.parameters()]
+            done = step(views, target, index, teacher_logits)
+            assert len(teacher_logits) == 1 and not all(map(torch.equal, before, distiller.parameters()))
+            calls.append("step")
+            return done
+        return watched
+
+    def watched_logits(self, images):
+        calls.append("teacher")
+        return logits(self, images)
+
+    monkeypatch.setattr(bench, "make_step", watched_make)
+    monkeypatch.setattr(bench.Teacher, "logits", watched_logits)
+    steps, expected = ["step"] * 2, {"data": [], "teacher": ["teacher"]}
+    for column, first in (("this", ["teacher"]), ("baseline", [])):     # whose teacher is another class
+        for row, part in bench.parts_of("resnet8-resnet8", column, World("cpu"), tmp_path).items():
+            calls.clear()
+            bench.measure({row: {column: part}}, 0, CPU)
+            wanted = {"data": [], "teacher": first, "whole, first epoch": first + steps}.get(row, steps)
+            assert calls == wanted, (column, row)
+
+
+def test_rounds_take_turns_and_ratios_are_of_the_same_round(monkeypatch):
+    """After warm-up the baseline takes 1 s, the program 2 s, then 4 and 8; one part of two rows runs once."""
+    set_clock(monkeypatch, itertools.accumulate([0, 1, 0, 1, 0, 1, 0, 2, 0, 4, 0, 8]))
+    batch = (None, [0] * 64)
+    theirs, ours = bench.Part(itertools.repeat(batch), 1), bench.Part(itertools.repeat(batch), 4)
+    rates = bench.measure({"a": {"baseline": theirs, "this": ours}, "b": {"baseline": theirs}}, 2, CPU)
+    assert rates == {"a": {"baseline": [64, 16], "this": [128, 32]}, "b": {"baseline": [64, 16]}}
+    rates = {"a": {"baseline": [1, 5, 100], "this": [3, 20, 50]}}       # ratios 3, 4, 0.5; of the medians 4
+    lines = bench.table({"experiment": "x", "rates": rates, "notes": ["a note"]}).splitlines()
+    assert lines[:3] == ["| x, images/s | baseline | this program |", "| --- | --- | --- |",
+                         "| a | 5 (1 to 100) | 20 (3 to 50), x 3.00 |"] and "a note" in lines
+
+
+def test_skipped_steps_do_not_count(monkeypatch):
+    set_clock(monkeypatch, [0, 100, 102] * 2)
+    part = bench.Part(itertools.repeat((None, [0] * 8)), 5, skip=2)
+    assert bench.measure({0: {0: part}}, 1, CPU) == {0: {0: [12]}}
+
+
+def test_imagenets_loading_and_step_are_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "LOADED", 4)
+    result = bench.imagenet(World("cpu"), 1, bench.jpeg_folder(tmp_path, 4), 2)
+    rates = result["rates"]
+    assert all(rate > 0 for cells in rates.values() for values in cells.values() for rate in values)
+    assert set(rates["loading"]) == {"baseline", "this"} and len(rates) == 6
+    assert bench.table(result).count("limits; 100 epochs") == 2
     for rate, limit in ((1e-9, "loading"), (1e9, "the step")):
-        result["rows"]["loading, this program"]["img_s"] = rate
-        table = bench.imagenet_table(result)
-        assert f"resnet34-resnet18: {limit} limits" in table and f"resnet50-MobileNetV1: {limit} limits" in table
+        rates["loading"]["this"] = [rate]
+        assert [f": {limit} limits; " in line for line in bench.limits(rates)] == [True, True]
 
 
 def test_a_folder_without_images_is_one_line(tmp_path):
-    with pytest.raises(bench.runs.RunError, match="no folders of images, one for each class, in .*train"):
-        bench.imagenet(CPU, 1, tmp_path, 4)
-
-
-def test_ratios_are_of_the_same_round(monkeypatch):
-    times = itertools.accumulate([0, 0, 0, 1, 0, 2, 0, 4, 0, 8])    # warm-up, then plain 1 s and this 2 s, then 4 and 8
-    monkeypatch.setattr(bench, "time", types.SimpleNamespace(perf_counter=lambda: next(times)))
-    rates = bench.measure({"plain": {"data": lambda: 1}, "this": {"data": lambda: 4}}, 2, CPU)
-    assert rates == {("plain", "data"): [64.0, 16.0], ("this", "data"): [128.0, 32.0]}
+    with pytest.raises(bench.RunError, match="no folders of images in .*train"):
+        bench.imagenet(World("cpu"), 1, tmp_path, 4)
 
 
 def test_projected_hours():
-    """A teacher that costs nothing, one that is never known again, and full batches: 1 image of 1024 costs 256."""
+    """A teacher that costs nothing, one that is never cached, and full batches: 1 image of 1024 costs 256."""
     assert bench.hours(240, 100, 100, 1024, 256) == pytest.approx(240 * 50_000 / 100 / 3600)
     assert bench.hours(1, 50, 100, 1024, 256) == pytest.approx(50_000 / 50 / 3600)
     late = bench.hours(10_001, 50, 100, 1024, 256) - bench.hours(10_000, 50, 100, 1024, 256)
@@ -56,8 +117,14 @@ def test_projected_hours():
 
 
 def test_the_arithmetic_is_counted():
-    first, remembered, rate = bench.floor(bench.resolved("resnet56-resnet20", CPU, False), CPU)
-    # multiply-adds of the literature: 125.5 and 40.6 million for the two; a step is three forward passes, but for the first
-    # convolution's gradient with respect to the images
-    assert rate / remembered == pytest.approx(2 * 3 * 40.6e6, rel=0.03)
-    assert rate / first - rate / remembered == pytest.approx(2 * 125.5e6, rel=0.02)
+    rows, rate = bench.roofline(bench.recipe_of("resnet56-resnet20", CPU), CPU)
+    both, fast = bench.roofline(bench.recipe_of("resnet56-resnet20-mlkd", CPU), CPU)
+    one, two = ({row: x / bound for row, bound in r.items()} for r, x in ((rows, rate), (both, fast)))
+    # multiply-adds of the literature: 125.5 and 40.6 million for the two; a step is three forward passes, but
+    # for the first convolution's gradient with respect to the images
+    assert one["whole, cached"] == pytest.approx(one["student"]) == pytest.approx(2 * 3 * 40.6e6, rel=0.03)
+    assert one["teacher"] == pytest.approx(2 * 125.5e6, rel=0.02)
+    for flops in (one, two):
+        assert flops["whole, first epoch"] == pytest.approx(flops["teacher"] + flops["student"])
+    assert two["student"] == pytest.approx(2 * one["student"])
+    assert two["whole, cached"] == pytest.approx(two["student"] + one["teacher"])

@@ -1,167 +1,214 @@
-"""Kills, signals, a full disk, a second process: a run always goes on and ends with an unbroken run's bits."""
+"""Kills, signals, a full disk, a second process: a run goes on and ends with an unbroken run's bits."""
 
 import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
-import time
 from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
 
 import data
+import distill
+import run
 import teacher
 import train_cifar
 from models import create_model
-from train_cifar import main
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL and resource limits are Unix's")
 NAME = "resnet14-resnet8-kd-z-synthetic-seed0"
+EPOCHS, STEPS = 4, 8
 
 
-@pytest.fixture
-def flags(tmp_path):
-    torch.manual_seed(5)
-    torch.save(create_model("resnet14").state_dict(), tmp_path / "teacher.pt")
-    return ["--teacher", "resnet14", "--teacher-checkpoint", str(tmp_path / "teacher.pt"), "--student", "resnet8", "--zscore",
-            "--data", "synthetic", "--epochs", "12", "--batch-size", "32", "--lr", "0.05", "--device", "cpu",
-            "--save-every", "0.02", "--out"]
+def after(module, name, count, call, before=False):
+    """Lets `call` happen after (or before) the count-th call of module.name in this process."""
+    real, seen = getattr(module, name), []
+
+    def counted(*arguments, **more):
+        seen.append(1)
+        if before and len(seen) == count:
+            call()
+        value = real(*arguments, **more)
+        if not before and len(seen) == count:
+            call()
+        return value
+
+    setattr(module, name, counted)
 
 
-def child(arguments, output, file_size):
-    """The command in a process of its own."""
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def renamed(source, target, real=os.replace):
+    """os.replace, killed after a save's first rename: last.pt is previous.pt, and there is no last.pt."""
+    real(source, target)
+    if str(target).endswith("previous.pt") and renamed.left == 0:
+        killed()
+    renamed.left -= str(target).endswith("previous.pt")
+
+
+POINTS = {      # the third save is in the first epoch, the eleventh in the second
+    "before a save is written": lambda n: after(run, "write_checkpoint", n, killed, before=True),
+    "before its renames": lambda n: after(run, "write_checkpoint", n, killed),
+    "between its renames": lambda n: (setattr(renamed, "left", n - 2), setattr(run.os, "replace", renamed)),
+    "after a save": lambda n: after(run.Run, "save", n, killed),
+    "in a step": lambda n: after(distill, "check_finite", n, killed),
+    "while a row is logged": lambda n: after(run.Run, "log", 1 + n // 8, killed),
+    "before the result is written": lambda n: after(run.Run, "finish", 1, killed, before=True),
+}
+SIGNALS = {
+    "SIGTERM": lambda n: after(distill, "check_finite", n, lambda: os.kill(os.getpid(), signal.SIGTERM)),
+    "SIGINT": lambda n: after(distill, "check_finite", n, lambda: os.kill(os.getpid(), signal.SIGINT)),
+    "SIGTERM in the evaluation": lambda n: after(distill, "evaluate", 2,
+                                                 lambda: os.kill(os.getpid(), signal.SIGTERM)),
+}
+
+
+def child(arguments, output, point, n, file_size):
+    """The command in a process of its own, in which something happens at a chosen point."""
     import resource
-    data.SYNTHETIC_SIZES = (256, 64)
-    train_cifar.AHEAD["cpu"] = 96        # stretches of steps that neither a save nor an epoch divides
+    data.SYNTHETIC_SIZES = (32 * STEPS, 64)
+    train_cifar.CHUNK["cpu"] = 96        # chunks that neither a save nor an epoch divides
     teacher.BATCH["cpu"] = 40
     torch.set_num_threads(1)
     if file_size:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    if point:
+        (POINTS | SIGNALS)[point](n)
     with open(output, "w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
-        main([str(a) for a in arguments])
+        train_cifar.main([str(a) for a in arguments])
 
 
-@pytest.fixture
-def start(tmp_path):
-    """Starts the command in a fresh process, forked from a server that has imported torch already."""
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Runs the command in a fresh process, forked from a server that has imported torch already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_cifar"])
-    processes = []
+    folder = tmp_path_factory.mktemp("kills")
+    torch.manual_seed(5)
+    torch.save(create_model("resnet14").state_dict(), folder / "teacher.pt")
+    flags = ["--teacher", "resnet14", "--teacher-checkpoint", folder / "teacher.pt", "--student", "resnet8",
+             "--zscore", "--data", "synthetic", "--epochs", EPOCHS, "--batch-size", 32, "--lr", 0.05,
+             "--device", "cpu"]
 
-    def begin(*arguments, file_size=None):
-        process = context.Process(target=child, args=(arguments, tmp_path / "output", file_size))
+    def begin(out, *more, point=None, n=0, file_size=None, save_every=1e-9, wait=True):
+        arguments = [*flags, "--save-every", save_every, "--out", out, *more]
+        process = context.Process(target=child, args=(arguments, folder / "output", point, n, file_size))
         process.start()
-        processes.append(process)
+        if wait:
+            process.join(300)
+            return process.exitcode, (folder / "output").read_text()
         return process
 
-    begin.output = lambda: (tmp_path / "output").read_text()
     yield begin
-    for process in processes:
-        process.kill()
-        process.join()
 
 
-def finish(process):
-    process.join(120)
-    return process.exitcode
+@pytest.fixture(scope="module")
+def whole(start, tmp_path_factory):
+    """What must not depend on how often a run was stopped: an unbroken one's ending."""
+    folder = tmp_path_factory.mktemp("whole")
+    code, output = start(folder, save_every=1000)
+    assert code == 0, output
+    return ending(folder)
 
 
 def ending(folder):
-    """What must not depend on how often a run was stopped: weights, momentum, log without times."""
+    """Weights, momentum, and the log without times."""
     state = torch.load(folder / NAME / "last.pt")
-    momentum = [s["momentum_buffer"] for s in state["optimizer"]["state"].values()]
     rows = [json.loads(line) for line in (folder / NAME / "log.jsonl").read_text().splitlines()]
-    return list(state["model"].values()) + momentum, [{k: v for k, v in r.items() if k not in ("img_s", "seconds")} for r in rows]
+    assert [row["epoch"] for row in rows] == list(range(1, EPOCHS + 1))
+    student = torch.load(folder / NAME / "student.pt")["model"]
+    assert all(map(torch.equal, student.values(), state["model"].values()))
+    return ([*state["model"].values(), *state["momentum"]],
+            [{k: v for k, v in r.items() if k not in ("img_s", "seconds")} for r in rows])
 
 
 def same(ours, theirs):
-    return ours[1] == theirs[1] and len(ours[0]) == len(theirs[0]) and all(map(torch.equal, ours[0], theirs[0]))
+    return (ours[1] == theirs[1] and len(ours[0]) == len(theirs[0])
+            and all(map(torch.equal, ours[0], theirs[0])))
 
 
-def wait_for(path, seconds=60):
-    until = time.monotonic() + seconds
-    while not path.exists() and time.monotonic() < until:
-        time.sleep(0.01)
-    assert path.exists()
-
-
-def test_twenty_kills_at_random_moments_change_nothing(flags, start, tmp_path):
-    assert finish(start(*flags, tmp_path / "whole")) == 0
-    chance, kills, mid_epoch = random.Random(0), 0, 0
-    for _ in range(200):
-        process = start(*flags, tmp_path / "broken")
-        process.join(chance.uniform(0, 1.2))
-        if process.exitcode is None:
-            os.kill(process.pid, signal.SIGKILL)
-            process.join()
-            kills += 1
-            mid_epoch += ", step 0 " not in start.output() and "going on" in start.output()
-        elif kills >= 20:
-            break
-        elif (tmp_path / "broken" / NAME / "result.json").exists():     # too fast: once more from the start
-            assert same(ending(tmp_path / "broken"), ending(tmp_path / "whole"))
-            (tmp_path / "broken").rename(tmp_path / f"broken{kills}")
-    assert kills >= 20 and mid_epoch > 0
-    assert finish(start(*flags, tmp_path / "broken")) == 0
-    assert same(ending(tmp_path / "broken"), ending(tmp_path / "whole"))
-    assert [row["epoch"] for row in ending(tmp_path / "broken")[1]] == list(range(1, 13))
-    student = torch.load(tmp_path / "broken" / NAME / "student.pt")["model"]
-    assert all(map(torch.equal, student.values(), ending(tmp_path / "whole")[0]))
-    assert sorted(p.name for p in (tmp_path / "broken" / NAME).iterdir()) == [
+@pytest.mark.parametrize("n", [3, 11])
+@pytest.mark.parametrize("point", POINTS)
+def test_a_kill_at_any_point_changes_nothing(start, whole, tmp_path, point, n):
+    code, _ = start(tmp_path, point=point, n=n)
+    assert code == -signal.SIGKILL
+    code, output = start(tmp_path)
+    assert code == 0 and "going on from epoch" in output, output
+    assert same(ending(tmp_path), whole)
+    assert sorted(p.name for p in (tmp_path / NAME).iterdir() if p.suffix != ".partial") == [
         "config.json", "last.pt", "lock", "log.jsonl", "previous.pt", "result.json", "student.pt"]
 
 
-@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
-def test_a_signal_saves_and_says_how_to_go_on(flags, start, tmp_path, number):
-    process = start(*flags, tmp_path / "broken", "--save-every", "1000")
-    wait_for(tmp_path / "broken" / NAME / "last.pt")        # after the first epoch
-    os.kill(process.pid, getattr(signal, number))
-    assert finish(process) == 1
-    assert start.output().splitlines()[-1].startswith("stopped, and saved in") and "same command goes on" in start.output()
-    assert finish(start(*flags, tmp_path / "broken")) == 0
-    assert "going on from epoch" in start.output()
-    assert finish(start(*flags, tmp_path / "whole")) == 0
-    assert same(ending(tmp_path / "broken"), ending(tmp_path / "whole"))
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills_at_random_moments_change_nothing(start, whole, tmp_path, kills):
+    chance, done = random.Random(0), 0
+    while done < kills:
+        process = start(tmp_path, wait=False)
+        process.join(chance.uniform(0, 3))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            done += 1
+        else:               # it was faster: once more from the start
+            assert same(ending(tmp_path), whole)
+            shutil.rmtree(tmp_path / NAME)
+    code, output = start(tmp_path)
+    assert code == 0 and same(ending(tmp_path), whole), output
 
 
-def test_a_full_disk_keeps_the_checkpoint_before(flags, start, tmp_path):
-    process = start(*flags, tmp_path / "broken")
-    wait_for(tmp_path / "broken" / NAME / "previous.pt")
-    process.kill()
-    process.join()
-    before = torch.load(tmp_path / "broken" / NAME / "last.pt")
-    assert finish(start(*flags, tmp_path / "broken", file_size=100_000)) == 1
-    output = start.output()
-    assert "could not write in" in output and "File too large" in output and "Traceback" not in output
-    after = torch.load(tmp_path / "broken" / NAME / "last.pt")
-    assert (before["epoch"], before["step"]) == (after["epoch"], after["step"])
-    assert not list((tmp_path / "broken" / NAME).glob("*.partial"))
-    assert finish(start(*flags, tmp_path / "broken")) == 0
-    assert finish(start(*flags, tmp_path / "whole")) == 0
-    assert same(ending(tmp_path / "broken"), ending(tmp_path / "whole"))
+@pytest.mark.parametrize("point", SIGNALS)
+def test_a_signal_saves_and_says_how_to_go_on(start, whole, tmp_path, point):
+    code, output = start(tmp_path, point=point, n=11, save_every=1000)
+    assert code == 1
+    assert output.splitlines()[-1].startswith("stopped, and saved in") and "same command goes on" in output
+    code, output = start(tmp_path, save_every=1000)
+    assert code == 0 and ("going on from epoch 2, step 0" if "evaluation" in point
+                          else "going on from epoch 1, step 4") in output
+    assert same(ending(tmp_path), whole)
 
 
-def test_a_truncated_checkpoint_costs_one_save(flags, start, tmp_path):
-    process = start(*flags, tmp_path / "broken")
-    wait_for(tmp_path / "broken" / NAME / "previous.pt")
-    process.kill()
-    process.join()
-    last = tmp_path / "broken" / NAME / "last.pt"
+def test_a_full_disk_keeps_the_checkpoint_before(start, whole, tmp_path):
+    assert start(tmp_path, point="after a save", n=3)[0] == -signal.SIGKILL
+    before = torch.load(tmp_path / NAME / "last.pt")
+    code, output = start(tmp_path, file_size=100_000)
+    assert (code == 1 and "could not write in" in output and "File too large" in output
+            and "Traceback" not in output)
+    after = torch.load(tmp_path / NAME / "last.pt")
+    assert (before["epoch"], before["step"]) == (after["epoch"], after["step"]) == (0, 3)
+    assert not list((tmp_path / NAME).glob("*.partial"))
+    assert start(tmp_path)[0] == 0 and same(ending(tmp_path), whole)
+
+
+def test_a_truncated_checkpoint_costs_one_save(start, whole, tmp_path):
+    assert start(tmp_path, point="after a save", n=3)[0] == -signal.SIGKILL
+    last = tmp_path / NAME / "last.pt"
     last.write_bytes(last.read_bytes()[:5000])
-    assert finish(start(*flags, tmp_path / "broken")) == 0
-    assert "last.pt is damaged (kept as last.damaged); going on from the save before it" in start.output()
-    assert finish(start(*flags, tmp_path / "whole")) == 0
-    assert same(ending(tmp_path / "broken"), ending(tmp_path / "whole"))
+    code, output = start(tmp_path)
+    assert (code == 0
+            and "last.pt is damaged (kept as last.damaged); going on from the save before it" in output)
+    assert "going on from epoch 0, step 2" in output and same(ending(tmp_path), whole)
 
 
-def test_the_second_process_in_one_folder_is_refused(flags, start, tmp_path):
-    first = start(*flags, tmp_path / "runs")
-    wait_for(tmp_path / "runs" / NAME / "config.json")
-    assert finish(start(*flags, tmp_path / "runs")) == 1
-    assert "another process is running in" in start.output()
-    first.kill()
-    first.join()
-    assert finish(start(*flags, tmp_path / "runs")) == 0        # a killed process leaves no lock behind
+def test_the_second_process_in_one_folder_is_refused(start, tmp_path):
+    held = run.Run(tmp_path / NAME, {}, {})
+    held.open()
+    code, output = start(tmp_path)
+    assert code == 1 and "another process is running in" in output
+    held.close()
+    (tmp_path / NAME / "config.json").unlink()
+    assert start(tmp_path, point="after a save", n=3)[0] == -signal.SIGKILL
+    assert start(tmp_path)[0] == 0              # a killed process leaves no lock behind
+
+
+def test_a_save_of_an_older_version_is_named(start, tmp_path):
+    assert start(tmp_path, point="after a save", n=3)[0] == -signal.SIGKILL
+    state = torch.load(tmp_path / NAME / "last.pt")
+    del state["momentum"]
+    run.write_checkpoint(tmp_path / NAME / "last.pt", state | {"optimizer": {}})
+    code, output = start(tmp_path)
+    assert code == 1 and "was saved by an older version of this program" in output.splitlines()[-1]

@@ -7,6 +7,7 @@ import torch
 from click.testing import CliRunner
 
 import data
+import distill
 import teacher
 import train_cifar
 from models import create_model
@@ -54,9 +55,12 @@ def folder(tmp_path, monkeypatch):
 
 
 USAGE = [       # exit code 2: the command itself is wrong
-    ("--teacher resnet32x5 --student resnet8x4", "--teacher resnet32x5: no such network; known, the nearest first: resnet32x4, "),
-    ("--teacher resnet56 --student ResNet8", "--student ResNet8: no such network; known, the nearest first: ResNet18, "),
-    (ALONE.replace("resnet8", "vgg9"), "--student vgg9: no such network; known, the nearest first: vgg19, vgg8, "),
+    ("--teacher resnet32x5 --student resnet8x4",
+     "--teacher resnet32x5: no such network; known, the nearest first: resnet32x4, "),
+    ("--teacher resnet56 --student ResNet8",
+     "--student ResNet8: no such network; known, the nearest first: ResNet18, "),
+    (ALONE.replace("resnet8", "vgg9"),
+     "--student vgg9: no such network; known, the nearest first: vgg19, vgg8, "),
     (PAIR + "--method kdd", "'kdd' is not known; known, the nearest first: kd, dkd, "),
     (PAIR + "--data cifar10", "'cifar10' is not known; known, the nearest first: cifar100, synthetic"),
     (PAIR + "--device gpu", "'gpu' is not known; known, the nearest first: cpu, "),
@@ -98,36 +102,44 @@ USAGE = [       # exit code 2: the command itself is wrong
     ("--demo --epochs 3", "--demo takes no --epochs; it has its own"),
     ("--demo --val-from-train 500", "--demo takes no --val-from-train; it has its own"),
     (ALONE.replace("resnet8", "MobileNetV1"), "--student MobileNetV1: no such network"),
-    ("--eval teacher.pt --data synthetic", "teacher.pt does not say which network it holds: name it with --student"),
-    ("--eval teacher.pt --student resnet57 --data synthetic", "--student resnet57: no such network; known, the nearest first: resnet5"),
+    ("--eval teacher.pt --data synthetic",
+     "teacher.pt does not say which network it holds: name it with --student"),
+    ("--eval teacher.pt --student resnet57 --data synthetic",
+     "--student resnet57: no such network; known, the nearest first: resnet5"),
 ]
 OTHER = [       # exit code 1: the command is right, the world is not
-    (PAIR + MADE + "--device cuda", "--device cuda: PyTorch finds none here; leave the flag out, it finds cpu"),
+    (PAIR + MADE + "--device cuda",
+     "--device cuda: PyTorch finds none here; leave the flag out, it finds cpu"),
     (ALONE, "no CIFAR-100 in data, and it could not be downloaded"),
     (ALONE + "--data-dir cifar10", "no CIFAR-100 in cifar10, and it could not be downloaded"),
-    (ALONE + "--data-dir damaged", "CIFAR-100 in damaged is damaged (its checksums differ), and it could not be downloaded"),
+    (ALONE + "--data-dir damaged",
+     "CIFAR-100 in damaged is damaged (its checksums differ), and it could not be downloaded"),
     (ALONE + "--data-dir download", "no CIFAR-100 in download, and it could not be downloaded"),
     (ALONE + "--data-dir file", "no CIFAR-100 in file, and it could not be downloaded"),
     (ALONE + "--data synthetic --train-images 201", "--train-images 201: there are 200 training images"),
-    (ALONE + "--data synthetic --val-from-train 200", "--val-from-train 200 leaves nothing of 200 training images"),
+    (ALONE + "--data synthetic --val-from-train 200",
+     "--val-from-train 200 leaves nothing of 200 training images"),
     *[(PAIR.replace("teacher.pt", name) + MADE, words) for name, words in (
         ("text.pt", "text.pt is a Git LFS pointer, not the file itself"),
         ("empty.pt", "empty.pt is empty"),
         ("cut.pt", "cut.pt is not a PyTorch checkpoint, or it is damaged"),
         ("other.pt", "other.pt is not a resnet14 but a resnet20: "),
         ("classes.pt", "classes.pt is for 10 classes, this resnet14 is for 100"),
-        ("bomb.pt", "bomb.pt holds a Python object beside tensors, io.open; not loaded, as it could run code"),
+        ("bomb.pt",
+         "bomb.pt holds a Python object beside tensors, io.open; not loaded, as it could run code"),
         ("nothing.pt", "nothing.pt holds no weights for resnet14"),
         ("missing.pt", "missing.pt: no such file"),
         ("damaged", "damaged is a folder, not a checkpoint file"))],
     ("--eval bomb.pt --student resnet14 --data synthetic", "bomb.pt holds a Python object beside tensors"),
     ("--eval empty.pt --student resnet14 --data synthetic", "empty.pt is empty"),
     ("--eval missing.pt", "missing.pt: no such file"),
-    ("--eval number.pt --student resnet14 --data synthetic", "number.pt is not a resnet14: fc.bias is (), not (100,)"),
+    ("--eval number.pt --student resnet14 --data synthetic",
+     "number.pt is not a resnet14: fc.bias is (), not (100,)"),
     (PAIR + MADE + "--out file", "could not write in file"),
     (PAIR + MADE + "--out file/below", "could not write in file"),
     (ALONE + MADE + "--lr 1e38 --train-images 64", "epoch 1; the last checkpoint in"),
-    (ALONE + MADE + "--lr 1e38", "the loss became nan in epoch 1, step 2 (student logits in [nan, nan]); the last checkpoint"),
+    (ALONE + MADE + "--lr 1e38",
+     "the loss became nan in epoch 1, step 2 (student logits in [nan, nan]); the last checkpoint"),
 ]
 
 
@@ -140,7 +152,8 @@ def contents(folder):
     return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.parent.name != "download"}
 
 
-@pytest.mark.parametrize("code, arguments, words", [*((2, *case) for case in USAGE), *((1, *case) for case in OTHER)])
+@pytest.mark.parametrize("code, arguments, words",
+                         [*((2, *case) for case in USAGE), *((1, *case) for case in OTHER)])
 def test_a_mistake_is_one_line_and_overwrites_nothing(code, arguments, words, folder):
     before = contents(folder)
     got, output = call(arguments)
@@ -162,9 +175,11 @@ def test_the_table_is_long_enough():
 def test_a_run_folder_of_another_recipe_is_left_alone(folder):
     assert call(PAIR + MADE)[0] == 0
     before = contents(folder)
-    for change in ("--lr 0.1", "--kd-weight 3", "--base-temp 3", "--epochs 2", "--batch-size 48 --lr 0.05", "--precision bf16"):
+    for change in ("--lr 0.1", "--kd-weight 3", "--base-temp 3", "--epochs 2", "--batch-size 48 --lr 0.05",
+                   "--precision bf16"):
         code, output = call(f"{PAIR}{MADE}{change}")
-        assert code == 1 and "holds a run of another recipe" in output.splitlines()[-1] and "another --out" in output
+        assert (code == 1 and "holds a run of another recipe" in output.splitlines()[-1]
+                and "another --out" in output)
     assert contents(folder) == before
 
 
@@ -174,30 +189,35 @@ def test_a_damaged_configuration_is_named(folder):
     for text in ("", "[]", '{"recipe": 3}'):
         config.write_text(text)
         code, output = call(PAIR + MADE)
-        assert code == 1 and "config.json is not a run's configuration; choose another --out" in output.splitlines()[-1]
+        assert code == 1 and ("config.json is not a run's configuration; choose another --out"
+                              in output.splitlines()[-1])
 
 
 def test_a_pair_without_a_recipe_says_what_it_takes(folder):
     output = call(PAIR + MADE + "--zscore")[1]
-    assert "no published recipe for resnet14 -> resnet8: taking learning rate 0.05, base temperature 2, weight 9" in output
+    assert ("no published recipe for resnet14 -> resnet8: taking learning rate 0.05, base temperature 2, "
+            "weight 9") in output
 
 
 def test_a_doubtful_recipe_says_why():
     torch.save(create_model("resnet32x4").state_dict(), "large.pt")
-    output = call("--teacher resnet32x4 --teacher-checkpoint large.pt --student ShuffleV2 --zscore --out file " + MADE)[1]
-    assert "unsure: its log begins with a loss of 1.67" in output
+    output = call("--teacher resnet32x4 --teacher-checkpoint large.pt --student ShuffleV2 --zscore "
+                  "--out file " + MADE)[1]
+    assert "unsure: 2 of this recipe's choices are in doubt, see --list" in output
+    assert "its log begins with a loss of 1.67" in call("--list")[1]
 
 
 def test_a_loss_that_becomes_nan_keeps_the_last_good_checkpoint(folder, monkeypatch):
     calls = []
 
-    def breaks(*arguments, real=train_cifar.distillation_loss, **more):
+    def breaks(*arguments, real=distill.distillation_loss, **more):
         calls.append(1)
         return real(*arguments, **more) * (float("nan") if len(calls) == 6 else 1)
 
-    monkeypatch.setattr(train_cifar, "distillation_loss", breaks)
+    monkeypatch.setattr(distill, "distillation_loss", breaks)
     code, output = call(PAIR + MADE + "--epochs 3 --batch-size 32 --lr 0.01")     # three steps an epoch
-    assert code == 1 and "the loss became nan in epoch 2, step 3 (student logits in [" in output.splitlines()[-1]
+    assert code == 1 and ("the loss became nan in epoch 2, step 3 (student logits in ["
+                          in output.splitlines()[-1])
     state = torch.load(next((folder / "runs").rglob("last.pt")))
     assert state["epoch"] == 1 and all(v.isfinite().all() for v in state["model"].values())
     assert len(next((folder / "runs").rglob("log.jsonl")).read_text().splitlines()) == 1

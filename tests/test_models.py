@@ -1,4 +1,4 @@
-"""The networks have the field's names, keys, shapes, sizes and initial weights; every checkpoint format loads or is refused."""
+"""The networks have the field's names, keys, shapes, sizes and initial weights, and load its checkpoints."""
 
 import hashlib
 import json
@@ -10,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import models
 from models import MODELS, create_model, load_weights
 
-# name: parameters, multiply-accumulates of one image, and the first digits of the SHA-256 of "key shape" lines, taken
-# from RepDistiller's and mdistiller's own networks (MobileNetV1 with 1000 classes at 224 x 224, the rest 100 at 32 x 32)
+# name: parameters, multiply-accumulates of one image, and the first digits of the SHA-256 of "key shape"
+# lines, taken from RepDistiller's and mdistiller's own networks (MobileNetV1 with 1000 classes at 224 x 224,
+# the rest 100 at 32 x 32)
 KNOWN = {
     "resnet8": (83892, 12507392, "06f573ceec95"),
     "resnet14": (181108, 26663168, "c29c83ce8bb0"),
@@ -69,8 +70,10 @@ def test_keys_shapes_parameters_and_work_are_the_fields(name):
 
 def test_keys_and_shapes_are_those_of_the_reference_file(shared):
     reference = json.loads((shared / "reference" / "models.json").read_text())["models"]
-    assert {name: listing(build(name)) for name in MODELS} == {name: r["state_dict"] for name, r in reference.items()}
-    assert {name: KNOWN[name][:2] for name in MODELS} == {n: (r["params"], r["macs"]) for n, r in reference.items()}
+    assert {name: listing(build(name)) for name in MODELS} == {
+        name: r["state_dict"] for name, r in reference.items()}
+    assert {name: KNOWN[name][:2] for name in MODELS} == {
+        n: (r["params"], r["macs"]) for n, r in reference.items()}
 
 
 def test_the_published_resnet56_loads_and_names_itself(shared):
@@ -93,7 +96,7 @@ def test_initial_weights_are_the_papers(name, conv, linear_std, linear_bias):
     torch.manual_seed(0)
     state = create_model(name).state_dict()
     weight = state[conv]
-    he = (2 / (weight.shape[0] * 9)) ** 0.5         # 3x3; for a depthwise convolution the field's formula has no groups
+    he = (2 / (weight.shape[0] * 9)) ** 0.5         # 3x3; the field's formula has no depthwise groups
     assert weight.std().item() == pytest.approx(he, rel=0.05) and abs(weight.mean()) < he / 10
     assert list(state.values())[-2].std().item() == pytest.approx(linear_std, rel=0.05)
     bias = list(state.values())[-1]

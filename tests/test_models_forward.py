@@ -1,7 +1,8 @@
-"""models.py against forward passes written a second time, from the papers' facts, as functions of a state_dict.
+"""models.py against forward passes written a second time, from the papers' facts, out of a state_dict.
 
-Depths come from the keys and widths from the shapes; strides, paddings, groups and activations are written out. With the
-weights of `random_state` leaving out any one ReLU moves the logits by a hundredth of the largest or more.
+Depths come from the keys and widths from the shapes; strides, paddings, groups and activations are written
+out. With the weights of `random_state` leaving out any one ReLU moves the logits by a hundredth of the
+largest or more.
 """
 
 import pytest
@@ -12,7 +13,7 @@ from models import MODELS, create_model
 
 
 class Layers:
-    """Functional layers of one state dict. `training` takes batch statistics; running buffers are never written."""
+    """Functional layers of one state dict. `training` takes batch statistics; buffers are never written."""
 
     def __init__(self, state, training):
         self.state, self.training = state, training
@@ -29,7 +30,8 @@ class Layers:
         return self.conv(key, x, stride, padding=1, groups=x.shape[1])
 
     def norm(self, key, x):
-        mean, var, weight, bias = (self.state[f"{key}.{n}"] for n in ("running_mean", "running_var", "weight", "bias"))
+        mean, var, weight, bias = (self.state[f"{key}.{n}"]
+                                   for n in ("running_mean", "running_var", "weight", "bias"))
         if self.training:
             mean = var = None
         return F.batch_norm(x, mean, var, weight, bias, training=self.training, eps=1e-5)
@@ -44,7 +46,7 @@ def shuffle(x, groups):
 
 
 def residual_unit(net, unit, x, stride, shortcut):
-    """Post-activation unit: bottleneck (1x1, 3x3 with the stride, 1x1) if it has conv3, else basic (3x3, 3x3)."""
+    """Post-activation unit: bottleneck (1x1, 3x3 with the stride, 1x1) if it has conv3, else basic (3x3s)."""
     if f"{unit}.conv3.weight" in net.state:
         y = F.relu(net.norm(f"{unit}.bn1", net.conv(f"{unit}.conv1", x, stride=1, padding=0)))
         y = F.relu(net.norm(f"{unit}.bn2", net.conv(f"{unit}.conv2", y, stride=stride, padding=1)))
@@ -65,7 +67,8 @@ def resnet(net, x):
     for stage, first_stride in enumerate(strides, start=1):
         for i in range(net.count(f"layer{stage}.")):
             x = residual_unit(net, f"layer{stage}.{i}", x, first_stride if i == 0 else 1, shortcut)
-    return net.linear("fc", F.avg_pool2d(x, 8)) if small else net.linear("linear", F.adaptive_avg_pool2d(x, 1))
+    return (net.linear("fc", F.avg_pool2d(x, 8)) if small
+            else net.linear("linear", F.adaptive_avg_pool2d(x, 1)))
 
 
 def wide_resnet(net, x):
@@ -76,7 +79,7 @@ def wide_resnet(net, x):
             active = F.relu(net.norm(f"{unit}.bn1", x))
             y = F.relu(net.norm(f"{unit}.bn2", net.conv(f"{unit}.conv1", active, stride=stride, padding=1)))
             y = net.conv(f"{unit}.conv2", y, stride=1, padding=1)
-            if x.shape[1] != y.shape[1]:  # the bare 1x1 shortcut takes the activated input, the identity the raw one
+            if x.shape[1] != y.shape[1]:  # the 1x1 takes the activated input, the identity the raw one
                 x = net.conv(f"{unit}.convShortcut", active, stride=stride, padding=0)
             x = x + y
     return net.linear("fc", F.avg_pool2d(F.relu(net.norm("bn1", x)), 8))
@@ -85,7 +88,8 @@ def wide_resnet(net, x):
 def vgg(net, x):
     for block in range(5):
         for i in range(0, net.count(f"block{block}.") // 2 * 3, 3):  # conv i, BN i + 1, ReLU i + 2 (no key)
-            x = F.relu(net.norm(f"block{block}.{i + 1}", net.conv(f"block{block}.{i}", x, stride=1, padding=1)))
+            x = F.relu(net.norm(f"block{block}.{i + 1}",
+                                net.conv(f"block{block}.{i}", x, stride=1, padding=1)))
         if block < 3:  # a pool after block 3 exists for 64x64 images only
             x = F.max_pool2d(x, kernel_size=2, stride=2)
     return net.linear("classifier", F.adaptive_avg_pool2d(x, 1))
@@ -109,11 +113,13 @@ def shufflenet_v1(net, x):
     for stage in (1, 2, 3):
         for i in range(net.count(f"layer{stage}.")):
             unit, stride = f"layer{stage}.{i}", 2 if i == 0 else 1
-            groups = 1 if stage == 1 and i == 0 else 3  # the 24-channel stem is not grouped, and then not shuffled
-            y = F.relu(net.norm(f"{unit}.bn1", net.conv(f"{unit}.conv1", x, stride=1, padding=0, groups=groups)))
+            groups = 1 if stage == 1 and i == 0 else 3  # the 24-channel stem is neither grouped nor shuffled
+            y = F.relu(net.norm(f"{unit}.bn1",
+                                net.conv(f"{unit}.conv1", x, stride=1, padding=0, groups=groups)))
             y = F.relu(net.norm(f"{unit}.bn2", net.depthwise(f"{unit}.conv2", shuffle(y, groups), stride)))
             y = net.norm(f"{unit}.bn3", net.conv(f"{unit}.conv3", y, stride=1, padding=0, groups=3))
-            x = F.relu(torch.cat((y, F.avg_pool2d(x, 3, stride=2, padding=1)), dim=1) if stride == 2 else x + y)
+            x = F.relu(torch.cat((y, F.avg_pool2d(x, 3, stride=2, padding=1)), dim=1) if stride == 2
+                       else x + y)
     return net.linear("linear", F.avg_pool2d(x, 4))
 
 
@@ -121,7 +127,8 @@ def shufflenet_v2_branch(net, unit, x, first, stride):
     """1x1-BN-ReLU, depthwise 3x3-BN, 1x1-BN-ReLU, in the convolutions numbered from `first`."""
     x = F.relu(net.norm(f"{unit}.bn{first}", net.conv(f"{unit}.conv{first}", x, stride=1, padding=0)))
     x = net.norm(f"{unit}.bn{first + 1}", net.depthwise(f"{unit}.conv{first + 1}", x, stride))
-    return F.relu(net.norm(f"{unit}.bn{first + 2}", net.conv(f"{unit}.conv{first + 2}", x, stride=1, padding=0)))
+    return F.relu(net.norm(f"{unit}.bn{first + 2}",
+                           net.conv(f"{unit}.conv{first + 2}", x, stride=1, padding=0)))
 
 
 def shufflenet_v2(net, x):
@@ -150,7 +157,8 @@ def mobilenet_v1(net, x):
 
 
 NETWORKS = {
-    "MobileNetV1": mobilenet_v1, "MobileNetV2": mobilenet_v2, "ShuffleV1": shufflenet_v1, "ShuffleV2": shufflenet_v2,
+    "MobileNetV1": mobilenet_v1, "MobileNetV2": mobilenet_v2,
+    "ShuffleV1": shufflenet_v1, "ShuffleV2": shufflenet_v2,
     **{f"resnet{size}": resnet for size in ("8", "14", "20", "32", "44", "56", "110", "8x4", "32x4")},
     **{f"ResNet{depth}": resnet for depth in (18, 34, 50)},
     **{f"wrn_{depth}_{factor}": wide_resnet for depth in (16, 40) for factor in (1, 2)},
@@ -167,14 +175,15 @@ def reference_forward(name, state, x, training=False):
 
 
 def random_state(model, generator):
-    """Weights with which every layer matters: He's deviation by fan-in, gains and variances around 1, small biases."""
+    """Weights by which all layers matter: He's deviation, gains and variances near 1, small biases."""
     state = {}
     for key, value in model.state_dict().items():
         if key.endswith("num_batches_tracked"):
             state[key] = value
         elif value.ndim > 1:
             fan_in = value.numel() / value.shape[0]
-            state[key] = (2 / fan_in) ** 0.5 * torch.randn(value.shape, generator=generator, dtype=torch.float64)
+            state[key] = (2 / fan_in) ** 0.5 * torch.randn(value.shape, generator=generator,
+                                                           dtype=torch.float64)
         elif key.endswith("running_var") or (key.endswith("weight")):
             state[key] = 0.5 + torch.rand(value.shape, generator=generator, dtype=torch.float64)
         else:

@@ -36,7 +36,8 @@ def test_another_recipe_is_refused_and_nothing_is_touched(tmp_path):
     run.log({"epoch": 1})
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     assert "config.json" in before
-    with pytest.raises(RunError, match="another recipe .lr was 0.05, now 0.1; beta was None, now 2.*another --out"):
+    with pytest.raises(RunError, match="another recipe .lr was 0.05, now 0.1; beta was None, now 2.*"
+                                       "another --out"):
         opened(tmp_path, RECIPE | {"lr": 0.1, "beta": 2})
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
@@ -88,7 +89,8 @@ def test_trouble_of_the_disk_is_not_taken_for_damage(tmp_path, monkeypatch):
         def fails(*_, **__):
             raise error
 
-        with monkeypatch.context() as patch, pytest.raises(RunError, match="could not read .*last.pt .*(Input/output error|enough memory).*kept"):
+        with monkeypatch.context() as patch, pytest.raises(
+                RunError, match="could not read .*last.pt .*(Input/output error|enough memory).*kept"):
             patch.setattr(torch, "load", fails)
             run = Run(tmp_path, RECIPE, FACTS)
             run.open()
@@ -125,7 +127,8 @@ def test_a_failed_write_leaves_no_file_and_the_last_checkpoint(tmp_path):
 def test_student_file_and_result(tmp_path):
     run, _ = opened(tmp_path)
     assert run.finished() is None
-    run.finish({"last": {"top1": 41.123456789}, "minutes": float("nan")}, {"model": {"w": torch.ones(2)}, "seed": 0})
+    run.finish({"last": {"top1": 41.123456789}, "minutes": float("nan")},
+               {"model": {"w": torch.ones(2)}, "seed": 0})
     assert run.finished() == {"last": {"top1": 41.1235}, "minutes": None}
     assert torch.load(tmp_path / "student.pt", weights_only=True)["seed"] == 0
 
@@ -133,7 +136,8 @@ def test_student_file_and_result(tmp_path):
 def test_a_device_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(RunError, match="--device cuda: PyTorch finds none here; leave the flag out, it finds cpu"):
+    with pytest.raises(RunError, match="--device cuda: PyTorch finds none here; leave the flag out, "
+                                       "it finds cpu"):
         pick_device("cuda")
     assert pick_device().type == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -141,17 +145,20 @@ def test_a_device_that_is_not_there(monkeypatch):
 
 
 def test_names_are_listed_nearest_first():
-    with pytest.raises(click.UsageError, match="--student resnet8x5: no such network; known, the nearest first: resnet8x4, "):
+    with pytest.raises(click.UsageError, match="--student resnet8x5: no such network; "
+                                               "known, the nearest first: resnet8x4, "):
         cli.check_name("--student", "resnet8x5", ["vgg8", "resnet32", "resnet8x4"])
 
 
-@pytest.mark.parametrize("seconds, words", [(45, "45 s"), (900, "15 min"), (11520, "3.2 h"), (360000, "4.2 days")])
+@pytest.mark.parametrize("seconds, words", [(45, "45 s"), (900, "15 min"), (11520, "3.2 h"),
+                                            (360000, "4.2 days")])
 def test_durations_are_said_as_people_do(seconds, words):
     assert duration(seconds) == words
 
 
 def test_rounding_keeps_what_is_not_a_float():
-    assert rounded({"a": [1, 0.123456789], "b": "x", "c": float("inf")}) == {"a": [1, 0.123457], "b": "x", "c": None}
+    assert rounded({"a": [1, 0.123456789], "b": "x", "c": float("inf")}) == {
+        "a": [1, 0.123457], "b": "x", "c": None}
 
 
 def test_checkpoints_are_read_with_weights_only(tmp_path):
@@ -183,7 +190,8 @@ def test_two_damaged_checkpoints_begin_anew_and_say_so(tmp_path, capsys):
 def test_the_second_process_in_a_folder_is_refused(tmp_path):
     first = Run(tmp_path, RECIPE, FACTS)
     first.open()
-    with pytest.raises(RunError, match="another process is running in .*; wait for it, or choose another --out"):
+    with pytest.raises(RunError, match="another process is running in .*; wait for it, "
+                                       "or choose another --out"):
         Run(tmp_path, RECIPE, FACTS).open()
     first.close()
     opened(tmp_path)
@@ -201,7 +209,8 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         opened(tmp_path / "odd")
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="a child shares files with its parent where there is fork alone")
+@pytest.mark.skipif(not hasattr(os, "fork"),
+                    reason="a child shares files with its parent where there is fork alone")
 def test_a_child_that_outlives_its_run_does_not_hold_the_folder(tmp_path):
     """Loading processes live on for seconds when the run is killed; the restarted one must not be refused."""
     run = Run(tmp_path / "run", {}, {})

@@ -1,9 +1,13 @@
-"""Teachers are found in the promised order; the archive comes from a server on the loopback interface."""
+"""Teachers are found in the promised order, from a server on this machine; cached logits are right."""
 
+import errno
 import hashlib
 import io
 import os
 import re
+import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -14,7 +18,7 @@ import data
 import teacher as rooms_teacher
 from data import crop_and_flip, epoch_draws, normalise, synthetic
 from models import create_model
-from teacher import Teacher, download_teachers, find_teacher, load_teacher, weights_sha256
+from teacher import Cache, Teacher, download_teachers, find_teacher, load_teacher, weights_sha256
 from test_weights import repdistiller_teacher
 
 
@@ -25,7 +29,7 @@ def checkpoints(tmp_path, monkeypatch):
 
 
 def archive(path, names, extra=()):
-    """An archive laid out as mdistiller's, its members as RepDistiller writes a teacher: optimizer and numpy.float64 inside."""
+    """An archive laid out as mdistiller's, its members as RepDistiller writes a teacher."""
     with tarfile.open(path, "w") as file:
         for name in names:
             content = io.BytesIO()
@@ -60,8 +64,9 @@ def test_the_named_file_comes_first(checkpoints):
 
 def test_the_archive_is_downloaded_once_and_gives_every_teacher_in_it(checkpoints, serve):
     folder, url, server = serve
-    archive(folder / "teachers.tar", ["resnet56", "vgg13"], [("cifar_teachers/README", b"x"), ("../../evil_vanilla/x", b"x"),
-                                                            ("/tmp/resnet110_vanilla/other.pth", b"x")])
+    archive(folder / "teachers.tar", ["resnet56", "vgg13"], [
+        ("cifar_teachers/README", b"x"), ("../../evil_vanilla/x", b"x"),
+        ("/tmp/resnet110_vanilla/other.pth", b"x")])
     lines = []
     path, source = find_teacher("resnet56", url=f"{url}/teachers.tar", say=lines.append)
     assert path == checkpoints / "mdistiller" / "resnet56.pth" and "mdistiller" in source
@@ -96,10 +101,12 @@ def test_a_teacher_that_came_before_the_line_was_cut_is_taken(checkpoints, serve
 
 
 @pytest.mark.parametrize("name, place, words", [
-    ("resnet56", "/missing.tar", "no checkpoints/resnet56.pt, and mdistiller's teachers could not be downloaded .*404"),
+    ("resnet56", "/missing.tar",
+     "no checkpoints/resnet56.pt, and mdistiller's teachers could not be downloaded .*404"),
     ("resnet56", "/text.tar", "could not be downloaded"),
     ("resnet56", "/others.tar", "no resnet56 in http"),
-    ("resnet20", "/missing.tar", "no checkpoints/resnet20.pt, and mdistiller publishes no resnet20, and pytorch-cifar-models' could not be"),
+    ("resnet20", "/missing.tar",
+     "no checkpoints/resnet20.pt, and mdistiller publishes no resnet20, and pytorch-cifar-models' could not"),
     ("wrn_16_2", "/missing.tar", "no checkpoints/wrn_16_2.pt, and mdistiller publishes no wrn_16_2$"),
 ])
 def test_no_teacher_says_why(serve, name, place, words):
@@ -129,11 +136,14 @@ def test_without_the_archive_the_next_source_is_tried_and_its_accuracy_said(mode
     network, _ = models
     lines = []
     path, source = find_teacher("resnet56", url=f"{serve[1]}/missing.tar", say=lines.append)
-    assert path == checkpoints / "pytorch-cifar-models" / "resnet56.pt" and "pytorch-cifar-models', 72.63 % by its authors" in source
+    assert path == checkpoints / "pytorch-cifar-models" / "resnet56.pt"
+    assert source == ("pytorch-cifar-models', 72.63 % by its authors, "
+                      "checkpoints/pytorch-cifar-models/resnet56.pt")
     assert "404" in lines[1] and "downloading pytorch-cifar-models' cifar100_resnet56-" in lines[1]
     assert load_teacher("resnet56", path, source, "cpu").sha256 == weights_sha256(network)
-    archive(serve[0] / "teachers.tar", ["resnet56"])        # the archive is back: a run that goes on keeps its teacher
-    assert find_teacher("resnet56", url=f"{serve[1]}/teachers.tar", say=lines.append) == (path, source) and len(lines) == 2
+    archive(serve[0] / "teachers.tar", ["resnet56"])    # it is back: a run keeps its teacher
+    assert find_teacher("resnet56", url=f"{serve[1]}/teachers.tar", say=lines.append) == (path, source)
+    assert len(lines) == 2
 
 
 def test_a_download_with_another_checksum_is_not_taken(models, checkpoints, serve):
@@ -160,7 +170,8 @@ def trained(name):
     return network
 
 
-@pytest.mark.parametrize("name", ["resnet56", "resnet32x4", "wrn_40_2", "vgg13", "ResNet50", "MobileNetV2", "ShuffleV1", "ShuffleV2"])
+@pytest.mark.parametrize("name", ["resnet56", "resnet32x4", "wrn_40_2", "vgg13", "ResNet50", "MobileNetV2",
+                                  "ShuffleV1", "ShuffleV2"])
 def test_a_teachers_logits_are_the_frozen_networks(name):
     network, images = trained(name), normalise(synthetic(5, 1).images)
     before = weights_sha256(network)
@@ -172,7 +183,7 @@ def test_a_teachers_logits_are_the_frozen_networks(name):
     assert not logits.requires_grad and logits.dtype == torch.float32
     assert weights_sha256(network.float()) == before == teacher.sha256       # no batch norm statistics moved
     left = [m for m in teacher.network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    assert (len(left) == 18) if name == "wrn_40_2" else not left        # those before a convolution cannot be folded into it
+    assert (len(left) == 18) if name == "wrn_40_2" else not left    # they stand before convolutions
 
 
 def test_bf16_is_for_the_network_not_for_its_logits():
@@ -183,16 +194,26 @@ def test_bf16_is_for_the_network_not_for_its_logits():
 
 @pytest.fixture
 def teacher(tmp_path):
+    """A teacher that caches its logits for 40 images; `computed` holds the lengths of its batches."""
     teacher = Teacher(trained("resnet8"), "cpu")
     teacher.split = synthetic(40, 1)
-    teacher.attend(teacher.split, tmp_path / "answers")
-    teacher.asked = []
+    teacher.cache_logits(teacher.split, tmp_path / "logits")
+    teacher.computed = []
 
     def logits(images, real=teacher.logits):
-        teacher.asked.append(len(images))
+        teacher.computed.append(len(images))
         return real(images)
 
     teacher.logits = logits
+    return teacher
+
+
+def reopened(teacher):
+    """Map the file anew, as another run does."""
+    real, teacher.computed = teacher.logits, []
+    teacher.logits = lambda images: teacher.computed.append(len(images)) or real(images)
+    teacher.cache_logits(teacher.split, teacher.cache.path.parent)
+    teacher.computed.clear()
     return teacher
 
 
@@ -201,123 +222,238 @@ def views(n=40, seed=0):
     return torch.from_numpy(order), torch.from_numpy(drawn)
 
 
-def test_answers_are_computed_once_and_are_those_of_the_view(teacher, tmp_path):
+def test_logits_are_computed_once_and_are_those_of_the_view(teacher, tmp_path):
     indices, drawn = views()
-    first = teacher.answers(indices, drawn)
+    first = teacher.cached_logits(indices, drawn)
     images = normalise(crop_and_flip(teacher.split.images[indices], drawn))
     torch.testing.assert_close(first, teacher.network(images).half().float(), rtol=2e-3, atol=1e-3)
     assert torch.equal(first, first.half().float())         # the rounded value, the first time too
-    assert teacher.asked == [40]
-    assert torch.equal(teacher.answers(indices[7:], drawn[7:]), first[7:]) and teacher.asked == [40]
+    assert teacher.computed == [40]
+    assert torch.equal(teacher.cached_logits(indices[7:], drawn[7:]), first[7:]) and teacher.computed == [40]
     other = (drawn + torch.arange(40) % 2) % data.VIEWS     # every second image at another view
-    assert torch.equal(teacher.answers(indices, other)[::2], first[::2]) and teacher.asked == [40, 20]
+    assert torch.equal(teacher.cached_logits(indices, other)[::2], first[::2])
+    assert teacher.computed == [40, 20]
     again = Teacher(trained("resnet8"), "cpu")              # another process with the same weights
-    again.attend(teacher.split, tmp_path / "answers")
+    again.cache_logits(teacher.split, tmp_path / "logits")
     again.logits = None
-    assert torch.equal(again.answers(indices, drawn), first)
+    assert torch.equal(again.cached_logits(indices, drawn), first)
 
 
-def test_answers_without_a_memory_are_the_same_numbers(teacher, tmp_path):
+def test_logits_without_a_cache_are_the_same_numbers(teacher, tmp_path):
     indices, drawn = views()
-    kept = teacher.answers(indices, drawn)
-    teacher.attend(teacher.split, None)
-    assert torch.equal(teacher.answers(indices, drawn), kept)
-    teacher.attend(teacher.split, tmp_path, exact=True)
-    exact = teacher.answers(indices, drawn)
+    kept = teacher.cached_logits(indices, drawn)
+    teacher.cache_logits(teacher.split, None)
+    assert torch.equal(teacher.cached_logits(indices, drawn), kept)
+    images = normalise(crop_and_flip(teacher.split.images[indices], drawn))
+    assert torch.equal(teacher.cached_logits(indices, drawn, images), kept)
+    teacher.cache_logits(teacher.split, tmp_path, exact=True)
+    exact = teacher.cached_logits(indices, drawn)
     assert torch.equal(exact.half().float(), kept) and not torch.equal(exact, kept)
-    assert torch.equal(teacher.answers(indices, drawn), exact)
+    assert torch.equal(teacher.cached_logits(indices, drawn), exact)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("room", [True, False])
+def test_a_gpu_caches_in_its_memory_or_without_room_in_a_file(room, tmp_path, monkeypatch):
+    if not room:
+        monkeypatch.setattr(rooms_teacher, "SPARE", 2**50)
+    teacher, split = Teacher(trained("resnet8"), "cuda"), data.Split(*(x.cuda() for x in synthetic(40, 1)))
+    teacher.cache_logits(split, tmp_path)
+    indices, drawn = views()
+    first = teacher.cached_logits(indices[:30], drawn[:30])
+    both = teacher.cached_logits(indices, drawn)
+    assert len(os.listdir(tmp_path)) == (0 if room else 1) and torch.equal(both[:30], first) and both.is_cuda
+    teacher.cache_logits(split)
+    assert torch.equal(teacher.cached_logits(indices, drawn), both)
 
 
 @pytest.mark.parametrize("change", ["weights", "data", "precision", "rounding"])
-def test_a_memory_is_of_one_teacher_data_and_precision(teacher, tmp_path, change):
+def test_a_file_is_of_one_teacher_data_and_precision(teacher, tmp_path, change):
     indices, drawn = views()
-    kept = teacher.answers(indices, drawn)
+    kept = teacher.cached_logits(indices, drawn)
     network, split = trained("resnet8"), teacher.split
     if change == "weights":
         network.fc.bias.data += 1
     if change == "data":
         split = synthetic(40, 2)
     other = Teacher(network, "cpu", "bf16" if change == "precision" else "fp32")
-    other.attend(split, tmp_path / "answers", exact=change == "rounding")
-    assert not torch.equal(other.answers(indices, drawn), kept)
-    assert len(os.listdir(tmp_path / "answers")) == 2
+    other.cache_logits(split, tmp_path / "logits", exact=change == "rounding")
+    assert not torch.equal(other.cached_logits(indices, drawn), kept)
+    assert len(os.listdir(tmp_path / "logits")) == 2
 
 
-def test_a_damaged_answer_is_computed_again(teacher):
-    """Half a record, a flipped bit, a lost page: what a kill, a bad disk, or a crash of the machine leaves."""
+def zeros(content, first, last):
+    return content[:first] + bytes(last - first) + content[last:]
+
+
+def flip(content, at):
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1:]
+
+
+@pytest.mark.parametrize("harm", [
+    lambda file, mark, row: zeros(file, row + 100, row + 200),
+    lambda file, mark, row: flip(file, row + 9),
+    lambda file, mark, row: flip(file, mark + 2),
+    lambda file, mark, row: file[:row] + file[row + 2:row + 4] + file[row:row + 2] + file[row + 4:],
+    lambda file, mark, row: zeros(file, row // 4096 * 4096, row // 4096 * 4096 + 4096),
+    lambda file, mark, row: zeros(file, mark // 4096 * 4096, mark // 4096 * 4096 + 4096),
+    lambda file, mark, row: file[:row],
+    lambda file, mark, row: file[:mark],
+    lambda file, mark, row: b"",
+], ids=["half", "bit", "mark", "words exchanged", "page", "page of marks", "cut", "cut marks", "empty"])
+def test_a_damaged_row_is_computed_again(teacher, harm):
+    """What a kill, a bad disk, or a crash of the machine leaves."""
     indices, drawn = views()
-    kept = teacher.answers(indices, drawn)
-    path, size = teacher.memory.path, teacher.memory.size
-    whole, slots = path.read_bytes(), (indices * data.VIEWS + drawn).sort().values
-    for harm in (lambda b, at: b[:at + size // 2], lambda b, at: b[:at + 9] + bytes([b[at + 9] ^ 1]) + b[at + 10:],
-                 lambda b, at: b[:at] + bytes(size) + b[at + size:], lambda b, at: b""):
-        path.write_bytes(harm(whole, slots[20].item() * size))
-        teacher.asked.clear()
-        assert torch.equal(teacher.answers(indices, drawn), kept) and sum(teacher.asked) >= 1
-        assert path.read_bytes() == whole
+    kept, path = teacher.cached_logits(indices, drawn), teacher.cache.path
+    slot = (indices * data.VIEWS + drawn).sort().values[20].item()
+    whole = path.read_bytes()
+    path.write_bytes(harm(whole, 8 * slot, len(teacher.cache.marks) * 8 + slot * 200))
+    assert torch.equal(reopened(teacher).cached_logits(indices, drawn), kept) and sum(teacher.computed) >= 1
+    assert path.read_bytes() == whole
+    assert torch.equal(reopened(teacher).cached_logits(indices, drawn), kept) and teacher.computed == []
 
 
-def test_two_writers_share_a_memory(teacher, tmp_path):
+@pytest.mark.parametrize("dtype, classes", [(torch.float16, 101), (torch.float32, 1000)])
+def test_a_checksum_tells_zeros_other_words_and_other_slots(dtype, classes, tmp_path, generator):
+    cache = Cache(7, classes, dtype, "cpu", tmp_path / "x.logits")
+    slots, words = torch.arange(7), classes * dtype.itemsize // 2
+    assert not cache.read(slots)[1].any()                   # nothing was written
+    assert (cache.mark(slots, torch.zeros(7, classes, dtype=dtype)) != 0).all()
+    assert len(cache.weights.unique()) == words
+    row = torch.randn(1, classes, dtype=dtype, generator=generator)
+    others = row.repeat(3000, 1).view(torch.int16)
+    for other in others[:1000]:                             # one other word
+        place = torch.randint(words, (1,), generator=generator)
+        other[place] += torch.randint(1, 2**16, (1,), generator=generator)
+    for other in others[1000:]:                             # two exchanged
+        i, j = torch.randperm(words, generator=generator)[:2]
+        other[i], other[j] = other[j].clone(), other[i].clone()
+    same = (others == row.view(torch.int16)).all(1)
+    zero = torch.zeros(3000, dtype=torch.int64)
+    assert torch.equal(cache.mark(zero, others.view(dtype)) == cache.mark(zero[:1], row), same)
+    assert same.sum() < 20      # equal words were exchanged
+    cache.write(slots[2:4], row.repeat(2, 1))
+    assert cache.read(slots)[1].tolist() == [False, False, True, True, False, False, False]
+    cache.rows[5], cache.marks[5] = cache.rows[3], cache.marks[3]       # another slot's
+    assert not cache.read(slots)[1][5]
+
+
+def test_two_writers_share_a_file(teacher, tmp_path):
     indices, drawn = views()
     other = Teacher(trained("resnet8"), "cpu")
-    other.attend(teacher.split, tmp_path / "answers")
-    first = teacher.answers(indices[:20], drawn[:20])
-    both = other.answers(indices, drawn)
+    other.cache_logits(teacher.split, tmp_path / "logits")
+    first = teacher.cached_logits(indices[:20], drawn[:20])
+    both = other.cached_logits(indices, drawn)
     assert torch.equal(both[:20], first)
-    teacher.asked.clear()
-    assert torch.equal(teacher.answers(indices, drawn), both) and teacher.asked == []
+    teacher.computed.clear()
+    assert torch.equal(teacher.cached_logits(indices, drawn), both) and teacher.computed == []
 
 
-def test_a_disk_without_room_costs_the_memory_not_the_run(teacher, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    teacher.attend(teacher.split, tmp_path / "file")        # no folder can be made there
+def no_folder(monkeypatch, path):
+    path.parent.mkdir()
+    path.write_text("")
+
+
+def full_disk(monkeypatch, path):
+    usage = shutil.disk_usage("/")._replace(free=rooms_teacher.RESERVE)
+    monkeypatch.setattr(rooms_teacher.shutil, "disk_usage", lambda path: usage)
+
+
+def no_reserving(monkeypatch, path):
+    def refuse(*rest):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+
+
+def another_system(monkeypatch, path):
+    monkeypatch.delattr(os, "posix_fallocate")
+
+
+@pytest.mark.parametrize("problem, words", [
+    (no_folder, "File exists"), (full_disk, "the disk is nearly full"),
+    (no_reserving, "Operation not supported"), (another_system, "this system cannot reserve the room")])
+def test_a_disk_without_room_costs_no_run(teacher, tmp_path, monkeypatch, capsys, problem, words):
     indices, drawn = views()
-    first = teacher.answers(indices, drawn)
-    assert torch.equal(teacher.answers(indices, drawn), first)
-    assert capsys.readouterr().out.count("notice: no more of the teacher's answers are kept in") == 1
+    first, before = teacher.cached_logits(indices, drawn), teacher.cache
+    problem(monkeypatch, tmp_path / "other" / "logits")
+    teacher.cache_logits(teacher.split, tmp_path / "other" / "logits")
+    assert teacher.cache is None and torch.equal(teacher.cached_logits(indices, drawn), first)
+    notice, = capsys.readouterr().out.splitlines()
+    assert notice.startswith("notice: the teacher's logits are not cached in ")
+    assert notice.endswith(f" ({words}); going on without")
+    assert not list(tmp_path.glob("other/logits/*")) and before.read(indices * data.VIEWS + drawn)[1].all()
+    if problem is full_disk:        # a file that has its room is used on
+        teacher.cache_logits(teacher.split, tmp_path / "logits")
+        teacher.computed.clear()
+        assert torch.equal(teacher.cached_logits(indices, drawn), first) and teacher.computed == []
 
 
-def test_a_nearly_full_disk_is_left_to_the_saves(teacher, tmp_path, monkeypatch, capsys):
-    indices, drawn = views()
-    first = teacher.answers(indices[:10], drawn[:10])
-    usage = rooms_teacher.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(rooms_teacher.shutil, "disk_usage", lambda path: usage._replace(free=rooms_teacher.RESERVE - 1))
-    size = teacher.memory.path.stat().st_size
-    whole = teacher.answers(indices, drawn)
-    assert torch.equal(whole[:10], first) and teacher.memory.path.stat().st_size == size
-    assert "nearly full" in capsys.readouterr().out
-    monkeypatch.setattr(rooms_teacher.shutil, "disk_usage", lambda path: usage._replace(free=0))
-    teacher.attend(teacher.split, tmp_path / "answers")
-    assert torch.equal(teacher.answers(indices, drawn), whole) and teacher.memory.path.stat().st_size == 0
+@pytest.mark.parametrize("size, notices", [("1m", 1), ("2m", 0)])
+def test_a_full_disk_kills_no_run(tmp_path, size, notices):
+    """One too small for the file of 1.35 MB, and one that others fill once its room is there: no SIGBUS."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs to mount a small file system")
+    code = f"""
+import sys
+sys.path.insert(0, {os.path.dirname(rooms_teacher.__file__)!r})
+import torch, teacher
+from data import VIEWS, synthetic
+from models import create_model
+teacher.RESERVE = -2**30
+one, split = teacher.Teacher(create_model("resnet8"), "cpu"), synthetic(40, 1)
+one.logits = lambda images: torch.ones(len(images), 100)
+one.cache_logits(split, {str(folder)!r})
+try:
+    with open({str(folder / "other")!r}, "wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+except OSError as error:
+    print(error)
+indices = torch.arange(40).repeat_interleave(VIEWS)
+print(one.cached_logits(indices, torch.arange(VIEWS).repeat(40)).sum().item())
+"""
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, (done.returncode, done.stderr)
+        assert done.stdout.count("notice: the teacher's logits are not cached in") == notices
+        assert done.stdout.endswith("No space left on device\n648000.0\n")
+        assert len(list(folder.glob("*.logits"))) == 1 - notices
+    finally:
+        subprocess.run(["umount", folder], check=True)
 
 
 def test_logits_that_float16_cannot_hold_are_an_error(tmp_path):
     network = trained("resnet8")
     network.fc.weight.data *= 1e6
     teacher = Teacher(network, "cpu")
-    teacher.attend(synthetic(40, 1), tmp_path)
+    teacher.cache_logits(synthetic(40, 1), tmp_path)
     with pytest.raises(ValueError, match="do not fit float16: give --exact-teacher"):
-        teacher.answers(*views())
-    teacher.attend(synthetic(40, 1), tmp_path, exact=True)
-    assert teacher.answers(*views()).isfinite().all()
+        teacher.cached_logits(*views())
+    teacher.cache_logits(synthetic(40, 1), tmp_path, exact=True)
+    assert teacher.cached_logits(*views()).isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["resnet8", "wrn_16_1", "ShuffleV1", "MobileNetV2"])
-def test_an_answer_does_not_depend_on_what_else_is_asked(name):
-    """What makes a run that goes on, or one that finds half of the answers known, equal to an unbroken one."""
+def test_logits_do_not_depend_on_what_else_is_computed(name):
+    """So that a run that goes on, or one that finds half of the logits cached, equals an unbroken one."""
     teacher = Teacher(trained(name), "cpu")
-    teacher.attend(synthetic(150, 1))
+    teacher.cache_logits(synthetic(150, 1))
     indices, drawn = views(150)
     teacher.batch = 64
-    whole = teacher.answers(indices, drawn)
+    whole = teacher.cached_logits(indices, drawn)
     for part in (slice(100, 150), slice(0, 1), slice(3, 140, 7), slice(20, 150)):
-        assert torch.equal(teacher.answers(indices[part], drawn[part]), whole[part])
+        assert torch.equal(teacher.cached_logits(indices[part], drawn[part]), whole[part])
 
 
 def test_a_teacher_below_the_published_accuracy_is_a_warning():
     split, network = synthetic(100, 1), trained("resnet8")
     top1, line = Teacher(network, "cpu", source="mine.pt").check(split, published=79.42)
-    assert f"teacher resnet8 (mine.pt): {top1:.2f} % top-1" in line and "published 79.42" in line and "warning" in line
+    assert f"teacher resnet8 (mine.pt): {top1:.2f} % top-1" in line
+    assert "published 79.42" in line and "warning" in line
     assert "warning" not in Teacher(network, "cpu").check(split, published=top1 + 0.9)[1]
 
 
@@ -332,6 +468,7 @@ def test_the_hash_tells_weights_apart():
 
 def test_download_teachers_ignores_what_it_does_not_know(tmp_path, serve):
     folder, url, _ = serve
-    archive(folder / "t.tar", [], [("x/resnet57_vanilla/ckpt_epoch_240.pth", b"x"), ("x/vgg13_vanilla/last.pth", b"x")])
+    archive(folder / "t.tar", [], [("x/resnet57_vanilla/ckpt_epoch_240.pth", b"x"),
+                                   ("x/vgg13_vanilla/last.pth", b"x")])
     download_teachers(f"{url}/t.tar", tmp_path / "to")
     assert os.listdir(tmp_path / "to") == []

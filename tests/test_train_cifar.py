@@ -6,19 +6,24 @@ import math
 import os
 import signal
 import time
+import types
 
 import pytest
 import torch
 from click.testing import CliRunner
 
+import cli
 import data
+import distill
+import randaugment
 import recipes
 import teacher
 import train_cifar
 from models import create_model, load_weights
 from teacher import Teacher
 from test_teacher import archive
-from train_cifar import kd_weight, learning_rate, main, recipe_epoch, reversal
+from recipes import kd_weight, learning_rate, recipe_epoch, reversal
+from train_cifar import main
 from zscore_kd import dkd_loss, kd_loss, mlkd_loss
 
 SMALL = ["--data", "synthetic", "--train-images", "160", "--epochs", "3", "--device", "cpu"]
@@ -31,8 +36,8 @@ def nowhere_else(tmp_path, monkeypatch):
     monkeypatch.setattr(teacher, "CHECKPOINTS", tmp_path / "checkpoints")
     monkeypatch.setattr(train_cifar, "CHECKPOINTS", tmp_path / "checkpoints")
     monkeypatch.setattr(data, "SYNTHETIC_SIZES", (600, 200))
-    monkeypatch.setitem(train_cifar.AHEAD, "cpu", 96)        # small runs too prepare their steps in several stretches
-    monkeypatch.setitem(train_cifar.AHEAD, "cuda", 96)
+    monkeypatch.setitem(train_cifar.CHUNK, "cpu", 96)       # small runs too prepare steps in several chunks
+    monkeypatch.setitem(train_cifar.CHUNK, "cuda", 96)
     monkeypatch.setitem(teacher.BATCH, "cpu", 48)
     monkeypatch.setenv("TEACHER_URL", "http://127.0.0.1:9/none.tar")
     monkeypatch.setenv("CIFAR100_URL", "http://127.0.0.1:9/none.tar.gz")
@@ -64,26 +69,30 @@ def rows(folder):
 
 
 def test_the_main_command_finds_a_teacher_as_mdistiller_publishes_it(serve, cifar, monkeypatch):
-    """Real images, fewer of them; the archive with optimizers and numpy.float64 in it; smaller networks than the README's two."""
+    """Real images, but few; the archive with optimizers and numpy.float64 in it; smaller networks."""
     archive(serve[0] / "cifar_teachers.tar", ["resnet56"])
     monkeypatch.setenv("TEACHER_URL", f"{serve[1]}/cifar_teachers.tar")
     train, test = (data.Split(s.images[:300], s.targets[:300]) for s in data.read_cifar100(cifar))
     monkeypatch.setattr(data, "read_cifar100", lambda *_: (train, test))
-    output = call("--teacher", "resnet56", "--student", "resnet20", "--zscore", "--epochs", 1, "--device", "cpu")
-    assert "downloading mdistiller's teachers, once, from http" in output and "teacher resnet56 (mdistiller's, checkpoints/mdistiller/resnet56.pth): " in output
+    output = call("--teacher", "resnet56", "--student", "resnet20", "--zscore", "--epochs", 1,
+                  "--device", "cpu")
+    assert ("downloading mdistiller's teachers, once, from http" in output
+            and "teacher resnet56 (mdistiller's, checkpoints/mdistiller/resnet56.pth): " in output)
     assert "epoch   1/1" in output and "resnet56-resnet20-kd-z-seed0: last epoch" in output
 
 
 def test_a_run_leaves_what_the_design_promises(pair, tmp_path):
     output = call(*pair, *SMALL, "--zscore")
     folder = tmp_path / "runs" / "resnet14-resnet8-kd-z-synthetic-seed0"
-    assert sorted(files(folder)) == ["config.json", "last.pt", "log.jsonl", "previous.pt", "result.json", "student.pt"]
+    assert sorted(files(folder)) == ["config.json", "last.pt", "log.jsonl", "result.json", "student.pt"]
     config = json.loads((folder / "config.json").read_text())
-    assert config["recipe"]["base_temp"] == 2 and config["recipe"]["kd_weight"] == 9 and config["recipe"]["zscore"]
+    assert (config["recipe"]["base_temp"] == 2 and config["recipe"]["kd_weight"] == 9
+            and config["recipe"]["zscore"])
     assert config["recipe"]["teacher_sha256"] and config["facts"]["torch"] == torch.__version__
     log = rows(folder)
     assert [row["epoch"] for row in log] == [1, 2, 3]
-    assert {"lr", "loss", "ce", "kd", "train_top1", "train_top5", "test_top1", "test_top5", "img_s", "seconds"} <= set(log[0])
+    assert {"lr", "loss", "ce", "kd", "train_top1", "train_top5", "test_top1", "test_top5", "img_s",
+            "seconds"} <= set(log[0])
     for row in log:
         assert row["loss"] == pytest.approx(0.1 * row["ce"] + 9 * row["kd"], rel=1e-4)
     result = json.loads((folder / "result.json").read_text())
@@ -91,7 +100,8 @@ def test_a_run_leaves_what_the_design_promises(pair, tmp_path):
     assert result["last"]["top1"] == log[-1]["test_top1"] and result["best"]["top1"] == best["test_top1"]
     assert result["best"]["epoch"] == best["epoch"] and result["best_chosen_on"] == "test"
     student = create_model("resnet8")
-    assert load_weights(student, folder / "student.pt")["top1"] == pytest.approx(result["last"]["top1"], abs=1e-3)
+    assert load_weights(student, folder / "student.pt")["top1"] == pytest.approx(result["last"]["top1"],
+                                                                                 abs=1e-3)
     assert "no published recipe for resnet14 -> resnet8" in output and "last epoch" in output
     shown = call("--eval", folder / "student.pt", "--data", "synthetic")
     assert f"resnet8: {result['last']['top1']:.2f} top-1, {result['last']['top5']:.2f} top-5" in shown
@@ -117,23 +127,22 @@ def test_a_stopped_run_ends_with_an_unbroken_runs_bits(pair, tmp_path, monkeypat
 
     saves = []
 
-    def save(run, state, real=train_cifar.Run.save):
+    def save(run, state, real=distill.Run.save):
         real(run, state)
         saves.append((state["epoch"], state["step"]))
         if saves[-1] == ((1, 0) if leave == "after an epoch" else (1, 2)):
             raise Killed
 
-    often = [] if leave == "after an epoch" else ["--save-every", "1e-9"]
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train_cifar.Run, "save", save)
-        call(*pair, *SMALL, *flags, *often, "--out", "broken")
-    assert f"going on from epoch {saves[-1][0]}, step {saves[-1][1]}" in call(*pair, *SMALL, *flags, "--out", "broken")
+        patch.setattr(distill.Run, "save", save)
+        call(*pair, *SMALL, *flags, "--save-every", "1e-9", "--out", "broken")
+    assert (f"going on from epoch {saves[-1][0]}, step {saves[-1][1]}"
+            in call(*pair, *SMALL, *flags, "--out", "broken"))
 
     whole, broken = (torch.load(tmp_path / out / name / "last.pt") for out in ("whole", "broken"))
     for key, value in whole["model"].items():
         assert torch.equal(value, broken["model"][key]), key
-    for key, value in whole["optimizer"]["state"].items():
-        assert torch.equal(value["momentum_buffer"], broken["optimizer"]["state"][key]["momentum_buffer"])
+    assert all(map(torch.equal, whole["momentum"], broken["momentum"]))
     assert whole["best"] == broken["best"]
     results = [json.loads((tmp_path / out / name / "result.json").read_text()) for out in ("whole", "broken")]
     assert results[0]["last"] == results[1]["last"] and results[0]["best"] == results[1]["best"]
@@ -152,20 +161,21 @@ def test_a_run_that_breaks_while_it_writes_its_result_finishes_the_next_time(pai
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train_cifar.Run, "finish", killed)
+        patch.setattr(distill.Run, "finish", killed)
         call(*pair, *SMALL, "--out", "broken")
     call(*pair, *SMALL, "--out", "broken")
-    results = [json.loads((tmp_path / out / "resnet14-resnet8-kd-synthetic-seed0" / "result.json").read_text())
-               for out in ("whole", "broken")]
+    results = [
+        json.loads((tmp_path / out / "resnet14-resnet8-kd-synthetic-seed0" / "result.json").read_text())
+        for out in ("whole", "broken")]
     assert all(results[0][k] == results[1][k] for k in ("last", "best", "epochs"))
 
 
 def test_a_stop_in_the_last_evaluation_leaves_the_next_seed_out(pair, tmp_path, monkeypatch):
-    def asked(*arguments, real=train_cifar.finish):
+    def asked(*arguments, real=distill.Run.finish):
         os.kill(os.getpid(), signal.SIGINT)
         return real(*arguments)
 
-    monkeypatch.setattr(train_cifar, "finish", asked)
+    monkeypatch.setattr(distill.Run, "finish", asked)
     output = call(*pair, *SMALL, "--seeds", "2", code=1)
     assert "last epoch" in output and "the same command goes on from here" in output.splitlines()[-1]
     assert not (tmp_path / "runs" / "resnet14-resnet8-kd-synthetic-seed1").exists()
@@ -219,7 +229,8 @@ def test_held_out_images_choose_and_the_log_says_so(pair, tmp_path):
 
 def test_schedules_are_the_recipes_and_scale_with_the_epochs():
     def at(function, step, **change):
-        recipe = {"lr": 0.05, "kd_weight": 9.0, "stages": (150, 180, 210), "epochs": 240, "full_epochs": 240, **change}
+        recipe = {"lr": 0.05, "kd_weight": 9.0, "stages": (150, 180, 210), "epochs": 240, "full_epochs": 240,
+                  **change}
         return function(recipe_epoch(step, 782, recipe), recipe)
 
     drops = [at(learning_rate, epoch * 782) for epoch in (0, 149, 150, 179, 180, 209, 210, 239)]
@@ -227,12 +238,14 @@ def test_schedules_are_the_recipes_and_scale_with_the_epochs():
     assert at(learning_rate, 150 * 782 - 1) == 0.05
     assert at(learning_rate, 75 * 782 - 1, epochs=120) == 0.05
     assert at(learning_rate, 75 * 782, epochs=120) == pytest.approx(0.005)
-    assert at(learning_rate, 150 * 782, epochs=480, full_epochs=480) == pytest.approx(0.005)      # MLKD drops as early
+    # MLKD drops as early
+    assert at(learning_rate, 150 * 782, epochs=480, full_epochs=480) == pytest.approx(0.005)
     assert at(learning_rate, 75 * 782 - 1, full_epochs=480) == 0.05
     assert at(learning_rate, 75 * 782, full_epochs=480) == pytest.approx(0.005)
-    assert [at(kd_weight, e * 782, warmup=20) for e in (0, 1, 9, 19, 30)] == pytest.approx([0.45, 0.9, 4.5, 9, 9])
+    assert [at(kd_weight, e * 782, warmup=20) for e in (0, 1, 9, 19, 30)] == pytest.approx(
+        [0.45, 0.9, 4.5, 9, 9])
     assert at(kd_weight, 391, warmup=20, epochs=12) == pytest.approx(4.95) and at(kd_weight, 0) == 9
-    ramp = [0.024, 0.095, 0.206, 0.345, 0.5, 0.655, 0.794, 0.905, 0.976, 1, 1]                   # of CTKD, epochs 1 to 11
+    ramp = [0.024, 0.095, 0.206, 0.345, 0.5, 0.655, 0.794, 0.905, 0.976, 1, 1]      # of CTKD, epochs 1 to 11
     assert [at(reversal, e * 782, ramp=10) for e in range(11)] == pytest.approx(ramp, abs=6e-4)
 
 
@@ -245,7 +258,8 @@ def test_two_epochs_equal_a_plain_loop(pair, tmp_path, monkeypatch):
     student, frozen = create_model("resnet8"), create_model("resnet14")
     load_weights(frozen, tmp_path / "teacher.pt")
     optimizer = torch.optim.SGD(student.parameters(), 0.05, momentum=0.9, weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 3, 4])   # 150, 180, 210 of 240 in 4 steps: 2.5, 3, 3.5
+    # 150, 180, 210 of 240 in 4 steps: 2.5, 3, 3.5
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 3, 4])
     frozen.eval()
     for epoch in range(2):
         order, views = (torch.from_numpy(x) for x in data.epoch_draws(0, epoch, 100))
@@ -267,39 +281,55 @@ def test_two_epochs_equal_a_plain_loop(pair, tmp_path, monkeypatch):
     not torch.cuda.is_available(), reason="needs a CUDA GPU"))])
 @pytest.mark.parametrize("method", ["kd", "ctkd", "mlkd"])
 def test_ten_fast_steps_equal_a_plain_loop(device, method, tmp_path):
-    """Folded teacher in large batches, its remembered answers, lookahead, channels last, fused optimizer, on a GPU the
-    captured step: the same numbers as a loop that does one thing after the other, the smaller last batch included."""
+    """Folded teacher in large batches, its cached logits, images in chunks, channels last, fused optimizer,
+    on a GPU the captured step: the same numbers as a loop that does one thing after the other, the smaller
+    last batch included."""
     device = torch.device(device)
     torch.backends.cudnn.allow_tf32 = False
-    recipe = {**recipes.recipe("resnet32x4", "resnet8x4", method, True, "authors"), "teacher": "resnet14", "student": "resnet8",
-              "method": method, "zscore": True, "seed": 3, "precision": "fp32", "batch_size": 16, "epochs": 2, "lr": 0.01}
+    recipe = {**recipes.recipe("resnet32x4", "resnet8x4", method, True, "authors"), "teacher": "resnet14",
+              "student": "resnet8", "method": method, "zscore": True, "seed": 3, "precision": "fp32",
+              "batch_size": 16, "epochs": 2, "lr": 0.01}
     recipe["full_epochs"] = 480 if method == "mlkd" else 240
-    split = data.Split(*(x.to(device) for x in data.synthetic(75, 1)))          # 5 steps an epoch, the last of 11 images
+    split = data.Split(*(x.to(device) for x in data.synthetic(75, 1)))      # 5 steps an epoch, the last of 11
     made = data.Data(split, split, split, "test")
     torch.manual_seed(1)
     network = create_model("resnet14")
     teacher = Teacher(copy.deepcopy(network), device)
-    teacher.attend(split, tmp_path, exact=True)
-    student, curriculum, *_, step, set_epoch = train_cifar.build(recipe, 100, device)
+    teacher.cache_logits(split, tmp_path, exact=True)
+    torch.manual_seed(3)
+    student = create_model("resnet8").to(device, memory_format=torch.channels_last)
+    distiller = distill.Distiller(student, recipe).to(device)
+    learned = list(distiller.parameters())
+    optimizer = torch.optim.SGD(learned, torch.zeros((), device=device), momentum=0.9, weight_decay=5e-4,
+                                fused=True)
+    for parameter in learned:
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    world = types.SimpleNamespace(size=1, rank=0, device=device)
+    step, batches = (distill.make_step(distiller, optimizer, 16, world),
+                     train_cifar.Batches(made, recipe, teacher, device))
     plain, start = (copy.deepcopy(student).to(memory_format=torch.contiguous_format) for _ in range(2))
     network.to(device).eval()
     g = torch.tensor(1.0, device=device, requires_grad=True)
-    optimizer = torch.optim.SGD([*plain.parameters(), g], 0.01, momentum=0.9, weight_decay=5e-4, foreach=False)
+    reference = torch.optim.SGD([*plain.parameters(), g], 0.01, momentum=0.9, weight_decay=5e-4,
+                                foreach=False)
     for epoch in range(2):
         data.evaluate(student.eval(), split)        # in between, as in a run
         student.train()
         order, views = (torch.from_numpy(x).to(device) for x in data.epoch_draws(3, epoch, 75))
-        strong = data.strong_draws(3, epoch, 75).to(device)
-        for i, lesson in enumerate(train_cifar.lessons(recipe, made, teacher, epoch, 0, device)):
-            now = train_cifar.recipe_epoch(epoch * 5 + i, 5, recipe)
-            set_epoch(now)
-            sums, _ = step(*lesson)
+        strong = randaugment.strong_draws(3, epoch, 75).to(device)
+        for i, batch in enumerate(batches.epoch(epoch, 0)):
+            now = recipe_epoch(epoch * 5 + i, 5, recipe)
+            lr, weight, reverse = recipes.schedule(now, recipe)
+            for held, value in ((optimizer.param_groups[0]["lr"], lr), (distiller.kd_weight, weight),
+                                (distiller.reversal, reverse)):
+                held.fill_(value)
+            sums, _ = step(*batch)
 
             part = slice(16 * i, 16 * i + 16)
             chosen, y = split.images[order[part]], split.targets[order[part]]
             images = [data.normalise(data.crop_and_flip(chosen, views[part])).contiguous()]
             if method == "mlkd":
-                images.append(data.normalise(data.strong_view(chosen, strong[part])).contiguous())
+                images.append(data.normalise(randaugment.strong_view(chosen, strong[part])).contiguous())
             z, v = [plain(x) for x in images], [network(x).detach() for x in images]
             ce = sum(torch.nn.functional.cross_entropy(x, y) for x in z)
             if method == "mlkd":
@@ -307,19 +337,20 @@ def test_ten_fast_steps_equal_a_plain_loop(device, method, tmp_path):
             else:
                 kd = kd_loss(z[0], v[0], 2 + 40 * torch.sigmoid(g) if method == "ctkd" else 2.0)
             loss = recipe["ce_weight"] * ce + recipe["kd_weight"] * kd
-            optimizer.zero_grad()
+            reference.zero_grad()
             loss.backward()
             if method == "ctkd":
-                g.grad *= -train_cifar.reversal(now, recipe)
-            for group in optimizer.param_groups:
-                group["lr"] = train_cifar.learning_rate(now, recipe)
-            optimizer.step()
+                g.grad *= -reversal(now, recipe)
+            for group in reference.param_groups:
+                group["lr"] = learning_rate(now, recipe)
+            reference.step()
             assert sums[0].item() / len(y) == pytest.approx(loss.item(), rel=1e-3), (epoch, i)
     for read in (dict.values, lambda d: [v for k, v in d.items() if "running" in k]):
-        ours, theirs, before = (torch.cat([v.flatten().double() for v in read(dict(m.state_dict()))]) for m in (student, plain, start))
+        ours, theirs, before = (torch.cat([v.flatten().double() for v in read(dict(m.state_dict()))])
+                                for m in (student, plain, start))
         assert (ours - theirs).norm() < 0.01 * (theirs - before).norm()     # of the way that ten steps went
     if method == "ctkd":
-        assert curriculum.g.item() == pytest.approx(g.item(), abs=1e-2 * abs(g.item() - 1))
+        assert distiller.temperature.g.item() == pytest.approx(g.item(), abs=1e-2 * abs(g.item() - 1))
 
 
 def test_a_run_is_the_same_with_and_without_a_memory(pair, tmp_path):
@@ -332,22 +363,24 @@ def test_a_run_is_the_same_with_and_without_a_memory(pair, tmp_path):
     call(*flags, "--exact-teacher", "--out", "exact")
     name = "resnet14-resnet8-kd-z-synthetic-seed0"
     weights = [torch.load(tmp_path / out / name / "last.pt")["model"] for out in ("runs", "without", "exact")]
-    assert all(map(torch.equal, weights[0].values(), weights[1].values())) and not (tmp_path / "without" / "answers").exists()
+    assert (all(map(torch.equal, weights[0].values(), weights[1].values()))
+            and not (tmp_path / "without" / "answers").exists())
     assert not all(map(torch.equal, weights[0].values(), weights[2].values()))
     assert "exact_teacher was False, now True" in call(*flags, "--exact-teacher", code=1)
     assert len(answers) == 1 and before > 160 * 200
 
 
-METHODS = [[method, z] for method in ("kd", "dkd", "mlkd", "ctkd", "ttm", "wttm") for z in ("--zscore", "--no-zscore")]
+METHODS = [[method, z] for method in ("kd", "dkd", "mlkd", "ctkd", "ttm", "wttm")
+           for z in ("--zscore", "--no-zscore")]
 
 
 @pytest.mark.parametrize("method, z", METHODS)
 def test_every_method_trains_by_its_recipe_stops_and_goes_on(pair, tmp_path, monkeypatch, method, z):
-    """One run that is killed in an epoch ends with an unbroken one's weights; the logged loss is the weighted sum."""
+    """One run that is killed in an epoch ends with an unbroken one's weights; loss is the weighted sum."""
     class Killed(BaseException):
         pass
 
-    def save(run, state, real=train_cifar.Run.save):
+    def save(run, state, real=distill.Run.save):
         real(run, state)
         if (state["epoch"], state["step"]) == (1, 2):
             raise Killed
@@ -355,35 +388,38 @@ def test_every_method_trains_by_its_recipe_stops_and_goes_on(pair, tmp_path, mon
     flags = [*pair, *SMALL, "--method", method, z, "--epochs", "2"]
     call(*flags, "--out", "whole")
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train_cifar.Run, "save", save)
+        patch.setattr(distill.Run, "save", save)
         call(*flags, "--save-every", "1e-9", "--out", "broken")
     call(*flags, "--out", "broken")
     name = f"resnet14-resnet8-{method}{'-z' if z == '--zscore' else ''}-synthetic-seed0"
     whole, broken = (torch.load(tmp_path / out / name / "last.pt") for out in ("whole", "broken"))
-    for part in ("model", "curriculum"):
-        assert all(map(torch.equal, whole[part].values(), broken[part].values()))
+    assert all(map(torch.equal, whole["model"].values(), broken["model"].values()))
     recipe = json.loads((tmp_path / "whole" / name / "config.json").read_text())["recipe"]
     for row in rows(tmp_path / "whole" / name):
         if method != "dkd":         # its weight grows within these epochs
-            assert row["loss"] == pytest.approx(recipe["ce_weight"] * row["ce"] + recipe["kd_weight"] * row["kd"], rel=1e-3)
+            assert row["loss"] == pytest.approx(
+                recipe["ce_weight"] * row["ce"] + recipe["kd_weight"] * row["kd"], rel=1e-3)
         if method == "ctkd":
             start = recipe["base_temp"]
-            assert start < row["temperature"] < start + recipe["span"] and recipe["span"] == (40 if z == "--zscore" else 20)
+            assert (start < row["temperature"] < start + recipe["span"]
+                    and recipe["span"] == (40 if z == "--zscore" else 20))
 
 
 @pytest.mark.parametrize("method", ["dkd", "mlkd", "ctkd"])
 def test_two_steps_of_a_method_equal_a_plain_loop(pair, tmp_path, method):
-    """Written out: which view enters where, both cross-entropies, DKD's warm-up, CTKD's ramp and its g in the same SGD."""
-    call(*pair, *SMALL, "--method", method, "--zscore", "--epochs", "1", "--train-images", "64", "--batch-size", "32",
-         "--lr", "0.001", "--weight-decay", "0.1")
+    """Written out: where views enter, both cross-entropies, DKD's warm-up, CTKD's ramp, g in the same SGD."""
+    call(*pair, *SMALL, "--method", method, "--zscore", "--epochs", "1", "--train-images", "64",
+         "--batch-size", "32", "--lr", "0.001", "--weight-decay", "0.1")
     train = data.load_data("synthetic", None, "cpu", train_images=64).train
     torch.manual_seed(0)
-    student, frozen, g = create_model("resnet8"), create_model("resnet14"), torch.tensor(1.0, requires_grad=True)
+    student, frozen, g = (create_model("resnet8"), create_model("resnet14"),
+                          torch.tensor(1.0, requires_grad=True))
     load_weights(frozen, tmp_path / "teacher.pt")
     frozen.eval()
-    optimizer = torch.optim.SGD([*student.parameters()] + [g] * (method == "ctkd"), 0.001, momentum=0.9, weight_decay=0.1)
+    optimizer = torch.optim.SGD([*student.parameters()] + [g] * (method == "ctkd"), 0.001, momentum=0.9,
+                                weight_decay=0.1)
     order, views = (torch.from_numpy(x) for x in data.epoch_draws(0, 0, 64))
-    strong = data.strong_draws(0, 0, 64)
+    strong = randaugment.strong_draws(0, 0, 64)
     for i, part in enumerate((slice(0, 32), slice(32, 64))):
         chosen, y = train.images[order[part]], train.targets[order[part]]
         weak = data.normalise(data.crop_and_flip(chosen, views[part])).contiguous()
@@ -392,7 +428,7 @@ def test_two_steps_of_a_method_equal_a_plain_loop(pair, tmp_path, method):
         if method == "dkd":         # epochs 1 and 121 of 240: a twentieth of the weight, then all of it
             loss = ce + 9 * (1 / 20, 1)[i] * dkd_loss(z, v, y, 2.0, alpha=1.0, beta=8.0)
         elif method == "mlkd":
-            hard = data.normalise(data.strong_view(chosen, strong[part])).contiguous()
+            hard = data.normalise(randaugment.strong_view(chosen, strong[part])).contiguous()
             z2, v2 = student(hard), frozen(hard).detach()
             loss = 0.1 * (ce + torch.nn.functional.cross_entropy(z2, y)) + 9 * mlkd_loss(z, v, z2, v2, 2.0)
         else:                       # the reversal is 0.0245 in epoch 1 and 1 in epoch 121
@@ -403,19 +439,24 @@ def test_two_steps_of_a_method_equal_a_plain_loop(pair, tmp_path, method):
         if method == "ctkd":
             g.grad *= -(0.02447174, 1.0)[i]
         for group in optimizer.param_groups:
-            group["lr"] = 0.001 * (1, 0.1**3 if method == "mlkd" else 1)[i]     # epoch 241 of 480 is past 150, 180 and 210
+            # epoch 241 of 480 is past 150, 180 and 210
+            group["lr"] = 0.001 * (1, 0.1**3 if method == "mlkd" else 1)[i]
         optimizer.step()
     state = torch.load(tmp_path / "runs" / f"resnet14-resnet8-{method}-z-synthetic-seed0" / "last.pt")
     for key, value in student.state_dict().items():
-        torch.testing.assert_close(state["model"][key], value, rtol=1e-3, atol=2e-5, msg=lambda m: f"{key}: {m}")
+        torch.testing.assert_close(state["model"][f"student.{key}"], value, rtol=1e-3, atol=2e-5,
+                                   msg=lambda m: f"{key}: {m}")
     if method == "ctkd":
-        assert state["curriculum"]["g"].item() == pytest.approx(g.item(), abs=2e-6) and abs(g.item() - 1) > 1e-4
+        assert (state["model"]["temperature.g"].item() == pytest.approx(g.item(), abs=2e-6)
+                and abs(g.item() - 1) > 1e-4)
 
 
 def test_ctkds_temperature_moves_against_the_student(pair, tmp_path):
-    """With standardized logits T^2 KL falls as T grows, so the adversary takes T down; a wrong sign would take it up."""
-    call(*pair, *SMALL, "--method", "ctkd", "--zscore", "--epochs", "20", "--train-images", "96", "--weight-decay", "0")
-    temperatures = [r["temperature"] for r in rows(tmp_path / "runs" / "resnet14-resnet8-ctkd-z-synthetic-seed0")]
+    """With standardized logits T^2 KL falls as T grows, so the adversary takes T down, not up."""
+    call(*pair, *SMALL, "--method", "ctkd", "--zscore", "--epochs", "20", "--train-images", "96",
+         "--weight-decay", "0")
+    temperatures = [r["temperature"]
+                    for r in rows(tmp_path / "runs" / "resnet14-resnet8-ctkd-z-synthetic-seed0")]
     assert 2 + 40 / (1 + math.exp(-1)) >= temperatures[0] > temperatures[5] > temperatures[-1]
 
 
@@ -423,7 +464,8 @@ def test_mlkd_relations_and_dkd_weights_are_flags(pair, tmp_path):
     for method, flags in (("mlkd", ["--no-zscore-relations"]), ("dkd", ["--beta", "3", "--alpha", "2"])):
         call(*pair, *SMALL, "--method", method, "--zscore", "--epochs", "1", "--out", "a")
         call(*pair, *SMALL, "--method", method, "--zscore", "--epochs", "1", *flags, "--out", "b")
-        losses = [rows(tmp_path / out / f"resnet14-resnet8-{method}-z-synthetic-seed0")[0]["kd"] for out in "ab"]
+        losses = [rows(tmp_path / out / f"resnet14-resnet8-{method}-z-synthetic-seed0")[0]["kd"]
+                  for out in "ab"]
         assert losses[0] != losses[1]
 
 
@@ -431,8 +473,6 @@ def test_bf16_trains_with_losses_in_float32(pair, tmp_path):
     call(*pair, *SMALL, "--precision", "bf16", "--epochs", "1")
     folder = tmp_path / "runs" / "resnet14-resnet8-kd-synthetic-seed0"
     state = torch.load(folder / "last.pt")
-    group = state["optimizer"]["param_groups"][0]
-    assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 5e-4, False)
     alone = ["--method", "none", "--student", "resnet8", *SMALL, "--epochs", "1"]
     call(*alone, "--precision", "bf16", "--out", "half")
     call(*alone, "--precision", "fp32", "--out", "full")
@@ -447,7 +487,8 @@ def test_bf16_trains_with_losses_in_float32(pair, tmp_path):
 
 def test_dry_run_walks_the_whole_path_in_seconds_and_leaves_nothing(tmp_path):
     begun = time.process_time()         # of both cores: a busy machine must not fail this
-    output = call("--teacher", "resnet32x4", "--student", "resnet8x4", "--zscore", "--dry-run", "--device", "cpu")
+    output = call("--teacher", "resnet32x4", "--student", "resnet8x4", "--zscore", "--dry-run",
+                  "--device", "cpu")
     assert time.process_time() - begun < 2 * 20
     assert "going on from epoch 1" in output and "last epoch" in output and "all is well" in output
     assert list(tmp_path.iterdir()) == []
@@ -460,10 +501,12 @@ def test_eval_of_the_published_teacher_on_real_images(shared, cifar):
 
 
 def test_a_real_distillation_in_miniature(shared, cifar, tmp_path):
-    output = call("--teacher", "resnet56", "--teacher-checkpoint", shared / "teachers" / "resnet56.pt", "--student",
-                  "resnet8", "--zscore", "--epochs", "1", "--train-images", "1920", "--data-dir", cifar, "--precision", "bf16")
+    output = call("--teacher", "resnet56", "--teacher-checkpoint", shared / "teachers" / "resnet56.pt",
+                  "--student", "resnet8", "--zscore", "--epochs", "1", "--train-images", "1920",
+                  "--data-dir", cifar, "--precision", "bf16")
     assert "% top-1 on the test split, published 72.34" in output
-    assert json.loads((tmp_path / "runs" / "resnet56-resnet8-kd-z-seed0" / "result.json").read_text())["last"]["top1"] > 1.5
+    assert json.loads((tmp_path / "runs" / "resnet56-resnet8-kd-z-seed0" / "result.json").read_text()
+                      )["last"]["top1"] > 1.5
 
 
 def test_list_prints_the_recipes():
@@ -473,8 +516,8 @@ def test_list_prints_the_recipes():
 
 def test_projected_days_say_what_to_do_instead(monkeypatch, capsys):
     clock = iter(range(0, 1000, 3))
-    monkeypatch.setattr(train_cifar.runs.time, "monotonic", lambda: next(clock))
-    progress = train_cifar.Progress(50_000, 240, 0, torch.device("cpu"), train_cifar.ADVICE)
+    monkeypatch.setattr(cli.time, "monotonic", lambda: next(clock))
+    progress = cli.Progress(50_000, 240, 0, torch.device("cpu"), train_cifar.ADVICE)
     for _ in range(4):
         progress.step(0, 64)
     line = capsys.readouterr().out
@@ -484,7 +527,8 @@ def test_projected_days_say_what_to_do_instead(monkeypatch, capsys):
 @pytest.mark.parametrize("words, code, flags", [
     ("name a --student", 2, ["--teacher", "resnet56"]),
     ("name a --teacher", 2, ["--student", "resnet8"]),
-    ("--student resnet9: no such network; known, the nearest first: resnet8", 2, ["--student", "resnet9", "--method", "none"]),
+    ("--student resnet9: no such network; known, the nearest first: resnet8", 2,
+     ["--student", "resnet9", "--method", "none"]),
     ("--method none has no teacher", 2, ["--student", "resnet8", "--method", "none", "--zscore"]),
     ("no CIFAR-100 in", 1, ["--student", "resnet8", "--method", "none", "--data-dir", "nothing"]),
     ("does not say which network", 2, ["--eval", "teacher.pt"]),
@@ -497,5 +541,6 @@ def test_mistakes_are_one_line(pair, words, code, flags):
 
 
 def test_another_batch_without_a_learning_rate_is_a_warning(pair):
-    assert "warning: the recipe's learning rate 0.05 is for batches of 64" in call(*pair, *SMALL, "--batch-size", "32")
+    assert ("warning: the recipe's learning rate 0.05 is for batches of 64"
+            in call(*pair, *SMALL, "--batch-size", "32"))
     assert "warning" not in call(*pair, *SMALL, "--batch-size", "32", "--lr", "0.025", "--seed", "1")

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 import data
+import distill
+import randaugment
 import train_imagenet
 import zscore_kd
 from models import create_model
@@ -28,8 +31,9 @@ from run import RunError
 from train_imagenet import main
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["--data-dir", "images", "--teacher", "resnet18", "--teacher-checkpoint", "teacher.pt", "--student", "MobileNetV1", "--size", "32",
-         "--batch-size", "8", "--lr", "0.01", "--device", "cpu", "--workers", "0", "--epochs", "1"]
+SMALL = ["--data-dir", "images", "--teacher", "resnet18", "--teacher-checkpoint", "teacher.pt",
+         "--student", "MobileNetV1", "--size", "32", "--batch-size", "8", "--lr", "0.01", "--device", "cpu",
+         "--workers", "0", "--epochs", "1"]
 NAME = "resnet18-MobileNetV1-kd-z-images-seed0"
 
 
@@ -64,28 +68,60 @@ def call(*arguments, code=0):
 
 def launch(*arguments, processes=2, restarts=0, how=None):
     how = how or ["--standalone", "--nproc-per-node", str(processes)]
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *how, "--max-restarts", str(restarts), str(ROOT / "train_imagenet.py"), *map(str, arguments)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *how, "--max-restarts", str(restarts),
+         str(ROOT / "train_imagenet.py"), *map(str, arguments)], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def torchrun(*arguments, **more):
-    process = launch(*arguments, **more)
-    output = process.communicate(timeout=200)[0]
-    assert process.returncode == 0, output
-    return output
+def rank_of(rank, size, port, folder, arguments):
+    """One process of a job, with the environment that torchrun gives it."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": "0"}
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    with open(f"output{rank}", "w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
+        main([str(a) for a in arguments])
+
+
+def torchrun(*arguments, processes=2, code=0):
+    """What the processes of a job print; without the launcher, which would import torch once more for each."""
+    port, forked = free_port(), multiprocessing.get_context("forkserver")
+    job = [forked.Process(target=rank_of, args=(rank, processes, port, os.getcwd(), arguments))
+           for rank in range(processes)]
+    for process in job:
+        process.start()
+    for process in job:
+        process.join(200)
+    outputs = [Path(f"output{rank}") for rank in range(processes)]
+    text = "".join(path.read_text() for path in outputs)
+    for process, path in zip(job, outputs):
+        path.unlink()
+        process.kill()
+    assert [process.exitcode for process in job] == [code] * processes, text
+    return text
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def rows(folder):
     return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("method, student, processes", [("kd", "resnet18", 2), ("ctkd", "resnet18", 2), ("mlkd", "resnet18", 2),
-                                                        ("kd", "squeezenet1_1", 2), ("kd", "resnet18", 3)])
+@pytest.mark.parametrize("method, student, processes", [
+    ("kd", "resnet18", 2), ("ctkd", "resnet18", 2), ("mlkd", "resnet18", 2), ("kd", "squeezenet1_1", 2),
+    ("kd", "resnet18", 3)])
 def test_processes_learn_what_one_does_that_accumulates(method, student, processes):
-    """The same losses and weights to 1e-5 when one process takes its batches in the same parts, which for three are 4, 5 and 5 images.
-    Batch norm's running statistics and MLKD's relations are per replica: the former follow rank 0's part alone."""
+    """The same losses and weights to 1e-5 when one process takes its batches in the same parts, which for
+    three are 4, 5 and 5 images. Batch norm's running statistics and MLKD's relations are per replica: the
+    former follow rank 0's part alone."""
     batch, part = {2: ("12", "6"), 3: ("14", "5")}[processes]
-    flags = [*SMALL, "--method", method, "--zscore", "--student", student, "--size", "64", "--batch-size", batch, "--lr", "0.001"]
+    flags = [*SMALL, "--method", method, "--zscore", "--student", student, "--size", "64",
+             "--batch-size", batch, "--lr", "0.001"]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)            # as each of the two has
     call(*flags, "--at-once", part, "--out", "one")
@@ -95,26 +131,28 @@ def test_processes_learn_what_one_does_that_accumulates(method, student, process
     one, two = (torch.load(f"{out}/{name}/last.pt") for out in ("one", "two"))
     moved = 0.0
     torch.manual_seed(0)
-    start = torchvision.models.get_model(student, num_classes=3).state_dict()
+    start = {f"student.{k}": v for k, v in
+             torchvision.models.get_model(student, num_classes=3).state_dict().items()}
     for key, value in one["model"].items():
-        if "running" not in key and "tracked" not in key:
-            torch.testing.assert_close(two["model"][key], value, rtol=1e-5, atol=1e-5, msg=lambda m: f"{key}: {m}")
+        if "running" not in key and "tracked" not in key and key != "temperature.g":
+            torch.testing.assert_close(two["model"][key], value, rtol=1e-5, atol=1e-5,
+                                       msg=lambda m: f"{key}: {m}")
             moved = max(moved, (value - start[key]).abs().max().item())
     assert moved > 3e-4         # thirty times what is allowed
     if method == "ctkd":
-        assert two["curriculum"]["g"].item() == pytest.approx(one["curriculum"]["g"].item(), abs=1e-6)
+        assert two["model"]["temperature.g"].item() == pytest.approx(one["model"]["temperature.g"].item(),
+                                                                     abs=1e-6)
     ours, theirs = rows(f"one/{name}")[0], rows(f"two/{name}")[0]
     for key in ("loss", "ce", "kd", "train_top1"):
         assert ours[key] == pytest.approx(theirs[key], rel=1e-5), key
-    assert f"{processes} processes" in output and output.count("epoch   1/1") == 1         # rank 0 alone speaks
+    assert f"{processes} processes" in output and output.count("epoch   1/1") == 1      # rank 0 alone speaks
 
 
 def test_two_nodes_learn_what_two_processes_on_one_do(folder):
     """Two launchers that meet at an address, here on one machine."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    meet = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "job"]
+    port = free_port()
+    meet = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d",
+            "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "job"]
     flags = [*SMALL, "--zscore"]
     for more in (["--out", "nodes"], ["--dry-run"]):
         nodes = [launch(*flags, *more, how=meet) for _ in range(2)]
@@ -131,7 +169,7 @@ class Views:
     def __init__(self, views):
         self.keys, self.places = data.folder_keys(0, 0, 30, 8, 0, 0, 1, 1)
         self.images = data.FolderImages(data.load_folders("images").train, 64, views)
-        self.strong = data.strong_draws(0, 0, 30)
+        self.strong = randaugment.strong_draws(0, 0, 30)
 
     def batch(self, step):
         """[images of each view], targets."""
@@ -140,15 +178,16 @@ class Views:
         for place, key in enumerate(self.keys[step], self.places[step]):
             crops, flips, target, _ = self.images[key]
             if len(crops) == 2:
-                crops[1] = data.strong_operations(crops[1][None], self.strong[place:place + 1])[0]
+                crops[1] = randaugment.strong_operations(crops[1][None], self.strong[place:place + 1])[0]
             crops = [crop.flip(2) if flip else crop for crop, flip in zip(crops, flips)]
             views.append([normalise(crop / 255) for crop in crops])
             targets.append(target)
         return [torch.stack(view) for view in zip(*views)], torch.tensor(targets)
 
 
-@pytest.mark.parametrize("flags", ["--method kd", "--method kd --zscore", "--method dkd --zscore", "--method mlkd --zscore", "--method wttm",
-                                   "--method ttm --zscore", "--method none"])
+@pytest.mark.parametrize("flags", [
+    "--method kd", "--method kd --zscore", "--method dkd --zscore", "--method mlkd --zscore",
+    "--method wttm", "--method ttm --zscore", "--method none"])
 def test_three_steps_equal_a_plain_loop(flags):
     """The recipe's weights and temperatures, which view enters where, the schedule, written out."""
     call(*SMALL, *flags.split(), "--student", "resnet18", "--size", "64", "--lr", "0.0002")
@@ -157,15 +196,18 @@ def test_three_steps_equal_a_plain_loop(flags):
     start, seen = {k: v.clone() for k, v in student.state_dict().items()}, []
     frozen.load_state_dict(torch.load("teacher.pt"))
     frozen.eval()
-    optimizer, views = torch.optim.SGD(student.parameters(), 2e-4, momentum=0.9, weight_decay=1e-4), Views(2 if "mlkd" in flags else 1)
+    optimizer, views = (torch.optim.SGD(student.parameters(), 2e-4, momentum=0.9, weight_decay=1e-4),
+                        Views(2 if "mlkd" in flags else 1))
     for step, rate in enumerate((2e-4, 2e-5, 2e-6)):            # epochs 1, 34 and 67 of 100
         images, y = views.batch(step)
         z, v = [student(x) for x in images], [frozen(x).detach() for x in images]
         ce = sum(torch.nn.functional.cross_entropy(x, y) for x in z)
         loss = {"--method kd": lambda: 0.5 * ce + 0.5 * zscore_kd.kd_loss(z[0], v[0], 1.0, zscore=False),
                 "--method kd --zscore": lambda: 0.5 * ce + 9 * zscore_kd.kd_loss(z[0], v[0], 2.0),
-                "--method dkd --zscore": lambda: ce + 9 * zscore_kd.dkd_loss(z[0], v[0], y, 2.0, alpha=1.0, beta=0.5),
-                "--method mlkd --zscore": lambda: 0.5 * ce + 9 * zscore_kd.mlkd_loss(z[0], v[0], z[1], v[1], 2.0),
+                "--method dkd --zscore": lambda: ce + 9 * zscore_kd.dkd_loss(z[0], v[0], y, 2.0, alpha=1.0,
+                                                                             beta=0.5),
+                "--method mlkd --zscore": lambda: 0.5 * ce + 9 * zscore_kd.mlkd_loss(z[0], v[0], z[1], v[1],
+                                                                                     2.0),
                 "--method wttm": lambda: ce + 4 * zscore_kd.wttm_loss(z[0], v[0], 5.0),
                 "--method ttm --zscore": lambda: ce + 45 * zscore_kd.ttm_loss(z[0], v[0], 10.0, zscore=True),
                 "--method none": lambda: ce}[flags]()
@@ -178,13 +220,14 @@ def test_three_steps_equal_a_plain_loop(flags):
     ours, moved, off = torch.load(run / "last.pt")["model"], 0.0, 0.0
     for key, value in student.named_parameters():
         moved = max(moved, (value - start[key]).abs().max().item())
-        off = max(off, (value - ours[key]).abs().max().item())
-    assert off < 0.02 * moved and moved > 1e-4, (off, moved)       # rounding, blown up by batch norms over few images
+        off = max(off, (value - ours[f"student.{key}"]).abs().max().item())
+    # rounding, blown up by batch norms over few images
+    assert off < 0.02 * moved and moved > 1e-4, (off, moved)
     assert rows(run)[0]["loss"] == pytest.approx(sum(seen) / 3, rel=1e-3)
 
 
 def test_imagenet_itself_is_compared_with_the_published_numbers(folder, monkeypatch):
-    """A thousand classes, torchvision's weights of the teacher, and what the paper and the authors' log say."""
+    """A thousand classes, torchvision's weights of the teacher; what the paper and the authors' log say."""
     photo = next((folder / "images" / "train").rglob("*.jpg"))
     for part in ("train", "val"):
         for i in range(1000):
@@ -193,30 +236,36 @@ def test_imagenet_itself_is_compared_with_the_published_numbers(folder, monkeypa
     torch.manual_seed(0)
     made = torchvision.models.resnet34().state_dict()
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *rest, **more: made)
-    flags = ["--teacher", "resnet34", "--student", "resnet18", "--size", "32", "--device", "cpu", "--workers", "0", "--epochs", "1"]
+    flags = ["--teacher", "resnet34", "--student", "resnet18", "--size", "32", "--device", "cpu",
+             "--workers", "0", "--epochs", "1"]
     output = call(*flags, "--zscore")
-    assert "teacher resnet34 (torchvision's IMAGENET1K_V1): 0.10 % top-1 on the val images, published 73.31" in output
+    assert ("teacher resnet34 (torchvision's IMAGENET1K_V1): 0.10 % top-1 on the val images, published 73.31"
+            in output)
     assert "warning: this teacher is worse than the published one" in output
     assert "; published 71.42, last epoch of the authors' log 71.26;" in output
     assert "batch_size 512" in output and "lr 0.2" in output
     assert "; published 69.75;" in call(*flags[2:], "--method", "none")
 
 
-@pytest.mark.parametrize("flags", ["--method none", "--method kd", "--method dkd --zscore", "--method dkd", "--method mlkd", "--method ctkd",
-                                   "--method ttm", "--method wttm --zscore", "--method kd --zscore --precision bf16", "--method kd --val-from-train 6"])
+@pytest.mark.parametrize("flags", [
+    "--method none", "--method kd", "--method dkd --zscore", "--method dkd", "--method mlkd",
+    "--method ctkd", "--method ttm", "--method wttm --zscore", "--method kd --zscore --precision bf16",
+    "--method kd --val-from-train 6"])
 def test_every_method_learns_and_says_so(flags):
     call(*SMALL, *flags.split())
     folder, = Path("runs").iterdir()
     row, = rows(folder)
     assert row["loss"] > 0 and (row["kd"] > 0) == ("none" not in flags)
     student = torch.load(folder / "student.pt")
-    assert student["method"] == flags.split()[1] and student["zscore"] == ("--zscore" in flags) and student["classes"] == ["class0", "class1", "class2"]
+    assert (student["method"] == flags.split()[1] and student["zscore"] == ("--zscore" in flags)
+            and student["classes"] == ["class0", "class1", "class2"])
 
 
 def test_accuracy_is_exact_when_images_do_not_divide(folder):
     torch.manual_seed(1)
     torch.save(create_model("MobileNetV1", 3).state_dict(), "student.pt")
-    flags = ["--data-dir", "images", "--eval", "student.pt", "--student", "MobileNetV1", "--size", "64", "--device", "cpu", "--workers", "0"]
+    flags = ["--data-dir", "images", "--eval", "student.pt", "--student", "MobileNetV1", "--size", "64",
+             "--device", "cpu", "--workers", "0"]
     line = re.search("MobileNetV1: .*", call(*flags))[0]
     assert "on the 7 val images" in line
     for processes in (2, 3):
@@ -226,7 +275,8 @@ def test_accuracy_is_exact_when_images_do_not_divide(folder):
     network, hits = create_model("MobileNetV1", 3).eval(), 0
     network.load_state_dict(torch.load("student.pt"))
     t = torchvision.transforms
-    view = t.Compose([t.Resize(73), t.CenterCrop(64), t.ToTensor(), t.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+    view = t.Compose([t.Resize(73), t.CenterCrop(64), t.ToTensor(),
+                      t.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
     with torch.no_grad():
         for path, target in samples:
             hits += network(view(Image.open(path).convert("RGB"))[None]).argmax().item() == target
@@ -249,7 +299,8 @@ def test_a_killed_worker_costs_one_save_at_most(rank):
     while not (log.exists() and len(rows(log.parent)) >= 2):
         assert time.monotonic() < until and process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
-    victims = [pid for pid in workers_of(process) if f"\0RANK={rank}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes()]
+    victims = [pid for pid in workers_of(process)
+               if f"\0RANK={rank}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes()]
     assert len(victims) == 1
     try:
         saved = torch.load(log.parent / "last.pt")
@@ -259,7 +310,8 @@ def test_a_killed_worker_costs_one_save_at_most(rank):
     output = process.communicate(timeout=200)[0]
     assert process.returncode == 0, output
     went_on = re.search("going on from epoch ([0-9]+), step ([0-9]+)", output)
-    assert (saved["epoch"], saved["step"]) <= tuple(map(int, went_on.groups())) < (12, 0) and [r["epoch"] for r in rows(log.parent)] == list(range(1, 13))
+    assert ((saved["epoch"], saved["step"]) <= tuple(map(int, went_on.groups())) < (12, 0)
+            and [r["epoch"] for r in rows(log.parent)] == list(range(1, 13)))
     # another number of processes goes on too, or finds it finished
     assert "finished before" in call(*flags)
 
@@ -283,7 +335,8 @@ def test_a_signal_saves_and_leaves_all_processes_promptly_and_another_number_goe
     state = torch.load(folder / "last.pt")
     assert (state["epoch"], state["step"]) != (0, 0)
     output = call(*flags)
-    assert "processes was 2, now 1" in output and f"going on from epoch {state['epoch']}, step {state['step']}" in output
+    assert ("processes was 2, now 1" in output
+            and f"going on from epoch {state['epoch']}, step {state['step']}" in output)
     assert [r["epoch"] for r in rows(folder)] == list(range(1, 41))
 
 
@@ -294,7 +347,7 @@ def test_a_run_goes_on_with_the_bits_of_an_unbroken_one(student, monkeypatch):
     class Killed(BaseException):
         pass
 
-    def save(run, state, real=train_imagenet.Run.save):
+    def save(run, state, real=distill.Run.save):
         real(run, state)
         if (state["epoch"], state["step"]) == (1, 2):
             raise Killed
@@ -302,7 +355,7 @@ def test_a_run_goes_on_with_the_bits_of_an_unbroken_one(student, monkeypatch):
     flags = [*SMALL[:-1], "2", "--zscore", "--student", student]
     call(*flags, "--out", "whole")
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train_imagenet.Run, "save", save)
+        patch.setattr(distill.Run, "save", save)
         CliRunner().invoke(main, [*flags, "--save-every", "1e-9", "--out", "broken"], catch_exceptions=False)
     assert "going on from epoch 1, step 2" in call(*flags, "--out", "broken")
     same(name, "whole", "broken")
@@ -311,21 +364,21 @@ def test_a_run_goes_on_with_the_bits_of_an_unbroken_one(student, monkeypatch):
 def same(name, *folders):
     whole, broken = (torch.load(f"{out}/{name}/last.pt")["model"] for out in folders)
     assert all(map(torch.equal, whole.values(), broken.values()))
-    strip = [[{k: v for k, v in r.items() if k not in ("img_s", "seconds")} for r in rows(f"{out}/{name}")] for out in folders]
+    strip = [[{k: v for k, v in r.items() if k not in ("img_s", "seconds")} for r in rows(f"{out}/{name}")]
+             for out in folders]
     assert strip[0] == strip[1]
 
 
 def test_a_signal_in_the_evaluation_costs_no_training(monkeypatch):
     """On ImageNet an evaluation takes minutes, longer than schedulers wait."""
-    def evaluate(*rest, real=train_imagenet.Exam.evaluate):
-        if len(rest) == 3:          # the student's
-            os.kill(os.getpid(), signal.SIGTERM)
+    def evaluate(*rest, real=distill.evaluate):     # the student's
+        os.kill(os.getpid(), signal.SIGTERM)
         return real(*rest)
 
     flags = [*SMALL, "--zscore"]
     call(*flags, "--out", "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(train_imagenet.Exam, "evaluate", evaluate)
+        patch.setattr(distill, "evaluate", evaluate)
         assert "stopped, and saved" in call(*flags, "--out", "broken", code=1)
     assert "going on from epoch 0, step 3" in call(*flags, "--out", "broken")
     same(NAME, "whole", "broken")
@@ -339,7 +392,7 @@ def test_folders_of_one_name_with_other_images_are_other_runs(folder):
 
 
 def test_a_clusters_variables_alone_make_no_processes(monkeypatch):
-    """Some set RANK and WORLD_SIZE for every job; without torchrun there is one process, and it takes all images."""
+    """Some set RANK and WORLD_SIZE for every job; without torchrun there is one process, with all images."""
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert "7 val images of 3 classes, 1 process\n" in call(*SMALL, "--zscore")
@@ -347,10 +400,12 @@ def test_a_clusters_variables_alone_make_no_processes(monkeypatch):
 
 def test_networks_say_which_sizes_they_do_not_take():
     assert train_imagenet.refusal(train_imagenet.network("resnet18", 3), 32) is None
-    assert "vit_b_32 does not take images of 64 x 64 pixels (Wrong image height" in train_imagenet.refusal(train_imagenet.network("vit_b_32", 3), 64)
+    assert ("vit_b_32 does not take images of 64 x 64 pixels (Wrong image height"
+            in train_imagenet.refusal(train_imagenet.network("vit_b_32", 3), 64))
 
 
-@pytest.mark.parametrize("error", [OSError("no route"), RuntimeError("invalid hash value"), http.client.IncompleteRead(b"")])
+@pytest.mark.parametrize("error", [OSError("no route"), RuntimeError("invalid hash value"),
+                                   http.client.IncompleteRead(b"")])
 def test_torchvisions_weights_missing_or_unknown_are_one_line(error, monkeypatch):
     def fails(*rest, **more):
         raise error
@@ -374,18 +429,20 @@ def test_batches_do_not_depend_on_the_number_of_processes():
         shares = [sum(k, []) for k, _ in keys]
         sizes = [len(share) // 3 for share in shares]
         assert max(sizes) - min(sizes) <= 1
-        assert sum((share[step * size:(step + 1) * size] for step in range(3) for share, size in zip(shares, sizes)), []) == sum(whole, [])
+        assert sum((share[step * size:(step + 1) * size]
+                    for step in range(3) for share, size in zip(shares, sizes)), []) == sum(whole, [])
 
 
 def test_random_crops_have_torchvisions_distribution():
     torch.manual_seed(0)
     ours = np.array([data.random_box(500, 375, random.Random(i)) for i in range(4000)])
-    theirs = np.array([torchvision.transforms.RandomResizedCrop.get_params(Image.new("RGB", (500, 375)), (0.08, 1), (3 / 4, 4 / 3))
-                       for _ in range(4000)])[:, [1, 0, 3, 2]]
-    assert (ours[:, 0] + ours[:, 2] <= 500).all() and (ours[:, 1] + ours[:, 3] <= 375).all() and ours.min() >= 0
+    theirs = np.array([torchvision.transforms.RandomResizedCrop.get_params(
+        Image.new("RGB", (500, 375)), (0.08, 1), (3 / 4, 4 / 3)) for _ in range(4000)])[:, [1, 0, 3, 2]]
+    assert ((ours[:, 0] + ours[:, 2] <= 500).all() and (ours[:, 1] + ours[:, 3] <= 375).all()
+            and ours.min() >= 0)
     for a, b in zip(ours.T, theirs.T):
         assert max(abs(np.quantile(a, q) - np.quantile(b, q)) for q in (0.1, 0.3, 0.5, 0.7, 0.9)) < 15
-    assert data.random_box(2000, 100, random.Random(0))[2:] == (133, 100)       # too wide for any crop: the centre
+    assert data.random_box(2000, 100, random.Random(0))[2:] == (133, 100)       # too wide to crop: the centre
 
 
 def test_undecodable_images_are_named_and_replaced_in_training_and_an_error_in_evaluation(folder):
@@ -398,21 +455,23 @@ def test_undecodable_images_are_named_and_replaced_in_training_and_an_error_in_e
     for name in ("5.jpg", "6.jpg", "7.jpg"):
         next((folder / "images" / "train").rglob(name)).write_bytes(b"no image")
     assert "4 of 30 training images cannot be decoded" in call(*flags, "--seed", "1", code=1).splitlines()[-1]
-    process = launch(*flags, "--seed", "1")         # and all processes know of all
-    output = process.communicate(timeout=200)[0]
-    assert process.returncode != 0 and output.count("4 of 30 training images cannot be decoded") == 2
+    output = torchrun(*flags, "--seed", "1", code=1)         # and all processes know of all
+    assert output.count("4 of 30 training images cannot be decoded") == 2
     photos(folder / "images", {"train": 30})
     next((folder / "images" / "val").rglob("3.jpg")).write_bytes(b"no image")
     output = call(*flags, "--seed", "2", code=1)
-    assert "1 evaluation images cannot be decoded, for instance images/val/class0/3.jpg" in output.splitlines()[-1]
-    process = launch(*flags, "--seed", "2")
-    assert process.communicate(timeout=200)[0].count("1 evaluation images cannot be decoded, for instance images/val/class0/3.jpg") == 2
+    assert ("1 evaluation images cannot be decoded, for instance images/val/class0/3.jpg"
+            in output.splitlines()[-1])
+    output = torchrun(*flags, "--seed", "2", code=1)
+    assert (output.count("1 evaluation images cannot be decoded") == 2
+            and output.count("for instance images/val/class0/3.jpg") == 1)
 
 
 def test_a_folder_of_nothing_but_damage_is_one_line(folder):
     for path in (folder / "images" / "train").rglob("*.jpg"):
         path.write_bytes(b"no image")
-    assert "of 30 training images cannot be decoded" in call(*SMALL, "--zscore", "--workers", "1", code=1).splitlines()[-1]
+    assert ("of 30 training images cannot be decoded"
+            in call(*SMALL, "--zscore", "--workers", "1", code=1).splitlines()[-1])
 
 
 @pytest.mark.parametrize("words, code, flags", [
@@ -420,7 +479,8 @@ def test_a_folder_of_nothing_but_damage_is_one_line(folder):
     ("--batch-size 64: there are 30 training images", 2, "--batch-size 64"),
     ("--student resnet9: no such network; known, the nearest first: resnet", 2, "--student resnet9"),
     ("teacher.pt is for 3 classes, this resnet18 is for 4", 1, "--data-dir four"),
-    ("torchvision's resnet34 is for 1000 classes, images has 3", 1, "--teacher resnet34 --teacher-checkpoint="),
+    ("torchvision's resnet34 is for 1000 classes, images has 3", 1,
+     "--teacher resnet34 --teacher-checkpoint="),
     ("train/ and val/ have different classes, for instance class3", 1, "--data-dir uneven"),
     ("--val-from-train 30 leaves nothing", 1, "--val-from-train 30"),
     ("--seeds is for train_cifar.py", 2, "--seeds 2"),
@@ -444,11 +504,13 @@ def test_mistakes_are_one_line(folder, words, code, flags):
 
 def test_a_lost_loading_process_is_one_line(monkeypatch):
     """A container's 64 MB of shared memory do not hold a batch."""
-    def lost(*rest):
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of shared memory.")
+    def lost(*rest, **more):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that "
+                           "dataloader's workers are out of shared memory.")
 
-    monkeypatch.setattr(train_imagenet, "train", lost)
-    assert "a loading process was lost (DataLoader worker (pid 7)" in call(*SMALL, "--zscore", code=1).splitlines()[-1]
+    monkeypatch.setattr(distill, "train", lost)
+    assert ("a loading process was lost (DataLoader worker (pid 7)"
+            in call(*SMALL, "--zscore", code=1).splitlines()[-1])
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -460,7 +522,8 @@ def test_loading_processes_live_on_and_each_epoch_has_its_own_images(workers):
         keys[:], _ = data.folder_keys(0, epoch, 30, 8, epoch, 0, 1, 1)
         for batch, (images, _, target, _) in zip(keys, loader, strict=True):
             expected = [dataset[key] for key in batch]
-            assert torch.equal(images[0], torch.stack([x[0][0] for x in expected])) and target.tolist() == [x[2] for x in expected]
+            assert (torch.equal(images[0], torch.stack([x[0][0] for x in expected]))
+                    and target.tolist() == [x[2] for x in expected])
         alive |= {child.pid for child in multiprocessing.active_children()}
     assert len(alive) == workers
 
@@ -468,13 +531,15 @@ def test_loading_processes_live_on_and_each_epoch_has_its_own_images(workers):
 def test_a_loading_process_that_says_nothing_is_an_error(monkeypatch):
     monkeypatch.setattr(data, "WAIT", 1)
     monkeypatch.setattr(data.FolderImages, "__getitem__", lambda *rest: time.sleep(60))
-    assert "a loading process was lost (DataLoader timed out after 1 seconds)" in call(*SMALL, "--zscore", "--workers", "1", code=1).splitlines()[-1]
+    assert ("a loading process was lost (DataLoader timed out after 1 seconds)"
+            in call(*SMALL, "--zscore", "--workers", "1", code=1).splitlines()[-1])
 
 
 def test_a_held_out_part_takes_the_place_of_val(folder):
     call(*SMALL, "--zscore", "--val-from-train", "6")
     folders = data.load_folders("images", 6)
-    assert len(folders.train) == 24 and len(folders.eval) == 6 and not {p for p, _ in folders.train} & {p for p, _ in folders.eval}
+    assert (len(folders.train) == 24 and len(folders.eval) == 6
+            and not {p for p, _ in folders.train} & {p for p, _ in folders.eval})
     assert "held-out_top1" in rows(Path("runs") / NAME)[0]
 
 
@@ -483,7 +548,8 @@ def test_dry_run_walks_the_whole_path_alone_and_in_two_processes(folder):
     flags = ["--teacher", "resnet18", "--student", "MobileNetV1", "--dry-run", "--device", "cpu"]
     assert "dry run: all is well" in call(*flags)
     assert torchrun(*flags).count("dry run: all is well") == 1
-    torch.save(torchvision.models.resnet18(num_classes=1000).state_dict(), "imagenet.pt")     # the user's teacher, of more classes than the made images
+    # the user's teacher, of more classes than the made images
+    torch.save(torchvision.models.resnet18(num_classes=1000).state_dict(), "imagenet.pt")
     output = call(*flags, "--teacher-checkpoint", "imagenet.pt")
     assert "dry run: all is well" in output and "on the 7 val images" in output
     os.remove("imagenet.pt")
@@ -495,10 +561,12 @@ def test_real_images_are_read_and_learnt_from(shared, folder):
     for part in ("train", "val"):
         os.symlink(sample, folder / part)
     torch.save(torchvision.models.resnet34(num_classes=100).state_dict(), "large.pt")
-    flags = ["--data-dir", ".", "--teacher", "resnet34", "--teacher-checkpoint", "large.pt", "--student", "resnet18", "--zscore", "--size", "64",
-             "--batch-size", "20", "--lr", "0.01", "--epochs", "1", "--device", "cpu", "--workers", "1"]
+    flags = ["--data-dir", ".", "--teacher", "resnet34", "--teacher-checkpoint", "large.pt",
+             "--student", "resnet18", "--zscore", "--size", "64", "--batch-size", "20", "--lr", "0.01",
+             "--epochs", "1", "--device", "cpu", "--workers", "1"]
     output = call(*flags)
-    assert "100 training and 100 val images of 100 classes" in output and "published" not in output        # which are of 1000
+    assert ("100 training and 100 val images of 100 classes" in output
+            and "published" not in output)      # which are of 1000
     name = f"resnet34-resnet18-kd-z-{folder.name}-seed0"
     found = torch.load(f"runs/{name}/student.pt")
     assert found["classes"][0] == "n01440764" and found["num_classes"] == 100
@@ -510,4 +578,4 @@ def test_real_images_are_read_and_learnt_from(shared, folder):
 
 def test_list_prints_recipes_and_published_numbers():
     output = call("--list")
-    assert "71.42 / 90.29" in output and "72.18 / 90.80" in output and "unsure" in output
+    assert "71.42" in output and "90.29" in output and "72.18" in output and "unsure" in output.lower()

@@ -25,7 +25,7 @@ def trained(name="resnet8", seed=1):
 
 
 def optimizer_after_a_drop(model, lr=0.05):
-    """SGD as RepDistiller and mdistiller leave it: after the first drop, lr * rate ** np.sum(...) is a numpy.float64."""
+    """SGD as RepDistiller and mdistiller leave it: after the first drop, its lr is a numpy.float64."""
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
     (1e-3 * model(torch.rand(8, 3, 32, 32)).mean()).backward()
     optimizer.step()
@@ -46,21 +46,25 @@ class Distiller(torch.nn.Module):
 
 # the keys, and their order, that each code gives torch.save
 def repdistiller_teacher(model):
-    return {"epoch": 240, "model": model.state_dict(), "accuracy": torch.tensor(72.3), "optimizer": optimizer_after_a_drop(model)}
+    return {"epoch": 240, "model": model.state_dict(), "accuracy": torch.tensor(72.3),
+            "optimizer": optimizer_after_a_drop(model)}
 
 
 def repdistiller_best(model):
-    return {"epoch": 213, "model": model.state_dict(), "best_acc": torch.tensor(72.3), "optimizer": optimizer_after_a_drop(model)}
+    return {"epoch": 213, "model": model.state_dict(), "best_acc": torch.tensor(72.3),
+            "optimizer": optimizer_after_a_drop(model)}
 
 
 def repdistiller_last(model):
-    flags = argparse.Namespace(learning_rate=0.05, lr_decay_epochs=[150, 180, 210], trial="1", path_t="x.pth", n_cls=100, cosine=False)
+    flags = argparse.Namespace(learning_rate=0.05, lr_decay_epochs=[150, 180, 210], trial="1",
+                               path_t="x.pth", n_cls=100, cosine=False)
     return {"opt": flags, "model": model.state_dict(), "optimizer": optimizer_after_a_drop(model)}
 
 
 def mdistiller_latest(model):
     distiller = torch.nn.DataParallel(Distiller(model, trained("resnet14", 2)))
-    return {"epoch": 240, "model": distiller.state_dict(), "optimizer": optimizer_after_a_drop(model), "best_acc": np.float64(71.25)}
+    return {"epoch": 240, "model": distiller.state_dict(), "optimizer": optimizer_after_a_drop(model),
+            "best_acc": np.float64(71.25)}
 
 
 def mdistiller_student(model):
@@ -68,9 +72,11 @@ def mdistiller_student(model):
 
 
 def lightning(model, prefix="model."):
-    return {"epoch": 3, "global_step": 99, "pytorch-lightning_version": "2.5.0", "state_dict": {prefix + k: v for k, v in model.state_dict().items()},
-            "loops": {"fit_loop": {"state_dict": {}}}, "callbacks": {}, "optimizer_states": [optimizer_after_a_drop(model)],
-            "lr_schedulers": [], "hparams_name": "kwargs", "hyper_parameters": {"lr": 0.1}}
+    return {"epoch": 3, "global_step": 99, "pytorch-lightning_version": "2.5.0",
+            "state_dict": {prefix + k: v for k, v in model.state_dict().items()},
+            "loops": {"fit_loop": {"state_dict": {}}}, "callbacks": {},
+            "optimizer_states": [optimizer_after_a_drop(model)], "lr_schedulers": [],
+            "hparams_name": "kwargs", "hyper_parameters": {"lr": 0.1}}
 
 
 def prefixed(prefix):
@@ -88,19 +94,25 @@ FORMATS = {
     "RepDistiller resnet8_last.pth": repdistiller_last,
     "mdistiller latest and best": mdistiller_latest,
     "mdistiller student_best": mdistiller_student,
-    "the issue's smallest": lambda m: {"model": m.state_dict(), "optimizer": {"param_groups": [{"lr": np.float64(5e-5)}]}},
-    "NumPy's generator, arrays, types": lambda m: {"model": m.state_dict(), "rng": np.random.RandomState(0).get_state(), "type": np.float32,
-                                                   "mean": np.ones(3), "names": np.array(["a"]), "dtype": np.dtype("f8"), "n": np.int64(3)},
-    "pytorch/examples": lambda m: {"epoch": 90, "arch": "resnet8", "state_dict": prefixed("module.")(m), "best_acc1": torch.tensor(1.0)},
+    "the issue's smallest": lambda m: {"model": m.state_dict(),
+                                       "optimizer": {"param_groups": [{"lr": np.float64(5e-5)}]}},
+    "NumPy's generator, arrays, types": lambda m: {
+        "model": m.state_dict(), "rng": np.random.RandomState(0).get_state(), "type": np.float32,
+        "mean": np.ones(3), "names": np.array(["a"]), "dtype": np.dtype("f8"), "n": np.int64(3)},
+    "pytorch/examples": lambda m: {"epoch": 90, "arch": "resnet8", "state_dict": prefixed("module.")(m),
+                                   "best_acc1": torch.tensor(1.0)},
     "Lightning": lightning,
     "Lightning, net.": lambda m: lightning(m, "net."),
     "torch.compile of DistributedDataParallel": lambda m: {"model": prefixed("_orig_mod.module.")(m)},
     "backbone in a wrapper in a wrapper": prefixed("module._orig_mod.model.backbone."),
     "AveragedModel": lambda m: AveragedModel(m).state_dict(),
     "DeepSpeed": lambda m: {"module": m.state_dict(), "global_steps": 3},
-    "float16": lambda m: {"model": {k: v.half() if v.is_floating_point() else v for k, v in m.state_dict().items()}},
-    "old, without counters": lambda m: {k: v for k, v in m.state_dict().items() if not k.endswith("num_batches_tracked")},
-    **{key: under(key) for key in ("net", "model_state_dict", "model_ema", "state", "weights", "params", "ema", "network", "student")},
+    "float16": lambda m: {"model": {k: v.half() if v.is_floating_point() else v
+                                    for k, v in m.state_dict().items()}},
+    "old, without counters": lambda m: {k: v for k, v in m.state_dict().items()
+                                        if not k.endswith("num_batches_tracked")},
+    **{key: under(key) for key in ("net", "model_state_dict", "model_ema", "state", "weights", "params",
+                                   "ema", "network", "student")},
 }
 
 
@@ -110,7 +122,8 @@ def test_every_format_of_the_field_loads(name, container, tmp_path):
     source, path = trained(), tmp_path / "checkpoint"
     expected = {k: v.clone() for k, v in source.state_dict().items()}
     content = FORMATS[name](source)
-    expected |= {k: v for k, v in source.state_dict().items() if name.startswith(("RepDistiller", "mdistiller", "Lightning"))}  # they trained on
+    expected |= {k: v for k, v in source.state_dict().items()       # they trained on
+                 if name.startswith(("RepDistiller", "mdistiller", "Lightning"))}
     torch.save(content, path, _use_new_zipfile_serialization=container == "zip")
     model = create_model("resnet8")
     load_weights(model, path)
@@ -148,7 +161,8 @@ def test_of_a_student_and_a_teacher_the_wanted_half_is_taken_and_said(prefer, wa
     model, lines = create_model("resnet8"), []
     load_weights(model, tmp_path / "latest", prefer=prefer, say=lines.append)
     assert torch.equal(model.fc.weight, halves[wanted].fc.weight)
-    assert lines == [f"notice: {tmp_path / 'latest'} has weights of a resnet8 at model.module.student, model.module.teacher; taking model.module.{wanted}"]
+    assert lines == [f"notice: {tmp_path / 'latest'} has weights of a resnet8 at model.module.student, "
+                     f"model.module.teacher; taking model.module.{wanted}"]
 
 
 def test_raw_weights_come_before_their_average_and_it_is_said(tmp_path):
@@ -156,14 +170,16 @@ def test_raw_weights_come_before_their_average_and_it_is_said(tmp_path):
     model, lines = create_model("resnet8"), []
     torch.save({"state_dict_ema": mean.state_dict(), "state_dict": raw.state_dict()}, tmp_path / "timm.pth")
     load_weights(model, tmp_path / "timm.pth", say=lines.append)
-    assert torch.equal(model.fc.weight, raw.fc.weight) and "taking state_dict" in lines[0] and lines[0].endswith("state_dict")
+    assert (torch.equal(model.fc.weight, raw.fc.weight) and "taking state_dict" in lines[0]
+            and lines[0].endswith("state_dict"))
     torch.save({"ema": {"module": mean.state_dict()}, "epoch": 3}, tmp_path / "mean.pth")
     load_weights(model, tmp_path / "mean.pth", say=lines.append)
     assert torch.equal(model.fc.weight, mean.fc.weight) and len(lines) == 1
 
 
 def test_a_teachers_half_alone_is_not_taken_for_a_student_without_a_word(tmp_path):
-    torch.save({"model": torch.nn.DataParallel(Distiller(trained("resnet14"), trained("resnet8", 2))).state_dict()}, tmp_path / "latest")
+    torch.save({"model": torch.nn.DataParallel(
+        Distiller(trained("resnet14"), trained("resnet8", 2))).state_dict()}, tmp_path / "latest")
     lines = []
     load_weights(create_model("resnet8"), tmp_path / "latest", say=lines.append)
     assert "taking model.module.teacher" in lines[0]
@@ -172,8 +188,10 @@ def test_a_teachers_half_alone_is_not_taken_for_a_student_without_a_word(tmp_pat
 
 
 def test_what_else_the_file_says_is_returned(tmp_path):
-    torch.save({"model": trained().state_dict(), "student": "resnet8", "top1": 41.5, "optimizer": {}, "best": np.float64(3)}, tmp_path / "student.pt")
-    assert load_weights(create_model("resnet8"), tmp_path / "student.pt") == {"student": "resnet8", "top1": 41.5}
+    torch.save({"model": trained().state_dict(), "student": "resnet8", "top1": 41.5, "optimizer": {},
+                "best": np.float64(3)}, tmp_path / "student.pt")
+    assert load_weights(create_model("resnet8"), tmp_path / "student.pt") == {
+        "student": "resnet8", "top1": 41.5}
 
 
 def test_the_archive_of_mdistillers_teachers_is_read_as_it_is(tmp_path):
@@ -191,7 +209,8 @@ def test_the_archive_of_mdistillers_teachers_is_read_as_it_is(tmp_path):
     model = create_model("resnet56")
     load_weights(model, path)
     assert torch.equal(model.fc.weight, source.fc.weight)
-    with pytest.raises(ValueError, match="is a tar archive with teachers of vgg13, resnet56, not of resnet8: "):
+    with pytest.raises(ValueError,
+                       match="is a tar archive with teachers of vgg13, resnet56, not of resnet8: "):
         load_weights(create_model("resnet8"), path)
     path.write_bytes(path.read_bytes()[:200_000])
     with pytest.raises(ValueError, match="cifar_teachers.tar is a damaged tar archive"):
@@ -221,25 +240,34 @@ def bad_files(folder):
     cases = {
         "empty.pt": (b"", "is empty"),
         "text.pt": (b"hello", "is not a PyTorch checkpoint, or it is damaged"),
-        "pointer.pt": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`"),
+        "pointer.pt": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+                       "is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`"),
         "page.pt": (b"\n<!DOCTYPE html><html><title>404", "is an HTML page, not a checkpoint"),
         "packed.pt": (gzip.compress(good), "is compressed with gzip: unpack it"),
         "cut.pt": (good[: len(good) // 2], "is not a PyTorch checkpoint, or it is damaged"),
-        "pickle.pt": (pickle.dumps({k: v.numpy() for k, v in state.items()}), r"is a plain pickle, which is not loaded, .*" + clean),
+        "pickle.pt": (pickle.dumps({k: v.numpy() for k, v in state.items()}),
+                      r"is a plain pickle, which is not loaded, .*" + clean),
         "script.pt": (None, "is a TorchScript archive, which holds code. .*" + clean + r"torch\.jit\.load"),
         "arrays.npz": (None, r"holds NumPy's arrays \(npz\)\. .*" + clean),
         "zip.pt": (None, r"is a zip archive \(resnet8/best.pth\): unpack it"),
-        "numbers.pt": ({"model": {k: v.numpy() for k, v in state.items()}}, "holds its weights as numpy.ndarray, which is not read. .*" + clean),
-        "bomb.pt": ({"model": state, "extra": Bomb()}, r"holds a Python object beside tensors, io\.open; not loaded, as it could run code\. .*" + clean),
+        "numbers.pt": ({"model": {k: v.numpy() for k, v in state.items()}},
+                       "holds its weights as numpy.ndarray, which is not read. .*" + clean),
+        "bomb.pt": ({"model": state, "extra": Bomb()},
+                    r"holds a Python object beside tensors, io\.open; not loaded, as it could run code\. .*"
+                    + clean),
         "whole.pt": (trained(), r"is a whole pickled network, models\.ResNet; not loaded, .*" + clean),
         "whole-old.pt": (trained(), r"is a whole pickled network, models\.ResNet; not loaded, .*" + clean),
-        "beside.pt": ({"model": state, "net": trained()}, r"holds a Python object beside tensors, models\.ResNet; not loaded"),
+        "beside.pt": ({"model": state, "net": trained()},
+                      r"holds a Python object beside tensors, models\.ResNet; not loaded"),
         "number.pt": (3, "holds no weights for resnet8"),
         "none.pt": ({"model": {}, "epoch": 3}, "holds no weights for resnet8"),
         "other.pt": (create_model("resnet14").state_dict(),
-                     r"not a resnet8 but a resnet14: layer1\.1\.conv1\.weight is not in resnet8; .*; and \d+ more"),
-        "classes.pt": (create_model("resnet8", 10).state_dict(), "is for 10 classes, this resnet8 is for 100"),
-        "less.pt": ({k: v for k, v in state.items() if k != "fc.bias"}, r"not a resnet8: fc\.bias is missing"),
+                     r"not a resnet8 but a resnet14: layer1\.1\.conv1\.weight is not in resnet8; .*; "
+                     r"and \d+ more"),
+        "classes.pt": (create_model("resnet8", 10).state_dict(),
+                       "is for 10 classes, this resnet8 is for 100"),
+        "less.pt": ({k: v for k, v in state.items() if k != "fc.bias"},
+                    r"not a resnet8: fc\.bias is missing"),
         "wide.pt": (create_model("resnet8x4").state_dict(), "not a resnet8 but a resnet8x4"),
         "foreign.pt": (create_model("vgg8").state_dict(), "holds no weights for resnet8 but a vgg8"),
     }
@@ -248,7 +276,8 @@ def bad_files(folder):
             (folder / name).write_bytes(content)
         elif content is not None:
             torch.save(content, folder / name, _use_new_zipfile_serialization="old" not in name)
-    return {name: words for name, (_, words) in cases.items()} | {"missing.pt": "no such file", ".": "is a folder"}
+    return ({name: words for name, (_, words) in cases.items()}
+            | {"missing.pt": "no such file", ".": "is a folder"})
 
 
 @pytest.mark.filterwarnings("ignore:.*jit")
@@ -267,5 +296,6 @@ def test_a_bad_file_is_one_clear_line_and_no_half_loaded_model(tmp_path, monkeyp
 def test_a_network_is_guessed_in_any_wrapping():
     content = mdistiller_latest(trained("resnet20"))
     assert guess_network(content) == "resnet20"         # the student, whose teacher is a resnet14
-    assert guess_network({"net": {f"module.{k}": v for k, v in create_model("wrn_16_2", 7).state_dict().items()}}) == "wrn_16_2"
+    assert guess_network({"net": {f"module.{k}": v for k, v
+                                  in create_model("wrn_16_2", 7).state_dict().items()}}) == "wrn_16_2"
     assert guess_network({"epoch": 3}) is None

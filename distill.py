@@ -1,0 +1,406 @@
+"""Algorithm 2, once: a student learns from a teacher. Scripts bring the images, the networks, the recipe.
+
+    Distiller.forward    lines 2 to 6: the logits of both sides, their standardized softmaxes, the loss
+    make_step            one update from a batch, on one device or many, as a CUDA graph where there is CUDA
+    train                line 1, the loop over batches: goes on where it was stopped, saves, evaluates, logs
+    distil               one run in its folder, from its first line to its result
+"""
+
+import itertools
+import math
+import time
+import warnings
+from contextlib import nullcontext
+
+import click
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from cli import Progress, duration, peak_memory
+from recipes import key, recipe_epoch, schedule
+from run import Run, RunError, Stop, Stopped, collect_facts, first_line
+from zscore_kd import CurriculumTemperature, distillation_loss
+
+KEPT = "the last checkpoint in {} is kept. Try a smaller --lr or --kd-weight, in another --out"
+SHOWN = ("lr", "epochs", "batch_size", "weight_decay", "ce_weight", "kd_weight", "base_temp", "alpha", "beta",
+         "span", "zscore_relations", "precision", "compile", "exact_teacher", "size", "images",
+         "train_images", "val_from_train")
+FACTS = ("student", "teacher", "method", "zscore", "base_temp", "epochs", "seed", "data", "size",
+         "train_images", "val_from_train")      # of the recipe, kept in student.pt
+
+
+class Distiller(nn.Module):
+    """All that learns: the student, and CTKD's temperature. Its forward is lines 2 to 6 of Algorithm 2."""
+
+    def __init__(self, student, recipe):
+        super().__init__()
+        self.student, self.recipe = student, recipe
+        ctkd = recipe["method"] == "ctkd"
+        self.temperature = CurriculumTemperature(recipe["base_temp"], recipe["span"]) if ctkd else None
+        for name in ("kd_weight", "reversal"):      # tensors: a captured or compiled step reads their values
+            self.register_buffer(name, torch.zeros(()), persistent=False)
+
+    def predict(self, images):
+        """float32 logits (B, K) of normalised images (B, 3, H, W)."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.recipe["precision"] == "bf16"):
+            return self.student(images).float()
+
+    def forward(self, views, target, index, teacher_logits):
+        """Loss, L_CE, L_KD (scalars), and the student's logits of the first view.
+
+        views: [weak], for MLKD [weak, strong], each (B, 3, H, W). target, index: (B,) classes, and places in
+        the data set. teacher_logits: one (B, K) a view, or [].
+        """
+        r = self.recipe
+        z, v = [self.predict(view) for view in views], teacher_logits               # line 2: z_n, v_n
+        ce = sum(F.cross_entropy(logits, target) for logits in z)                   # line 5
+        kd = torch.zeros_like(ce)
+        if v:
+            tau = self.temperature(self.reversal) if self.temperature else r["base_temp"]
+            options = {k: r[k] for k in ("alpha", "beta", "zscore_relations") if k in r}
+            kd = distillation_loss(r["method"], z[0], v[0], target, tau,            # lines 3, 4: tau^2 L_KD
+                                   zscore=r["zscore"], student_strong=z[-1], teacher_strong=v[-1],
+                                   **options)
+        return r["ce_weight"] * ce + self.kd_weight * kd, ce, kd, z[0]              # line 6
+
+
+# ---------------------------------------------------------------- one step
+
+
+def make_step(distiller, optimizer, batch_size, world, micro_batch=None, compile=False, capture=True):
+    """step(views, target, index, teacher_logits, seed): one update from this process's share of a batch.
+
+    batch_size: of all processes together. micro_batch: images that the device takes at once, gradients add
+    up; None: all. seed: of dropout's masks, plus an image's place in the share, so that they are the images'
+    own. Returns the share's sums of loss, L_CE, L_KD and top-1 and top-5 hits, (5,), and the student's logits
+    of the last micro-batch's first view.
+    """
+    model = torch.compile(distiller, dynamic=False) if compile else distiller
+    if world.size > 1:
+        with warnings.catch_warnings():     # torch 2.15 has a newer name for the same
+            warnings.simplefilter("ignore", FutureWarning)
+            model = DistributedDataParallel(model, broadcast_buffers=False)     # each has its own batch norm
+    parts = micro_batches(batch_size, world.size, micro_batch)
+
+    def step(views, target, index, teacher_logits, seed=0):
+        n, sums = len(target), torch.zeros(5, device=target.device)
+        whole = batch_size if world.size > 1 else n         # the last batch of an epoch may be smaller
+        optimizer.zero_grad()
+        for first, last in itertools.pairwise(n * i // parts for i in range(parts + 1)):
+            if first:
+                torch.manual_seed((seed + first) % 2**63)
+            now = slice(first, last)
+            with nullcontext() if world.size == 1 or last == n else model.no_sync():
+                loss, ce, kd, logits = model([x[now] for x in views], target[now], index[now],
+                                             [v[now] for v in teacher_logits])
+                (loss * ((last - first) * world.size / whole)).backward()       # averaged over processes
+            logits = logits.detach()
+            losses = torch.stack([loss.detach(), ce.detach(), kd.detach()])
+            sums += torch.cat([(last - first) * losses, top_k_hits(logits, target[now])])
+        optimizer.step()
+        return sums, logits
+
+    if world.device.type == "cuda" and world.size == 1 and parts == 1 and capture:
+        momentum = [s["momentum_buffer"] for s in optimizer.state.values()]
+        step = Captured(step, [*distiller.state_dict(keep_vars=True).values(), *momentum])
+    return step
+
+
+def micro_batches(batch_size, processes, micro_batch):
+    """Into how many micro-batches a process divides its share of a batch; shares differ by one at most."""
+    share = -(-batch_size // processes)
+    return min(-(-share // (micro_batch or share)), batch_size // processes)
+
+
+class Captured:
+    """A training step as CUDA graphs, one a batch size: one launch instead of hundreds, and the same numbers.
+
+    state: the tensors that a step changes in place. They must stay where they are, as must what it reads.
+    """
+
+    def __init__(self, step, state):
+        self.step, self.state, self.graphs = step, state, {}
+
+    def __call__(self, *arguments, seed=0):
+        given, form = tree_flatten(arguments)
+        size = len(arguments[1])
+        if self.graphs is not None and size not in self.graphs:
+            try:
+                self.graphs[size] = self._capture(given, form)
+            except RuntimeError as error:
+                click.echo(f"notice: no CUDA graph of the step ({first_line(error)}); "
+                           "going on without, slower")
+                self.graphs = None
+        if self.graphs is None:
+            return self.step(*arguments, seed=seed)
+        graph, inputs, outputs = self.graphs[size]
+        for held, new in zip(inputs, given):
+            held.copy_(new)
+        graph.replay()
+        return outputs
+
+    def _capture(self, given, form):
+        """(graph, the tensors it reads, those it writes); RuntimeError where a step cannot be captured."""
+        inputs = [x.clone() for x in given]
+        arguments = tree_unflatten(inputs, form)
+        before = [x.detach().clone() for x in self.state]
+        try:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):          # kernels are chosen, workspaces made
+                    self.step(*arguments)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            pool = next((g.pool() for g, _, _ in self.graphs.values()), None)
+            with torch.cuda.graph(graph, pool=pool):
+                outputs = self.step(*arguments)
+            return graph, inputs, outputs
+        finally:
+            for now, then in zip(self.state, before):       # the warm-up steps are undone
+                now.detach().copy_(then)
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def top_k_hits(logits, target):
+    """How many of the targets (B,) are the first, and among the first five, of the logits (B, K): (2,)."""
+    hits = logits.topk(min(5, logits.shape[1])).indices == target[:, None]
+    return torch.stack([hits[:, 0].sum(), hits.any(1).sum()])
+
+
+@torch.no_grad()
+def evaluate(predict, batches, world, between=lambda: None):
+    """Mean cross-entropy, top-1 and top-5 (%) of `predict`, images -> logits, over all processes' batches.
+
+    batches: (images, target), as many in each process; (None, None) where one has fewer. between: called
+    before each.
+    """
+    sums = torch.zeros(4, dtype=torch.double)
+    for images, target in batches:
+        between()
+        if images is not None:
+            logits = predict(images).float()
+            loss = F.cross_entropy(logits, target, reduction="sum")
+            sums[:3] += torch.cat([loss[None], top_k_hits(logits, target)]).cpu().double()
+            sums[3] += len(target)
+    loss, top1, top5, n = world.sum(sums).tolist()
+    return {"loss": loss / n, "top1": 100 * top1 / n, "top5": 100 * top5 / n}
+
+
+# ---------------------------------------------------------------- the training loop
+
+
+def train(recipe, data, distiller, run, state, world, stop, *, save_every=60, stop_after=None, **how):
+    """Trains `distiller` on `data`; returns the result, a dict.
+
+    data: a script's Batches: eval_name, images (an epoch's), train_images, steps, undecodable, check, place,
+    epoch, evaluation, long_evaluation, facts (for student.pt), advice and chunk (see cli.Progress). state:
+    the checkpoint to go on from, or None. stop: a Stop. save_every: seconds; a run also saves when it is
+    stopped, at its end, and around an evaluation that takes long. stop_after: leave after so many epochs, as
+    a kill would, and return None. how: see `make_step`.
+    """
+    device, name = world.device, data.eval_name
+    learned = list(distiller.parameters())
+    optimizer = torch.optim.SGD(learned, torch.zeros((), device=device), momentum=recipe["momentum"],
+                                weight_decay=recipe["weight_decay"], fused=True)
+    for parameter in learned:
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    state = state or {"epoch": 0, "step": 0, "seconds": 0.0, "sums": torch.zeros(6), "best": {"top1": -1.0},
+                      "row": {}}
+    if "model" in state:
+        if "momentum" not in state:
+            raise RunError(f"{run.folder} was saved by an older version of this program: finish it with that "
+                           "one (config.json names its commit), or choose another --out")
+        distiller.load_state_dict(state["model"])
+        for held, kept in zip(optimizer.state.values(), state["momentum"]):
+            held["momentum_buffer"].copy_(kept)             # in place: a captured step reads it there
+        world.print(f"going on from epoch {state['epoch']}, step {state['step']} ({run.folder})")
+    exact = torch.float32 if device.type == "mps" else torch.float64
+    sums = state["sums"].to(device, exact)      # of all processes: loss, L_CE, L_KD, hits, undecodable images
+    mine = torch.zeros_like(sums)               # of this process, since the last save
+    best, row, first_step, saved = state["best"], state["row"], state["step"], time.monotonic()
+    begun = saved - state["seconds"]            # the time of earlier sessions counts
+
+    def save(epoch, step):
+        nonlocal saved
+
+        def write():
+            if not all(x.isfinite().all() for x in distiller.state_dict().values()):
+                raise RunError(f"the student's weights became infinite in epoch {epoch}; "
+                               f"{KEPT.format(run.folder)}")
+            run.save({"epoch": epoch, "step": step, "seconds": time.monotonic() - begun, "sums": sums.cpu(),
+                      "best": best, "row": row, "model": distiller.state_dict(),
+                      "momentum": [s["momentum_buffer"] for s in optimizer.state.values()]})
+        world.on_main(write)
+        saved = time.monotonic()
+
+    def collect():
+        """Adds all processes' sums since the last time."""
+        mine[5], data.undecodable = data.undecodable, 0
+        sums.add_(world.sum(mine))
+        mine.zero_()
+        return data.check(int(sums[5]))
+
+    def leave_if_asked(asked=None):
+        asked = world.any(stop.asked)[0] if asked is None else asked
+        if asked and world.rank == 0:
+            raise Stopped(f"stopped, and saved in {run.folder}: the same command goes on from here")
+        if asked:
+            raise click.exceptions.Exit(1)
+
+    def due():
+        return world.any(stop.asked or time.monotonic() - saved >= save_every, stop.asked)
+
+    step = make_step(distiller, optimizer, recipe["batch_size"], world, **how)
+    done = state["epoch"] * data.images + first_step * recipe["batch_size"]
+    progress = Progress(data.images, recipe["epochs"], done, device, data.advice, data.chunk)
+    shown = None
+    for epoch in range(state["epoch"], recipe["epochs"]):
+        epoch_begun, seen = time.monotonic(), data.images - first_step * recipe["batch_size"]
+        distiller.train()
+        # line 1: the loop over batches
+        for i, (views, target, index, teacher_logits) in enumerate(data.epoch(epoch, first_step), first_step):
+            now = recipe_epoch(epoch * data.steps + i, data.steps, recipe)
+            if now != shown:
+                lr, *weights = schedule(now, recipe)
+                optimizer.param_groups[0]["lr"].fill_(lr)
+                distiller.kd_weight.fill_(weights[0])
+                distiller.reversal.fill_(weights[1])
+                shown = now
+            seed = recipe["seed"] * 2**40 + data.place(epoch, i)
+            torch.manual_seed(seed % 2**63)
+            losses, logits = step(views, target, index, teacher_logits, seed=seed)      # lines 2 to 6
+            mine[:5] += losses
+            if world.rank == 0:
+                progress.step(epoch, recipe["batch_size"] if world.size > 1 else len(target))
+            save_now, asked = due() if i < data.steps - 1 else (False, False)
+            if save_now or device.type == "cpu" or i == data.steps - 1:     # on a GPU looking waits for it
+                check_finite(mine, losses, epoch, i, logits, teacher_logits, run, world)
+            if save_now:
+                collect()
+                save(epoch, i + 1)
+                leave_if_asked(asked)
+        extra, spent = collect(), time.monotonic() - epoch_begun
+        if data.long_evaluation:
+            save(epoch, data.steps)
+        distiller.eval()
+        world.broadcast(distiller.buffers())        # all evaluate what is saved
+        scores = evaluate(distiller.predict, data.evaluation(), world,
+                          leave_if_asked if data.long_evaluation else lambda: None)
+        if not math.isfinite(scores["loss"]):
+            raise RunError(f"the evaluation's loss became {scores['loss']} in epoch {epoch + 1}; "
+                           f"{KEPT.format(run.folder)}")
+        lr, *_ = schedule(recipe_epoch((epoch + 1) * data.steps - 1, data.steps, recipe), recipe)
+        row = epoch_row(epoch, lr, sums / data.images, scores, name)
+        if distiller.temperature:
+            row["temperature"] = distiller.temperature(0.0).item()
+        row |= {"img_s": seen / spent, "seconds": time.monotonic() - epoch_begun, **extra}
+        if scores["top1"] > best["top1"]:
+            best = {"top1": scores["top1"], "top5": scores["top5"], "epoch": epoch + 1}
+        first_step = 0
+        sums.zero_()
+        world.on_main(lambda: run.log(row))
+        last = epoch + 1 in (recipe["epochs"], stop_after)
+        save_now, asked = due()
+        if save_now or last or data.long_evaluation:
+            save(epoch + 1, 0)
+        if world.rank == 0:
+            progress.print(epoch_line(row, best, name, recipe["epochs"]))
+        if epoch + 1 == stop_after:
+            return None
+        if not last:
+            leave_if_asked(asked)
+
+    minutes = (time.monotonic() - begun) / 60
+    result = {"last": {k: row[f"{name}_{k}"] for k in ("top1", "top5")}, "best": best, "best_chosen_on": name,
+              "epochs": recipe["epochs"], "minutes": minutes,
+              "img_s": data.images * recipe["epochs"] / (60 * minutes),
+              "peak_memory_mib": peak_memory(device), "processes": world.size}
+    weights = {k: v.cpu().contiguous() for k, v in distiller.student.state_dict().items()}
+    facts = {k: recipe[k] for k in FACTS if k in recipe} | data.facts
+    world.on_main(lambda: run.finish(result, {"model": weights, **facts, **result["last"]}))
+    return result
+
+
+def check_finite(sums, losses, epoch, step, student_logits, teacher_logits, run, world):
+    """RunError, in all processes, when a sum of losses is not finite; the checkpoint made before is kept."""
+    broken = not torch.isfinite(sums[0])
+    if not world.any(broken)[0]:
+        return
+    if not broken:
+        raise click.exceptions.Exit(1)      # another process says why
+    ranges = [f"{name} logits in [{x.min():.4g}, {x.max():.4g}]"
+              for name, x in (("student", student_logits), *(("teacher", x) for x in teacher_logits[:1]))]
+    raise RunError(f"the loss became {losses[0].item()} in epoch {epoch + 1}, step {step + 1} "
+                   f"({', '.join(ranges)}); " + KEPT.format(run.folder))
+
+
+def epoch_row(epoch, lr, means, scores, eval_name):
+    """One row of log.jsonl: learning rate, mean training losses, and accuracies in %.
+
+    With MLKD ce is the sum over its two views, as it is in the loss, and the accuracy the weak view's.
+    """
+    loss, ce, kd, top1, top5 = means[:5].tolist()
+    return {"epoch": epoch + 1, "lr": lr, "loss": loss, "ce": ce,
+            "kd": kd, "train_top1": 100 * top1, "train_top5": 100 * top5,
+            **{f"{eval_name}_{k}": v for k, v in scores.items()}}
+
+
+def epoch_line(row, best, name, epochs):
+    return (f"epoch {row['epoch']:3d}/{epochs}  lr {row['lr']:.5g}  loss {row['loss']:8.4f}  "
+            f"train {row['train_top1']:6.2f}  {name} top-1 {row[f'{name}_top1']:6.2f}  "
+            f"top-5 {row[f'{name}_top5']:6.2f}  (best {best['top1']:.2f})  "
+            f"{row['img_s']:,.0f} images/s  {row['seconds']:.0f} s")
+
+
+# ---------------------------------------------------------------- one run
+
+
+def distil(recipe, data, student, folder, world, *, published=None, logged=None, before=lambda: None, **how):
+    """One run in its folder: printed, trained or found finished. Returns its result; None at `stop_after`.
+
+    data: a script's Batches; student: a network on the device. published, logged: top-1 (%) of the paper, and
+    of the last epoch of the authors' log, to print beside the result. before: called before a new run begins.
+    how: see `train`.
+    """
+    run = Run(folder, recipe,
+              collect_facts(world.device) | {"processes": world.size})
+    values = ", ".join(f"{k} {recipe[k]}" for k in SHOWN if recipe.get(k) not in (None, False))
+    world.print(f"{run.folder}: {key(recipe['method'], recipe['zscore'])}, {values}")
+    if recipe["batch_size"] > data.train_images:
+        raise click.UsageError(f"--batch-size {recipe['batch_size']}: "
+                               f"there are {data.train_images} training images")
+    with Stop() as stop:
+        try:
+            # rank 0 alone touches the folder
+            state, result = world.on_main(lambda: (run.open(), run.finished()))
+            if result:
+                world.print("finished before")
+            else:
+                if not state:
+                    before()
+                distiller = Distiller(student, recipe).to(world.device)
+                result = train(recipe, data, distiller, run, state, world, stop, **how)
+        finally:
+            run.close()
+        if result:
+            world.print(summary(run.folder.name, result, published, logged))
+        stop.leave_if_asked(run.folder)     # in the last epoch: what would come after this run is left out
+    return result
+
+
+def summary(name, result, published, logged):
+    last, best = result["last"], result["best"]
+    line = (f"{name}: last epoch {last['top1']:.2f} top-1, {last['top5']:.2f} top-5; best {best['top1']:.2f} "
+            f"(epoch {best['epoch']}, chosen on {result['best_chosen_on']})")
+    if published:
+        line += (f"; published {published:.2f}"
+                 + (f", last epoch of the authors' log {logged:.2f}" if logged else ""))
+    return f"{line}; {duration(60 * result['minutes'])}"

@@ -1,0 +1,77 @@
+"""The processes of one job under torchrun; without it, one process, and nothing here costs anything."""
+
+import os
+
+import click
+import torch
+import torch.distributed as dist
+
+from cli import pick_device
+from run import RunError
+
+
+class World:
+    """rank, size, device of a process. Rank 0 prints and writes; small questions go over gloo, on the CPU."""
+
+    def __init__(self, device=None):
+        self.rank, self.size, self.group, self.device = 0, 1, None, pick_device(device)
+        launched = dist.is_torchelastic_launched()      # not by RANK, which clusters set for other reasons
+        if self.device.type == "cuda":
+            local, there = int(os.environ["LOCAL_RANK"]) if launched else 0, torch.cuda.device_count()
+            if local >= there:
+                raise RunError(f"process {local + 1} on this machine finds {there} GPUs: "
+                               f"give torchrun --nproc-per-node {there}")
+            self.device = torch.device("cuda", local)
+            torch.cuda.set_device(self.device)
+        if launched:
+            store, self.rank, self.size = next(dist.rendezvous("env://"))
+            # the store keeps a dead attempt's keys
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", rank=self.rank,
+                                    world_size=self.size, store=dist.PrefixStore(f"attempt {attempt}", store))
+            self.group = dist.new_group(backend="gloo")
+
+    def print(self, line):
+        if self.rank == 0:
+            click.echo(line)
+
+    def on_main(self, call):
+        """What `call` returns in rank 0, for all; its error ends all of them, with one line."""
+        value = problem = None
+        if self.rank == 0:
+            try:
+                value = call()
+            except (click.ClickException, ValueError) as error:
+                problem = error
+        if self.group is not None:
+            held = [(value, problem is not None)]
+            dist.broadcast_object_list(held, 0, group=self.group)
+            value, failed = held[0]
+            if failed and not problem:
+                raise click.exceptions.Exit(1)
+        if problem:
+            raise problem
+        return value
+
+    def any(self, *flags):
+        """Each flag, true where it is so in any process: all save, and all stop, at the same step."""
+        if self.group is None:
+            return flags
+        tensor = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
+        return tuple(map(bool, tensor.tolist()))
+
+    def sum(self, tensor):
+        """The sum over all processes, in place."""
+        if self.group is not None:
+            dist.all_reduce(tensor, group=self.group if tensor.device.type == "cpu" else None)
+        return tensor
+
+    def broadcast(self, tensors):
+        """Rank 0's values, in every process."""
+        for tensor in tensors if self.group is not None else ():
+            dist.broadcast(tensor, 0)
+
+    def close(self):
+        if self.group is not None:
+            dist.destroy_process_group()
