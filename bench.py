@@ -34,7 +34,7 @@ import cli
 import train_cifar
 import train_imagenet
 from data import IMAGENET_MEAN, IMAGENET_STD, MEAN, STD, VIEWS, Data, Folders, Split, folder_keys, synthetic
-from distill import Distiller, make_step
+from distill import Distiller, make_optimizer, make_step
 from models import create_model
 from recipes import IMAGENET
 from run import RunError, collect_facts, first_line, rounded
@@ -82,10 +82,11 @@ def build(network, recipe, world, plain=False):
     layout = torch.contiguous_format if plain else torch.channels_last
     distiller = Distiller(network(recipe["student"]).to(memory_format=layout), recipe).to(device).train()
     distiller.kd_weight.fill_(recipe["kd_weight"])
-    optimizer = torch.optim.SGD(distiller.parameters(), lr if plain else torch.tensor(lr, device=device), 0.9,
-                                weight_decay=recipe["weight_decay"], fused=None if plain else True)
-    for parameter in distiller.parameters():
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    if plain:
+        optimizer = torch.optim.SGD(distiller.parameters(), lr, 0.9, weight_decay=recipe["weight_decay"])
+    else:
+        optimizer = make_optimizer(distiller, recipe)
+        optimizer.param_groups[0]["lr"].fill_(lr)
     step = make_step(distiller, optimizer, recipe["batch_size"], world, None, recipe["compile"], not plain)
     if not plain:
         teacher = Teacher(teacher, device, recipe["precision"], compile=recipe["compile"])

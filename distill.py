@@ -70,6 +70,17 @@ class Distiller(nn.Module):
 # ---------------------------------------------------------------- one step
 
 
+def make_optimizer(distiller, recipe):
+    """SGD over all that learns; for a captured step its momentum is there at once, its rate a tensor."""
+    learned = list(distiller.parameters())
+    rate = torch.zeros((), device=learned[0].device)
+    optimizer = torch.optim.SGD(learned, rate, recipe["momentum"], weight_decay=recipe["weight_decay"],
+                                fused=True)
+    for parameter in learned:
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
 def make_step(distiller, optimizer, batch_size, world, micro_batch=None, compile=False, capture=True):
     """step(views, target, index, teacher_logits, seed): one update from this process's share of a batch.
 
@@ -205,11 +216,7 @@ def train(recipe, data, distiller, run, state, world, stop, *, save_every=60, st
     a kill would, and return None. how: see `make_step`.
     """
     device, name = world.device, data.eval_name
-    learned = list(distiller.parameters())
-    optimizer = torch.optim.SGD(learned, torch.zeros((), device=device), momentum=recipe["momentum"],
-                                weight_decay=recipe["weight_decay"], fused=True)
-    for parameter in learned:
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    optimizer = make_optimizer(distiller, recipe)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     state = state or {"epoch": 0, "step": 0, "seconds": 0.0, "sums": torch.zeros(6), "best": {"top1": -1.0},
@@ -318,14 +325,18 @@ def train(recipe, data, distiller, run, state, world, stop, *, save_every=60, st
         if not last:
             leave_if_asked(asked)
 
-    minutes = (time.monotonic() - begun) / 60
-    result = {"last": {k: row[f"{name}_{k}"] for k in ("top1", "top5")}, "best": best, "best_chosen_on": name,
-              "epochs": recipe["epochs"], "minutes": minutes,
-              "img_s": data.images * recipe["epochs"] / (60 * minutes),
-              "peak_memory_mib": peak_memory(device), "processes": world.size}
+    return finish(recipe, data, distiller, run, row, best, (time.monotonic() - begun) / 60, world)
+
+
+def finish(recipe, data, distiller, run, row, best, minutes, world):
+    """Writes student.pt and result.json; returns the result."""
+    last = {k: row[f"{data.eval_name}_{k}"] for k in ("top1", "top5")}
+    result = {"last": last, "best": best, "best_chosen_on": data.eval_name, "epochs": recipe["epochs"],
+              "minutes": minutes, "img_s": data.images * recipe["epochs"] / (60 * minutes),
+              "peak_memory_mib": peak_memory(world.device), "processes": world.size}
     weights = {k: v.cpu().contiguous() for k, v in distiller.student.state_dict().items()}
     facts = {k: recipe[k] for k in FACTS if k in recipe} | data.facts
-    world.on_main(lambda: run.finish(result, {"model": weights, **facts, **result["last"]}))
+    world.on_main(lambda: run.finish(result, {"model": weights, **facts, **last}))
     return result
 
 

@@ -8,6 +8,7 @@ Keys and shapes are those of RepDistiller and mdistiller, so their checkpoints l
 All networks take 32 x 32 images, except MobileNetV1 (ImageNet, 224 x 224).
 """
 
+import functools
 import hashlib
 
 import torch
@@ -498,13 +499,19 @@ def guess_network(content):
     """The name in MODELS whose keys and shapes a checkpoint's content has, class count aside; else None."""
     found = {}
     for name in MODELS:
-        with torch.device("meta"):
-            model = create_model(name)
+        model = _outline(name)
         want = {k: v.shape[1:] for k, v in model.state_dict().items()}
         for where, state in find_weights(content, model)[0].items():
             if all(v.shape[1:] == want[k] for k, v in state.items() if isinstance(v, torch.Tensor)):
                 found[where] = name
     return found[preferred(found)] if found else None
+
+
+@functools.cache
+def _outline(name):
+    """A network without its numbers."""
+    with torch.device("meta"):
+        return create_model(name)
 
 
 def weights_sha256(network):

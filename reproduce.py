@@ -150,7 +150,8 @@ class Reproduction:
                   "full_length": row.full_length, "teacher_top1": teacher and teacher.top1,
                   "teacher_source": teacher and teacher.source,
                   "command": shlex.join(["python", "train_cifar.py", *row.arguments, *more]), "facts": begun,
-                  **({"went_on_with": ended} if begun != ended else {}), "recipe": config["recipe"]}
+                  **({} if ended.items() <= begun.items() else {"went_on_with": ended}),
+                  "recipe": config["recipe"]}
         if row.full_length and row.recipe["data"] == "cifar100" and row.seed == 0 and row.pair in self.kept:
             data = load_data("cifar100", self.flags["data_dir"], self.device)
             click.echo(keep(row, record, folder, data, self.device))

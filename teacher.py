@@ -81,7 +81,8 @@ class Teacher:
         folder: where a file of n x 162 x (K numbers + 8 bytes) may stand, used where a GPU has no room for
         them; None: cache nothing. exact: keep float32; else round to float16 (up to 65504, error 5e-4).
         """
-        self.images, self.dtype, self.cache = split.images, torch.float32 if exact else torch.float16, None
+        self.images, self.dtype = split.images, torch.float32 if exact else torch.float16
+        self.cache = self.pending = None
         self.classes = self.logits(normalise(split.images[:1])).shape[1]
         if folder is None:
             return
@@ -95,11 +96,15 @@ class Teacher:
         key = (f"2 {self.sha256} {images} {self.device.type} {self.precision} {self.dtype} {self.compiled} "
                f"{torch.__version__} {torch.get_num_threads()}")        # all that may change their last bits
         path = Path(folder) / f"{self.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.logits"
+        self.pending = *shape, path     # made when first asked for: a refused command leaves none
+
+    def _open_cache(self):
         try:
-            self.cache = Cache(*shape, path)
+            self.cache = Cache(*self.pending)
         except OSError as error:
-            print(f"notice: the teacher's logits are not cached in {path} ({error.strerror or error}); "
-                  "going on without")
+            print(f"notice: the teacher's logits are not cached in {self.pending[-1]} "
+                  f"({error.strerror or error}); going on without")
+        self.pending = None
 
     def cached_logits(self, indices, views, images=None):
         """Logits (n, K), float32 on the device, of views (n,) of images `indices` (n,); int64 on the CPU.
@@ -108,6 +113,8 @@ class Teacher:
         (n, 3, H, W), where the caller has them. ValueError for logits that float16 cannot hold.
         """
         slots = indices * VIEWS + views
+        if self.pending:
+            self._open_cache()
         if self.cache:
             logits, known = self.cache.read(slots)
         else:

@@ -209,7 +209,7 @@ def get_teacher(recipe, data, flags, world):
 
 def caching(teacher, data, flags):
     """The teacher, its logits cached. An untrained one's need not fit float16."""
-    folder = Path(flags["out"]) / "answers" if flags["teacher_memory"] and not flags["dry_run"] else None
+    folder = Path(flags["out"]) / "logits" if flags["teacher_memory"] and not flags["dry_run"] else None
     teacher.cache_logits(data.train, folder, flags["exact_teacher"] or flags["dry_run"])
     return teacher
 
@@ -341,7 +341,7 @@ def check_demo():
 @click.option("--capture/--no-capture", default=True,
               help="On CUDA, the step as a CUDA graph.  [default: on]")
 @click.option("--teacher-memory/--no-teacher-memory", default=True,
-              help="Cache the teacher's logits (on a GPU there, else in OUT/answers, up to 1.7 GB).  "
+              help="Cache the teacher's logits (on a GPU there, else in OUT/logits, up to 1.7 GB).  "
                    "[default: on]")
 @click.option("--exact-teacher", is_flag=True,
               help="Cache the teacher's logits in float32, not rounded to float16.")

@@ -16,7 +16,7 @@ from torchvision.datasets import CIFAR100
 import teacher
 
 ROOT = Path(__file__).resolve().parent.parent
-if "PYTEST_XDIST_WORKER" in os.environ:     # one thread for each of the test processes, and for what they start
+if "PYTEST_XDIST_WORKER" in os.environ:     # one thread for each test process, and for what it starts
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 # processes are forked from a server that has imported torch and the scripts, once

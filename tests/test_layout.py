@@ -24,17 +24,19 @@ ROOMS = {       # ground first: each imports from those above it alone
     "distributed": {"torch", "click", "cli", "run"},
     "distill": {"torch", "click", "zscore_kd", "recipes", "run", "cli"},
     "teacher": {"torch", "weights", "models", "data"},
-    "train_cifar": {"torch", "click", "zscore_kd", "weights", "models", "data", "randaugment", "recipes", "cli",
-                    "distributed", "distill", "teacher"},
-    "train_imagenet": {"torch", "torchvision", "click", "zscore_kd", "weights", "models", "data", "randaugment",
-                       "recipes", "run", "cli", "distributed", "distill", "teacher"},
-    "export": {"torch", "torchvision", "numpy", "onnx", "onnxruntime", "click", "weights", "models", "data", "run",
-               "cli"},
+    "train_cifar": {"torch", "click", "zscore_kd", "weights", "models", "data", "randaugment", "recipes",
+                    "cli", "distributed", "distill", "teacher"},
+    "train_imagenet": {"torch", "torchvision", "click", "zscore_kd", "weights", "models", "data",
+                       "randaugment", "recipes", "run", "cli", "distributed", "distill", "teacher"},
+    "export": {"torch", "torchvision", "numpy", "onnx", "onnxruntime", "click", "weights", "models", "data",
+               "run", "cli"},
     "predict": {"onnxruntime", "numpy", "PIL"},
-    "figures": {"matplotlib", "torch", "click", "zscore_kd", "weights", "models", "data", "run", "cli", "teacher"},
-    "reproduce": {"torch", "click", "weights", "models", "data", "recipes", "run", "cli", "teacher", "train_cifar"},
-    "bench": {"torch", "torchvision", "click", "models", "data", "recipes", "run", "cli", "distill", "teacher",
-              "train_cifar", "train_imagenet"},
+    "figures": {"matplotlib", "torch", "click", "zscore_kd", "weights", "models", "data", "run", "cli",
+                "teacher"},
+    "reproduce": {"torch", "click", "weights", "models", "data", "recipes", "run", "cli", "teacher",
+                  "train_cifar"},
+    "bench": {"torch", "torchvision", "click", "models", "data", "recipes", "run", "cli", "distill",
+              "teacher", "train_cifar", "train_imagenet"},
 }
 FILES = [p for p in sorted(ROOT.glob("*.py")) if not p.stem.startswith(("test_", "conftest"))]
 
@@ -96,7 +98,8 @@ assert torch.equal(before, torch.random.get_rng_state()) and not torch.cuda.is_i
 
 def test_the_documents_commands_have_flags_that_exist():
     text = "\n".join((ROOT / name).read_text() for name in ("README.md", "NOTES.md", "CONTRIBUTING.md"))
-    commands = re.findall(r"(?:python3?|torchrun[^\n]*?) (\w+\.py)((?: +[^\n`#]+)?)", text.replace("\\\n", " "))
+    text = text.replace("\\\n", " ")
+    commands = re.findall(r"(?:python3?|torchrun[^\n]*?) (\w+\.py)((?: +[^\n`#]+)?)", text)
     assert len(commands) > 15
     for script, rest in commands:
         known = flags_of(script.removesuffix(".py"))
@@ -109,5 +112,6 @@ def flags_of(script):
     main = importlib.import_module(script).main
     if isinstance(main, click.Command):
         commands = [main, *getattr(main, "commands", {}).values()]
-        return {flag for command in commands for p in command.params for flag in (*p.opts, *p.secondary_opts)} | {"--help"}
+        parameters = [p for command in commands for p in command.params]
+        return {flag for p in parameters for flag in (*p.opts, *p.secondary_opts)} | {"--help"}
     return set(re.findall(r"--[a-z-]+", (ROOT / f"{script}.py").read_text()))

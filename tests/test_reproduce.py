@@ -4,6 +4,7 @@ import gzip
 import json
 import shlex
 import shutil
+import statistics
 import types
 from pathlib import Path
 
@@ -475,3 +476,18 @@ def test_what_is_too_large_or_loses_accuracy_leaves_its_card_alone(small, monkey
     monkeypatch.setattr(reproduce.Teacher, "evaluate", lambda *rest: {"top1": next(top1)})
     assert "only its card" in kept(small)[0]
     assert [p.name for p in (small / "checkpoints").iterdir()] == ["resnet8.json"]
+
+
+def test_the_readmes_rows_are_the_results():
+    """Number, deviation, n, minutes and command of each row in its first table."""
+    rows = [line.split(" | ") for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+            if line.startswith("| ") and "`python train_cifar.py" in line]
+    records = [r for r in reproduce.load_records(ROOT / "results") if r["student"] == "resnet8"]
+    cells = reproduce.cells_of(records)
+    assert 2 <= len(rows) <= 5
+    for _, top1, n, minutes, _, command in rows:
+        command = command.strip("`| ")
+        cell = next(cell for cell in cells.values() if cell[0]["command"] == command)
+        words = reproduce.spread([r["last"]["top1"] for r in cell.values()])
+        assert words == f"{top1} (n = {n})"
+        assert float(minutes) == pytest.approx(statistics.mean(r["minutes"] for r in cell.values()), abs=0.05)

@@ -166,7 +166,7 @@ def trained(name):
     network = create_model(name).train()
     with torch.no_grad():
         for _ in range(3):
-            network(normalise(synthetic(64, 3).images))
+            network(normalise(synthetic(16, 3).images))
     return network
 
 
@@ -407,6 +407,7 @@ teacher.RESERVE = -2**30
 one, split = teacher.Teacher(create_model("resnet8"), "cpu"), synthetic(40, 1)
 one.logits = lambda images: torch.ones(len(images), 100)
 one.cache_logits(split, {str(folder)!r})
+one.cached_logits(torch.arange(1), torch.arange(1))
 try:
     with open({str(folder / "other")!r}, "wb", buffering=0) as file:
         while file.write(bytes(4096)):

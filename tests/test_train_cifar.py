@@ -299,11 +299,7 @@ def test_ten_fast_steps_equal_a_plain_loop(device, method, tmp_path):
     torch.manual_seed(3)
     student = create_model("resnet8").to(device, memory_format=torch.channels_last)
     distiller = distill.Distiller(student, recipe).to(device)
-    learned = list(distiller.parameters())
-    optimizer = torch.optim.SGD(learned, torch.zeros((), device=device), momentum=0.9, weight_decay=5e-4,
-                                fused=True)
-    for parameter in learned:
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    optimizer = distill.make_optimizer(distiller, recipe)
     world = types.SimpleNamespace(size=1, rank=0, device=device)
     step, batches = (distill.make_step(distiller, optimizer, 16, world),
                      train_cifar.Batches(made, recipe, teacher, device))
@@ -357,14 +353,14 @@ def test_a_run_is_the_same_with_and_without_a_memory(pair, tmp_path):
     """And a second run finds the first one's answers; rounding to float16 is a recipe of its own."""
     flags = [*pair, *SMALL, "--zscore"]
     call(*flags)
-    answers = list((tmp_path / "runs" / "answers").iterdir())
+    answers = list((tmp_path / "runs" / "logits").iterdir())
     before = answers[0].stat().st_size
     call(*flags, "--no-teacher-memory", "--out", "without")
     call(*flags, "--exact-teacher", "--out", "exact")
     name = "resnet14-resnet8-kd-z-synthetic-seed0"
     weights = [torch.load(tmp_path / out / name / "last.pt")["model"] for out in ("runs", "without", "exact")]
     assert (all(map(torch.equal, weights[0].values(), weights[1].values()))
-            and not (tmp_path / "without" / "answers").exists())
+            and not (tmp_path / "without" / "logits").exists())
     assert not all(map(torch.equal, weights[0].values(), weights[2].values()))
     assert "exact_teacher was False, now True" in call(*flags, "--exact-teacher", code=1)
     assert len(answers) == 1 and before > 160 * 200
