@@ -180,6 +180,8 @@ def run(arguments, shared=None):
 def prepared(flags):
     """The World, with what must be set before its first operation."""
     world = World(flags["device"])
+    if world.size > 1:
+        raise click.UsageError("train_cifar.py is one process: start it without torchrun")
     cli.pick_kernels(flags["deterministic"])
     cli.keep_memory()
     if flags["compile"]:

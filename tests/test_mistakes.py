@@ -1,6 +1,7 @@
 """Every mistake of a user is one line that says what was wrong and what to do; nothing is overwritten."""
 
 import shutil
+import types
 
 import pytest
 import torch
@@ -235,3 +236,10 @@ def test_a_teacher_of_nans_is_named_as_the_cause(folder):
 def test_help_says_what_everything_is():
     code, output = call("--help")
     assert code == 0 and "--base-temp TAU" in output and "the paper's KD+Z" in output
+
+
+def test_several_processes_are_refused(monkeypatch):
+    """Each would train on the whole batch."""
+    monkeypatch.setattr(train_cifar, "World", lambda device: types.SimpleNamespace(size=2))
+    code, output = call(ALONE + MADE)
+    assert code == 2 and "train_cifar.py is one process: start it without torchrun" in output
