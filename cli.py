@@ -87,7 +87,7 @@ def resolve(flags, found, doubts, device):
 
 @contextmanager
 def one_line():
-    """The rooms' own ValueErrors, and a full device, as one line."""
+    """A ValueError of this project's modules, and a full device, as one line."""
     try:
         yield
     except ValueError as error:

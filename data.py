@@ -155,11 +155,16 @@ def held_out(n, val_from_train):
 LAYOUTS = CIFAR100.base_folder, ""      # the archive's folder, or its three files in the named folder itself
 
 
+def _unpacked(folder):
+    """Whether the files of CIFAR-100 are in a folder, whole or not."""
+    direct = all((folder / name).is_file() for name in ("train", "test", "meta"))
+    return direct or (folder / CIFAR100.base_folder).is_dir()
+
+
 def has_cifar100(data_dir):
     """Whether CIFAR-100 is in `data_dir`, unpacked or as its archive; nothing is downloaded."""
     folder = Path(data_dir).expanduser()
-    places = CIFAR100.filename, *(f"{base or '.'}/train" for base in LAYOUTS)
-    return any((folder / place).exists() for place in places)
+    return _unpacked(folder) or (folder / CIFAR100.filename).exists()
 
 
 def read_cifar100(data_dir, download=True):
@@ -183,7 +188,7 @@ def read_cifar100(data_dir, download=True):
 
 def _fetch_cifar100(folder, download):
     problem = f"no CIFAR-100 in {folder}"
-    if any((folder / base / "train").exists() for base in LAYOUTS):
+    if _unpacked(folder):
         problem = f"CIFAR-100 in {folder} is damaged (its checksums differ)"
     archive = folder / CIFAR100.filename
     if not check_integrity(archive, CIFAR100.tgz_md5):
@@ -223,6 +228,8 @@ def fetch(urls, path, md5):
                     raise ValueError(f"what {url} gave has another checksum")
             except (OSError, ValueError, HTTPException) as error:
                 problem = error
+                if check_integrity(path, md5):          # another process was faster
+                    return
                 if not part.exists() or part.stat().st_size <= before:      # else something came: once more
                     break
             else:

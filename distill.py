@@ -100,7 +100,8 @@ def make_step(distiller, optimizer, batch_size, world, micro_batch=None, compile
         n, sums = len(target), torch.zeros(5, device=target.device)
         whole = batch_size if world.size > 1 else n         # the last batch of an epoch may be smaller
         optimizer.zero_grad()
-        for first, last in itertools.pairwise(n * i // parts for i in range(parts + 1)):
+        bounds = (n * i // min(parts, n) for i in range(min(parts, n) + 1))
+        for first, last in itertools.pairwise(bounds):
             if first:
                 torch.manual_seed((seed + first) % 2**63)
             now = slice(first, last)
@@ -222,9 +223,11 @@ def train(recipe, data, distiller, run, state, world, stop, *, save_every=60, st
     state = state or {"epoch": 0, "step": 0, "seconds": 0.0, "sums": torch.zeros(6), "best": {"top1": -1.0},
                       "row": {}}
     if "model" in state:
-        if "momentum" not in state:
-            raise RunError(f"{run.folder} was saved by an older version of this program: finish it with that "
-                           "one (config.json names its commit), or choose another --out")
+        if "optimizer" in state:        # saved by version 0.5
+            temperature = {f"temperature.{k}": v for k, v in state["curriculum"].items()}
+            state["model"] = {f"student.{k}": v for k, v in state["model"].items()} | temperature
+            state["momentum"] = [s["momentum_buffer"] for s in state["optimizer"]["state"].values()]
+            state["sums"] = F.pad(state["sums"], (0, 1))
         distiller.load_state_dict(state["model"])
         for held, kept in zip(optimizer.state.values(), state["momentum"]):
             held["momentum_buffer"].copy_(kept)             # in place: a captured step reads it there
@@ -374,36 +377,37 @@ def epoch_line(row, best, name, epochs):
 # ---------------------------------------------------------------- one run
 
 
-def distil(recipe, data, student, folder, world, *, published=None, logged=None, before=lambda: None, **how):
+def distil(recipe, data, student, folder, world, *, published=None, logged=None, before=lambda: None,
+           more=False, **how):
     """One run in its folder: printed, trained or found finished. Returns its result; None at `stop_after`.
 
     data: a script's Batches; student: a network on the device. published, logged: top-1 (%) of the paper, and
     of the last epoch of the authors' log, to print beside the result. before: called before a new run begins.
-    how: see `train`.
+    more: other runs come after this one. how: see `train`.
     """
-    run = Run(folder, recipe,
-              collect_facts(world.device) | {"processes": world.size})
+    run = Run(folder, recipe, collect_facts(world.device) | {"processes": world.size})
     values = ", ".join(f"{k} {recipe[k]}" for k in SHOWN if recipe.get(k) not in (None, False))
     world.print(f"{run.folder}: {key(recipe['method'], recipe['zscore'])}, {values}")
     if recipe["batch_size"] > data.train_images:
         raise click.UsageError(f"--batch-size {recipe['batch_size']}: "
                                f"there are {data.train_images} training images")
-    with Stop() as stop:
-        try:
-            # rank 0 alone touches the folder
-            state, result = world.on_main(lambda: (run.open(), run.finished()))
-            if result:
-                world.print("finished before")
-            else:
-                if not state:
-                    before()
+    try:
+        # rank 0 alone touches the folder
+        state, result = world.on_main(lambda: (run.open(), run.finished()))
+        if result:
+            world.print("finished before")
+        elif not state:
+            before()
+        with Stop() as stop:
+            if not result:
                 distiller = Distiller(student, recipe).to(world.device)
                 result = train(recipe, data, distiller, run, state, world, stop, **how)
-        finally:
-            run.close()
-        if result:
-            world.print(summary(run.folder.name, result, published, logged))
-        stop.leave_if_asked(run.folder)     # in the last epoch: what would come after this run is left out
+    finally:
+        run.close()
+    if result:
+        world.print(summary(run.folder.name, result, published, logged))
+    if not result or more:
+        stop.leave_if_asked(run.folder)     # asked for in the last epoch: what would come next is left out
     return result
 
 

@@ -101,8 +101,8 @@ def load_student(path, name=None, float_input=False):
     network = build(name, num_classes=num_classes)
     network.name = name
     load_weights(network, path)
-    small = name in MODELS and name != "MobileNetV1" and "size" not in facts    # train_imagenet.py says it
-    size = facts.get("size", 224)
+    size = facts.get("size") if isinstance(facts.get("size"), int) else None    # train_imagenet.py says it
+    small, size = name in MODELS and name != "MobileNetV1" and not size, size or 224
     known = {k: facts[k] for k in (*FACTS, "train_images", "val_from_train")
              if isinstance(facts.get(k), (str, int, float, bool))}
     return Student(name, network.eval(), known, num_classes, facts.get("classes"), float_input,
@@ -575,7 +575,7 @@ def main(**flags):
             out.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as folder:
                 failures = export(student, images, flags, Path(folder), out)
-    except ValueError as error:     # the rooms' own, one line each
+    except ValueError as error:     # of this project's modules, one line each
         raise runs.RunError(str(error)) from None
     if failures:
         raise runs.RunError("; ".join(failures))

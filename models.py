@@ -488,11 +488,11 @@ def load_weights(model, path, *, prefer="student", say=print):
     return facts_of(content)
 
 
-def class_count(content, model):
+def class_count(content, model, prefer="student"):
     """How many classes a checkpoint's weights are for, where the rest of them fits the model; else None."""
     fits, _ = find_weights(content, model)
-    bias = fits[preferred(fits)][list(model.state_dict())[-1]] if fits else None
-    return len(bias) if bias is not None and bias.ndim == 1 else None
+    bias = fits[preferred(fits, prefer)][list(model.state_dict())[-1]] if fits else None
+    return len(bias) if isinstance(bias, torch.Tensor) and bias.ndim == 1 else None
 
 
 def guess_network(content):

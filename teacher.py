@@ -15,6 +15,7 @@ import mmap
 import operator
 import os
 import shutil
+import socket
 import tarfile
 import urllib.request
 from http.client import HTTPException
@@ -247,14 +248,14 @@ def find_teacher(name, checkpoint=None, url=ARCHIVE_URL, say=print):
     """(file, source) of a CIFAR-100 teacher's weights, in the order above; (None, reason) without one.
 
     `url` is the archive of mdistiller's teachers, or a mirror; `say` takes a line about a download. What was
-    downloaded before is taken again: a run that goes on needs the teacher that it began with.
+    downloaded before is taken again, and nothing else downloaded for the same network.
     """
     if checkpoint is not None:
         return Path(checkpoint), str(checkpoint)
     file, accuracy = PYTORCH_CIFAR_MODELS.get(name, (None, None))
     alternative = f"pytorch-cifar-models/{name}.pt"
-    places = {f"{name}.pt": "", alternative: f"pytorch-cifar-models', {accuracy} % by its authors, ",
-              f"mdistiller/{name}.pth": "mdistiller's, "}
+    places = {f"{name}.pt": "", f"mdistiller/{name}.pth": "mdistiller's, ",
+              alternative: f"pytorch-cifar-models', {accuracy} % by its authors, "}
 
     def found():
         return next(((CHECKPOINTS / place, f"{whose}checkpoints/{place}") for place, whose in places.items()
@@ -270,10 +271,7 @@ def find_teacher(name, checkpoint=None, url=ARCHIVE_URL, say=print):
         problems.append(f"mdistiller publishes no {name}")
     if not found() and file:        # the archive is at one address only
         say(f"{problems[-1]}; downloading pytorch-cifar-models' {file}")
-        path = CHECKPOINTS / alternative
-        path.parent.mkdir(parents=True, exist_ok=True)
-        problem = problem_of(lambda: torch.hub.download_url_to_file(
-            PYTORCH_CIFAR_MODELS_URL + file, path, hash_prefix=file[-11:-3], progress=False))
+        problem = problem_of(lambda: download_model(file, CHECKPOINTS / alternative))
         problems.append(f"pytorch-cifar-models' could not be downloaded ({problem})")
     return found() or (None, ", and ".join(problems))
 
@@ -286,8 +284,20 @@ def problem_of(download):
         return str(error) or type(error).__name__
 
 
+def download_model(file, path):
+    """One of PYTORCH_CIFAR_MODELS to a path, if its SHA-256 is the one in its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)       # the download has none of its own
+    try:
+        torch.hub.download_url_to_file(PYTORCH_CIFAR_MODELS_URL + file, path, hash_prefix=file[-11:-3],
+                                       progress=False)
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
 def download_teachers(url, folder):
-    """NAME_vanilla/ckpt_epoch_240.pth of the archive, as it comes, becomes folder/NAME.pth, whole or not."""
+    """NAME_vanilla/ckpt_epoch_240.pth of the archive becomes folder/NAME.pth, each as soon as it is whole."""
     folder.mkdir(parents=True, exist_ok=True)
     with (urllib.request.urlopen(url, timeout=TIMEOUT) as response,
           tarfile.open(fileobj=response, mode="r|*") as archive):

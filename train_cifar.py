@@ -125,8 +125,8 @@ def run_one(recipe, data, teacher, flags, world, stop_after=None):
              if recipe["data"] == "cifar100" else {})
     folder = Path(flags["out"]) / run_name(recipe)
     batches = Batches(data, recipe, teacher, world.device)
-    result = distil(recipe, batches, student, folder, world, **known, save_every=flags["save_every"],
-                    stop_after=stop_after, compile=flags["compile"], capture=flags["capture"])
+    result = distil(recipe, batches, student, folder, world, **known, more=True, stop_after=stop_after,
+                    save_every=flags["save_every"], compile=flags["compile"], capture=flags["capture"])
     return result, folder
 
 
@@ -137,7 +137,9 @@ def execute(flags, world, shared):
     """
     recipe, lines = resolve(flags, world.device)
     for line in lines:
-        click.echo(line)
+        if line not in shared:      # once for all seeds
+            click.echo(line)
+        shared[line] = True
     wanted = tuple(flags[k] for k in ("data", "data_dir", "train_images", "val_from_train"))
     if wanted not in shared:
         shared[wanted] = load_data(recipe["data"], flags["data_dir"], world.device,
@@ -146,7 +148,7 @@ def execute(flags, world, shared):
     data, teacher = shared[wanted], None
     if recipe["teacher"]:
         asked = (*wanted, recipe["teacher"], flags["teacher_checkpoint"], recipe["precision"],
-                 recipe["compile"])
+                 recipe["compile"], recipe["exact_teacher"])
         if asked not in shared:
             teacher = get_teacher(recipe, data, flags, world)
             known = recipes.published(None, teacher.name, "none") if recipe["data"] == "cifar100" else None

@@ -245,7 +245,7 @@ def run_one(recipe, folders, teacher, flags, world, stop_after=None):
     student = network(recipe["student"], classes).to(world.device, memory_format=torch.channels_last)
     before = check_teacher if teacher and not flags["dry_run"] else lambda: None
     return distil(recipe, batches, student, Path(flags["out"]) / run_name(recipe), world, **known,
-                  before=before, save_every=flags["save_every"], stop_after=stop_after,
+                  before=before, save_every=flags["save_every"], stop_after=stop_after, capture=False,
                   micro_batch=flags["at_once"], compile=flags["compile"])
 
 
@@ -265,8 +265,8 @@ def dry_run(recipe, flags, world):
         folders = load_folders(folder)
         if flags["teacher_checkpoint"]:     # whose classes are the file's
             teacher = recipe["teacher"]
-            count = class_count(read_checkpoint(flags["teacher_checkpoint"], teacher),
-                                network(teacher, 3)) or 3
+            content = read_checkpoint(flags["teacher_checkpoint"], teacher)
+            count = class_count(content, network(teacher, 3), "teacher") or 3
             folders = folders._replace(classes=folders.classes + list(map(str, range(3, count))))
         flags = flags | {"out": str(Path(folder, "runs")), "workers": 0, "at_once": None, "data_dir": folder}
         teacher = get_teacher(recipe, folders, flags, world) if recipe["teacher"] else None

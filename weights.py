@@ -122,7 +122,7 @@ def _not_a_checkpoint(path, start):
     if any(n.endswith("/constants.pkl") for n in names):
         return ("is a TorchScript archive, which holds code. "
                 f"{CLEAN.format(f'torch.jit.load({str(path)!r}).state_dict()')}")
-    if all(n.endswith(".npy") for n in names):
+    if names and all(n.endswith(".npy") for n in names):
         arrays = "{k: torch.from_numpy(v) for k, v in numpy.load(" + repr(str(path)) + ").items()}"
         return f"holds NumPy's arrays (npz). {CLEAN.format(arrays)}"
     if not any(n.endswith("data.pkl") for n in names):
@@ -156,7 +156,8 @@ def _from_archive(path, network):
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"{path} is a damaged tar archive ({error})") from None
     raise ValueError(f"{path} is a tar archive with teachers of {', '.join(members) or 'no network'}, "
-                     f"not of {network}: name one of them, or unpack it and name a checkpoint in it")
+                     f"{f'not of {network}' if network else 'and no network was named'}: name one of them, "
+                     "or unpack it and name a checkpoint in it")
 
 
 def facts_of(content):

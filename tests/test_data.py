@@ -141,6 +141,7 @@ def test_a_whole_part_is_only_checked(slow):
         if body == content:
             data.fetch([url], path, md5)
             assert path.read_bytes() == content
+            path.unlink()
         else:
             with pytest.raises(ValueError, match="has another checksum"):
                 data.fetch([url], path, md5)
@@ -151,6 +152,7 @@ def test_the_mirror_comes_first_and_then_the_official_place(slow, monkeypatch):
     content, md5, url, server, path = slow
     data.fetch(["http://127.0.0.1:9/none", url], path, md5)
     assert path.read_bytes() == content
+    path.unlink()
     with pytest.raises(OSError, match="404"):
         data.fetch([url + "-missing"], path, md5)
 
@@ -232,3 +234,11 @@ def test_equal_or_nan_logits_are_not_counted_as_right():
     split = synthetic(100, 3)
     for value in (0.0, float("nan")):
         assert evaluate(lambda x: torch.full((len(x), 100), value), split)["top1"] <= 1
+
+
+def test_other_folders_named_train_are_no_damaged_cifar100(tmp_path):
+    """data/train/cat/ is somebody's images: nothing is damaged, an export goes on without CIFAR-100."""
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    assert not data.has_cifar100(tmp_path)
+    with pytest.raises(ValueError, match="^no CIFAR-100 in "):
+        data.read_cifar100(tmp_path, download=False)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-from models import create_model, guess_network, load_weights
+from models import class_count, create_model, guess_network, load_weights
 from weights import FromNumpy, read_checkpoint
 
 
@@ -299,3 +299,10 @@ def test_a_network_is_guessed_in_any_wrapping():
     assert guess_network({"net": {f"module.{k}": v for k, v
                                   in create_model("wrn_16_2", 7).state_dict().items()}}) == "wrn_16_2"
     assert guess_network({"epoch": 3}) is None
+
+
+def test_the_class_count_of_weights_that_are_not_read_is_unknown():
+    """export.py asks for it before it loads them, and the refusal is load_weights'."""
+    arrays = {"model": {k: FromNumpy() for k in create_model("resnet8").state_dict()}}
+    assert class_count(arrays, create_model("resnet8")) is None
+    assert class_count(mdistiller_latest(trained("resnet8")), create_model("resnet8")) == 100
