@@ -15,6 +15,7 @@ import torch
 
 from run import RunError, first_line
 
+
 def nearest_first(name, known):
     """The known names, comma-separated, those most like `name` first."""
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)

@@ -490,6 +490,19 @@ def test_dry_run_walks_the_whole_path_in_seconds_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_demo_ends_with_its_four_rows(monkeypatch):
+    """The README's first command, on fewer made images: each seed's own teacher, then three students."""
+    splits = [data.synthetic(96, part) for part in (1, 2)]
+    monkeypatch.setattr(train_cifar, "load_data", lambda *rest, **more: data.Data(*splits, splits[1], "test"))
+    output = call("--demo", "--device", "cpu")
+    table = output.split("made images of 100 classes")[1].splitlines()
+    assert [line.split("  ")[0] for line in table[1:5]] == [
+        "teacher, resnet20, 8 epochs", "student, resnet8, 5 epochs, alone",
+        "the same with KD", "the same with KD+Z"]
+    assert output.count("teacher resnet20 (runs/demo/resnet20-none-synthetic-seed0/student.pt)") == 1
+    assert "finished before" in call("--demo", "--device", "cpu")
+
+
 def test_eval_of_the_published_teacher_on_real_images(shared, cifar):
     output = call("--eval", shared / "teachers" / "resnet56.pt", "--student", "resnet56", "--data-dir", cifar)
     top1, top5 = (float(output.split(f" {word}")[0].split()[-1]) for word in ("top-1", "top-5"))
