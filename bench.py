@@ -33,9 +33,11 @@ from torchvision import datasets, transforms
 import cli
 import train_cifar
 import train_imagenet
-from data import IMAGENET_MEAN, IMAGENET_STD, MEAN, STD, VIEWS, Data, Folders, Split, folder_keys, synthetic
+from data import IMAGENET_MEAN, IMAGENET_STD, MEAN, STD, VIEWS, Data, Split, synthetic
 from distill import Distiller, make_optimizer, make_step
+from folders import Folders, folder_keys
 from models import create_model
+from networks import TORCHVISION, create
 from recipes import IMAGENET
 from run import RunError, collect_facts, first_line, rounded
 from teacher import BATCH, Teacher
@@ -244,7 +246,7 @@ def imagenet(world, rounds, folder, batch):
              "its workers alone, uint8": {"this": Part(chain.from_iterable(map(decoded, count())), loads)}}
     for pair in IMAGENET:
         name = f"step of {'-'.join(pair)}"
-        teacher, _, learn = build(lambda n: train_imagenet.network(n, 1000), resolved(*pair), world)
+        teacher, _, learn = build(lambda n: create(n, 1000, TORCHVISION), resolved(*pair), world)
         teacher.batch = None
         # a run waits only once for the first batch of each worker
         files = Part(endless(loading, count(), loads - steps), steps, learn, min(workers, steps // 2))

@@ -13,20 +13,24 @@ from pathlib import Path
 import click
 import torch
 
+from recipes import ceiling, suggested_temperature
 from run import RunError, first_line
 
 
 def nearest_first(name, known):
     """The known names, comma-separated, those most like `name` first."""
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    folded = {}
+    for k in known:
+        folded.setdefault(k.casefold(), []).append(k)
+    near = [k for f in difflib.get_close_matches(name.casefold(), folded, n=3, cutoff=0.4) for k in folded[f]]
     return ", ".join(near + [k for k in known if k not in near])
 
 
 def check_name(flag, name, known):
-    """Raises a usage error that lists the known names, the nearest first."""
-    if name not in known:
-        raise click.UsageError(f"{flag} {name}: no such network; "
-                               f"known, the nearest first: {nearest_first(name, known)}")
+    """A usage error that lists the known names, the nearest first; a name of one's own has a colon."""
+    if ":" not in name and name not in known:
+        raise click.UsageError(f"{flag} {name}: no such network; known, the nearest first: "
+                               f"{nearest_first(name, known)}; one of your own is FILE.py:NAME")
 
 
 def check_method(flags, networks):
@@ -98,6 +102,24 @@ def one_line():
                        "there is one), or see what else is on the device") from None
 
 
+def check_classes(recipe, count):
+    """A usage error for a method that `count` classes do not allow."""
+    if recipe["zscore"] and count == 2:
+        raise click.UsageError("--zscore leaves nothing to teach of two classes (Z is +1 and -1 for every "
+                               "image, without a gradient): leave it out; KD's own temperature is 4")
+    if recipe["method"] == "dkd" and count == 2:
+        raise click.UsageError("--method dkd needs three classes: there is nothing beside the target's part")
+
+
+def temperature_line(recipe, count):
+    """Which temperature the ceiling of Z (see zscore_kd.py) suggests for `count` classes, and why."""
+    tau, used = suggested_temperature(count), recipe["base_temp"]
+    return (f"for {count} classes, without a recipe, the table in zscore_kd.py suggests base temperature "
+            f"{tau:g}: the teacher's top probability can reach {ceiling(count, tau):.2f}"
+            + ("" if used == tau else f", at this run's {used:g} only {ceiling(count, used):.2f} "
+               f"(--base-temp {tau:g})"))
+
+
 class Choice(click.Choice):
     """click's, with the nearest first in its message."""
 
@@ -108,10 +130,23 @@ class Choice(click.Choice):
         return super().convert(value, param, ctx)
 
 
+class Device(Choice):
+    """cuda, mps or cpu; a number is for the system to choose by."""
+
+    def convert(self, value, param, ctx):
+        if kind := re.fullmatch(r"cuda:(\d+)", str(value)):
+            self.fail(f"{value}: a command sees one GPU, cuda; CUDA_VISIBLE_DEVICES={kind[1]} before the "
+                      "command chooses which")
+        return super().convert(value, param, ctx)
+
+
 class Command(click.Command):
     """A click command whose errors are one line on stderr, usage errors (exit code 2) too."""
 
     def main(self, *args, standalone_mode=True, **more):
+        for stream in (sys.stdout, sys.stderr):     # a file's name may have what the encoding lacks
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
         try:
             code = super().main(*args, standalone_mode=False, **more)
         except click.UsageError as error:
@@ -144,7 +179,8 @@ POSITIVE, WEIGHT, COUNT = Finite(min=0, min_open=True), Finite(min=0), click.Int
 SHARED = [
     click.option("--teacher", metavar="NAME", help="Teacher network."),
     click.option("--student", metavar="NAME",
-                 help="Student network, or the one to train alone with --method none."),
+                 help="Student network, or the one to train alone with --method none. Both also "
+                      "FILE.py:NAME, package.module:NAME (called with num_classes) or timm:NAME."),
     click.option("--zscore/--no-zscore", default=False,
                  help="Standardize the logits of both sides.  [default: off]"),
     click.option("--base-temp", type=POSITIVE, metavar="TAU",
@@ -168,9 +204,11 @@ SHARED = [
                  help="Hold N training images out and evaluate the student on them alone, "
                       "for choosing numbers."),
     click.option("--teacher-checkpoint", metavar="FILE", help="The teacher's weights."),
+    click.option("--student-checkpoint", metavar="FILE",
+                 help="Weights that the student begins with: what fits of them."),
     click.option("--out", metavar="DIR", default="runs", show_default=True,
                  help="Folder for the runs' folders."),
-    click.option("--device", type=Choice(["cuda", "mps", "cpu"]), help="[default: the best there is]"),
+    click.option("--device", type=Device(["cuda", "mps", "cpu"]), help="[default: the best there is]"),
     click.option("--precision", type=Choice(["fp32", "bf16"]),
                  help="bf16 is autocast, losses in float32.  [default: bf16 on cuda, else fp32]"),
     click.option("--deterministic", is_flag=True, help="Deterministic CUDA kernels; slower."),

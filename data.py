@@ -1,22 +1,17 @@
-"""Images: CIFAR-100 as tensors on the device, augmented in batches; a synthetic set; folders of large images.
+"""Small images (CIFAR-100, CIFAR-10, a made set) as tensors on the device, augmented in batches.
 
     data = load_data("cifar100", "data", device)            # uint8 images, once
     order, views = epoch_draws(seed, epoch, len(data.train.targets))
-    images = normalise(crop_and_flip(data.train.images[order[:64]], views[:64]))
+    images = data.pixels.normalise(crop_and_flip(data.train.images[order[:64]], views[:64]))
 
-No loading processes and no PIL in that loop: the whole set is 184 MB of uint8. Folders (ImageNet) need both.
+No loading processes and no PIL in that loop: CIFAR-100 is 184 MB of uint8. Folders: folders.py.
 """
 
 import functools
-import itertools
-import math
 import os
-import random
-import signal
 import time
 import urllib.error
 import urllib.request
-import warnings
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
@@ -24,20 +19,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import CIFAR100, ImageFolder
+from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity
-from torchvision.transforms import functional as pil
 
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # of pixels in [0, 1]; as in the field's code
+CIFAR10_STATISTICS = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)      # of its training images
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PAD = 4                                 # pixels of black on each side before the crop
 VIEWS = (2 * PAD + 1) ** 2 * 2          # 81 crops x 2 flips = 162 views of an image
 SYNTHETIC_SIZES = 10_000, 2_000         # training and test images
 HELD_OUT_KEY = 2**64 - 1                # draws of this seed are the same for every run
 TIMEOUT = 30    # seconds without a byte before a download is given up
-WAIT = 600      # seconds without a batch before a loading process is given up
 
 CIFAR100_CLASSES = tuple("""
 apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
@@ -50,8 +42,33 @@ tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
 """.split())
 
 
+CIFAR10_CLASSES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
+
+
+class Pixels(NamedTuple):
+    """What a network is given: the shorter side is `resize`, the centre of `size` is cut out, normalised."""
+    mean: tuple = MEAN
+    std: tuple = STD
+    size: int = 32
+    resize: int = 32
+
+    @classmethod
+    def of(cls, facts, size=32, resize=32):
+        """Those that a checkpoint's facts say, None where they do not. size, resize: if these are lacking."""
+        try:
+            mean, std = (tuple(float(x) for x in facts[k]) for k in ("mean", "std"))
+            size, resize = (int(facts.get(k, v)) for k, v in (("size", size), ("resize", resize)))
+        except (KeyError, TypeError, ValueError):
+            return None
+        return cls(mean, std, size, resize) if len(mean) == len(std) == 3 and min(std) > 0 else None
+
+    def normalise(self, images):
+        """uint8 (B, 3, H, W) -> float32, as `normalise`."""
+        return normalise(images, self.mean, self.std)
+
+
 class Split(NamedTuple):
-    images: torch.Tensor        # (N, 3, 32, 32) uint8
+    images: torch.Tensor        # (N, 3, size, size) uint8
     targets: torch.Tensor       # (N,) int64
 
 
@@ -59,8 +76,13 @@ class Data(NamedTuple):
     train: Split
     test: Split
     eval: Split                 # what a run is evaluated on: the test split, or the held-out training images
-    eval_name: str              # "test" or "val"
-    num_classes: int = 100
+    eval_name: str              # "test" or "val"; of folders "val" or "held-out"
+    classes: list = CIFAR100_CLASSES        # their names
+    pixels: Pixels = Pixels()
+
+    @property
+    def num_classes(self):
+        return len(self.classes)
 
 
 # ---------------------------------------------------------------- the random draws
@@ -106,24 +128,15 @@ def normalise(images, mean=MEAN, std=STD):
     return x.contiguous(memory_format=torch.channels_last)
 
 
-@torch.no_grad()
-def evaluate(network, split, batch_size=500):
-    """Mean cross-entropy, top-1 and top-5 (%) of `network`, (B, 3, H, W) -> logits (B, K), on a split."""
-    sums = torch.zeros(3, device=split.images.device)
-    for images, targets in zip(split.images.split(batch_size), split.targets.split(batch_size)):
-        logits = network(normalise(images)).float()
-        hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
-        loss = F.cross_entropy(logits, targets, reduction="sum")
-        sums += torch.stack([loss, hits[:, 0].sum(), hits.any(1).sum()])
-    loss, top1, top5 = (sums / len(split.targets)).tolist()
-    return {"loss": loss, "top1": 100 * top1, "top5": 100 * top5}
-
-
 # ---------------------------------------------------------------- the sets
 
 
+CIFAR = {"cifar100": (CIFAR100, CIFAR100_CLASSES, Pixels()),
+         "cifar10": (CIFAR10, CIFAR10_CLASSES, Pixels(*CIFAR10_STATISTICS))}
+
+
 def load_data(name, data_dir, device, *, train_images=None, val_from_train=0, download=True):
-    """The training and the evaluation images of `name` ("cifar100" or "synthetic") on `device`, as Data.
+    """The training and the evaluation images of "cifar100", "cifar10" or "synthetic" on `device`, as Data.
 
     val_from_train: hold that many training images out and evaluate on them, the test split untouched.
     train_images: train on the first so many of the rest. Both in one fixed shuffle, the same for every seed.
@@ -131,18 +144,18 @@ def load_data(name, data_dir, device, *, train_images=None, val_from_train=0, do
     """
     if name == "synthetic":
         train, test = map(synthetic, SYNTHETIC_SIZES, (1, 2))
+        about = [f"class {i}" for i in range(100)], Pixels()
     else:
-        train, test = read_cifar100(data_dir, download)
+        (train, test), about = read_cifar(name, data_dir, download), CIFAR[name][1:]
     shuffle, rest = held_out(len(train.targets), val_from_train)
-    if train_images is not None and not 1 <= train_images <= rest:
-        raise ValueError(f"--train-images {train_images}: there are {rest} training images")
+    check_train_images(train_images, rest)
 
     def pick(split, indices=slice(None)):
         return Split(split.images[indices].to(device), split.targets[indices].to(device))
 
     test, val = pick(test), pick(train, shuffle[rest:])
     train = pick(train, shuffle[:train_images or rest]) if val_from_train or train_images else pick(train)
-    return Data(train, test, *((val, "val") if val_from_train else (test, "test")))
+    return Data(train, test, *((val, "val") if val_from_train else (test, "test")), *about)
 
 
 def held_out(n, val_from_train):
@@ -152,60 +165,63 @@ def held_out(n, val_from_train):
     return torch.from_numpy(epoch_draws(HELD_OUT_KEY, 0, n)[0]), n - val_from_train
 
 
-LAYOUTS = CIFAR100.base_folder, ""      # the archive's folder, or its three files in the named folder itself
+def check_train_images(wanted, there):
+    if wanted is not None and not 1 <= wanted <= there:
+        raise ValueError(f"--train-images {wanted}: there are {there} training images")
 
 
-def _unpacked(folder):
-    """Whether the files of CIFAR-100 are in a folder, whole or not."""
-    direct = all((folder / name).is_file() for name in ("train", "test", "meta"))
-    return direct or (folder / CIFAR100.base_folder).is_dir()
+def _unpacked(reader, folder):
+    """Whether a CIFAR's files are in a folder, whole or not: in the archive's own folder, or directly."""
+    files = [name for name, _ in reader.train_list + reader.test_list] + [reader.meta["filename"]]
+    return all((folder / name).is_file() for name in files) or (folder / reader.base_folder).is_dir()
 
 
-def has_cifar100(data_dir):
-    """Whether CIFAR-100 is in `data_dir`, unpacked or as its archive; nothing is downloaded."""
-    folder = Path(data_dir).expanduser()
-    return _unpacked(folder) or (folder / CIFAR100.filename).exists()
+def has_cifar(name, data_dir):
+    """Whether that CIFAR is in `data_dir`, unpacked or as its archive; nothing is downloaded."""
+    folder, reader = Path(data_dir).expanduser(), CIFAR[name][0]
+    return _unpacked(reader, folder) or (folder / reader.filename).exists()
 
 
-def read_cifar100(data_dir, download=True):
-    """(train, test) of the official CIFAR-100 in `data_dir`; `download` it (169 MB) where it is missing.
+def read_cifar(name, data_dir, download=True):
+    """(train, test) of the official "cifar100" or "cifar10" in `data_dir`; `download` it where it is missing.
 
-    The files' MD5 are checked. The environment variable CIFAR100_URL names a mirror, which is tried first.
+    The files' MD5 are checked. The environment variable CIFAR100_URL or CIFAR10_URL names a mirror, which is
+    tried first.
     """
-    folder = Path(data_dir).expanduser()
-    for base in LAYOUTS:
-        reader = type("Reader", (CIFAR100,), {"base_folder": base})
+    folder, reader = Path(data_dir).expanduser(), CIFAR[name][0]
+    for base in (reader.base_folder, ""):       # or the files in the named folder itself
+        here = type("Reader", (reader,), {"base_folder": base})
         try:
-            sets = [reader(folder, train=train) for train in (True, False)]
+            sets = [here(folder, train=train) for train in (True, False)]
             break
         except RuntimeError:                    # not there, or the checksums differ
             pass
     else:
-        sets = _fetch_cifar100(folder, download)
+        sets = _fetch_cifar(reader, folder, download)
     return tuple(Split(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets))
                  for s in sets)                 # the reader gives (N, 32, 32, 3)
 
 
-def _fetch_cifar100(folder, download):
-    problem = f"no CIFAR-100 in {folder}"
-    if _unpacked(folder):
-        problem = f"CIFAR-100 in {folder} is damaged (its checksums differ)"
-    archive = folder / CIFAR100.filename
-    if not check_integrity(archive, CIFAR100.tgz_md5):
+def _fetch_cifar(reader, folder, download):
+    name, archive = reader.__name__.replace("R1", "R-1"), folder / reader.filename
+    problem = (f"{name} in {folder} is damaged (its checksums differ)" if _unpacked(reader, folder)
+               else f"no {name} in {folder}")
+    if not check_integrity(archive, reader.tgz_md5):
         if not download:
             raise ValueError(f"{problem}; train_cifar.py downloads it anew where what is damaged is removed")
-        print(f"{problem}: downloading 169 MB, once", flush=True)
+        print(f"{problem}: downloading 170 MB, once", flush=True)
+        mirror = reader.__name__ + "_URL"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            fetch([*filter(None, [os.environ.get("CIFAR100_URL")]), CIFAR100.url], archive, CIFAR100.tgz_md5)
+            fetch([*filter(None, [os.environ.get(mirror)]), reader.url], archive, reader.tgz_md5)
         except (OSError, ValueError, HTTPException) as error:
             raise ValueError(
                 f"{problem}, and it could not be downloaded ({error}). The same command goes on with what "
-                "has come; or set CIFAR100_URL to a mirror, or put cifar-100-python.tar.gz "
+                f"has come; or set {mirror} to a mirror, or put {reader.filename} "
                 f"(https://www.cs.toronto.edu/~kriz/cifar.html) into {folder}, or name the folder that holds "
-                "cifar-100-python with --data-dir, or try --data synthetic") from None
+                f"{reader.base_folder} with --data-dir, or try --data synthetic") from None
     try:            # the reader unpacks it
-        return [CIFAR100(folder, train=train, download=True) for train in (True, False)]
+        return [reader(folder, train=train, download=True) for train in (True, False)]
     except OSError as error:
         raise ValueError(f"{archive} could not be unpacked ({error.strerror or error}): name a folder with "
                          "room for it with --data-dir") from None
@@ -289,149 +305,3 @@ def synthetic(n, part, seed=0):
     images = images.mul_(45).add_(128).clamp_(0, 255).to(torch.uint8)
     views = torch.randint(VIEWS, (n,), generator=generator)
     return Split(crop_and_flip(images, views), targets)
-
-
-# ---------------------------------------------------------------- folders of images (ImageNet)
-
-
-class Folders(NamedTuple):
-    train: list                 # [(path, target)]
-    eval: list
-    eval_name: str              # "val", or "held-out" training images
-    classes: list
-
-
-def load_folders(data_dir, val_from_train=0):
-    """The images under data_dir/train/CLASS/ and val/CLASS/, as Folders. ValueError if any are missing.
-
-    val_from_train: hold so many training images out, in one fixed shuffle, and evaluate on them, not on val/.
-    """
-    root, sets = Path(data_dir).expanduser(), {}
-    for part in ("train",) if val_from_train else ("train", "val"):
-        try:
-            sets[part] = ImageFolder(root / part)
-        except OSError as error:
-            raise ValueError(f"no folders of images, one for each class, in {root / part} "
-                             f"({str(error).splitlines()[0]}); name the folder that holds train/ and val/ "
-                             "with --data-dir") from None
-    train = sets["train"]
-    if not val_from_train:
-        if sets["val"].classes != train.classes:
-            odd = ", ".join(sorted(set(sets["val"].classes) ^ set(train.classes))[:3])
-            raise ValueError(f"{root}: train/ and val/ have different classes, for instance {odd}")
-        return Folders(train.samples, sets["val"].samples, "val", train.classes)
-    shuffle, rest = held_out(len(train.samples), val_from_train)
-    parts = [[train.samples[i] for i in sorted(part.tolist())] for part in (shuffle[:rest], shuffle[rest:])]
-    return Folders(*parts, "held-out", train.classes)
-
-
-def random_box(width, height, draw):
-    """(left, top, width, height) of a crop: 8 to 100 % of the area, sides 3:4 to 4:3 (Szegedy et al. 2015).
-
-    draw: a random.Random. Ten attempts, then the largest centred box of an allowed ratio.
-    """
-    for _ in range(10):
-        area = width * height * draw.uniform(0.08, 1)
-        ratio = math.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            return draw.randint(0, width - w), draw.randint(0, height - h), w, h
-    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
-    return (width - w) // 2, (height - h) // 2, w, h
-
-
-class FolderImages(Dataset):
-    """Decoded images by key (index, seed): `views` random crops in training, the centre in evaluation (0).
-
-    An item is ([uint8 (3, size, size)], [flip], target, bad): bad lists the indices of images that could not
-    be decoded; in training the next one stands in, in evaluation black does.
-    """
-
-    def __init__(self, samples, size, views=0):
-        self.samples, self.size, self.views = samples, size, views
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, key):
-        (index, seed), bad, count = key, [], self.views or 1
-        while True:
-            path, target = self.samples[index]
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")     # odd EXIF, which is not read
-                    with Image.open(path) as file:
-                        image = to_rgb(file)
-                break
-            except Exception:       # Pillow raises a dozen types for damaged files
-                bad.append(index)
-                if not self.views or len(bad) > 100:        # so many are an error for the caller
-                    black = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
-                    return [black] * count, [False] * count, target, bad
-                index = (index + 1) % len(self.samples)
-        draw, square = random.Random(seed), [self.size, self.size]
-        images, flips = [], []
-        for _ in range(self.views):
-            left, top, width, height = random_box(*image.size, draw)
-            images.append(pil.resized_crop(image, top, left, height, width, square))
-            flips.append(draw.random() < 0.5)
-        if not self.views:
-            images, flips = [pil.center_crop(pil.resize(image, round(self.size * 8 / 7)), square)], [False]
-        return [pil.pil_to_tensor(x) for x in images], flips, target, bad
-
-
-def to_rgb(image):
-    """A Pillow image of any mode in RGB: 16-bit grey scaled, what is transparent on white, EXIF not read."""
-    if image.mode.startswith("I"):
-        image = image.point(lambda level: level / 256).convert("L")
-    if "transparency" in image.info or "A" in image.getbands():
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def collate(items):
-    """([uint8 (B, 3, S, S) of each view], [flips (B,) of each view], targets (B,), bad indices)."""
-    images, flips, targets, bad = zip(*items)
-    return ([torch.stack(view) for view in zip(*images)], [torch.tensor(view) for view in zip(*flips)],
-            torch.tensor(targets), [i for some in bad for i in some])
-
-
-def folder_batches(dataset, keys, workers, pin=False):
-    """A DataLoader over lists of keys, one list a batch, which may be filled anew for each epoch.
-
-    Its processes are forked once, as a fork beside running threads can leave one that hangs (CPython 3.11,
-    after a collective); one that gives nothing for WAIT seconds is a RuntimeError.
-    """
-    return DataLoader(dataset, batch_sampler=keys, num_workers=workers, collate_fn=collate, pin_memory=pin,
-                      worker_init_fn=ignore_signals, persistent_workers=workers > 0,
-                      timeout=WAIT if workers else 0)
-
-
-def ignore_signals(worker):
-    """What stops a job reaches all its processes, and the one that trains needs images until it has saved."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def folder_keys(seed, epoch, n, batch, first_step, rank, world, parts):
-    """A rank's share of an epoch's batches: keys, `parts` lists a batch, and where in the epoch each begins.
-
-    Batches are the same whatever the number of processes: each takes its part of every one. Parts and lists
-    are of equal length, or one apart. The last, incomplete batch is left out.
-    """
-    order, _ = epoch_draws(seed, epoch, n)
-    seeds = np.random.Philox(key=np.array([seed, epoch + 2**33], dtype=np.uint64)).random_raw(n)
-    keys, places, begin, end = [], [], batch * rank // world, batch * (rank + 1) // world
-    for step in range(first_step, n // batch):
-        bounds = [step * batch + begin + (end - begin) * i // parts for i in range(parts + 1)]
-        for first, last in itertools.pairwise(bounds):
-            keys.append(list(zip(order[first:last].tolist(), seeds[first:last].tolist())))
-            places.append(first)
-    return keys, places
-
-
-def normalise_folder(images, flips):
-    """`normalise` with ImageNet's mean and deviation, uint8 (B, 3, S, S), flipped where flips (B,) says."""
-    images = torch.where(flips[:, None, None, None], images.flip(3), images)
-    return normalise(images, IMAGENET_MEAN, IMAGENET_STD)

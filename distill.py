@@ -186,7 +186,7 @@ def top_k_hits(logits, target):
 
 
 @torch.no_grad()
-def evaluate(predict, batches, world, between=lambda: None):
+def evaluate(predict, batches, world=None, between=lambda: None):
     """Mean cross-entropy, top-1 and top-5 (%) of `predict`, images -> logits, over all processes' batches.
 
     batches: (images, target), as many in each process; (None, None) where one has fewer. between: called
@@ -200,8 +200,22 @@ def evaluate(predict, batches, world, between=lambda: None):
             loss = F.cross_entropy(logits, target, reduction="sum")
             sums[:3] += torch.cat([loss[None], top_k_hits(logits, target)]).cpu().double()
             sums[3] += len(target)
-    loss, top1, top5, n = world.sum(sums).tolist()
+    loss, top1, top5, n = (world.sum(sums) if world else sums).tolist()
     return {"loss": loss / n, "top1": 100 * top1 / n, "top5": 100 * top5 / n}
+
+
+def check_teacher(teacher, batches, images, world, published=None):
+    """Evaluates a Teacher as `evaluate`, and prints what it is beside what is published; its top-1 (%).
+
+    images: their name, for the line. A point or more under the published one is a warning.
+    """
+    top1 = evaluate(teacher.logits, batches, world)["top1"]
+    world.print(f"teacher {teacher.name} ({teacher.source}): {top1:.2f} % top-1 on the {images}"
+                + (f", published {published:.2f}" if published else ""))
+    if published and top1 <= published - 1:
+        world.print("warning: this teacher is worse than the published one; the paper's numbers cannot be "
+                    "expected")
+    return top1
 
 
 # ---------------------------------------------------------------- the training loop
@@ -228,7 +242,11 @@ def train(recipe, data, distiller, run, state, world, stop, *, save_every=60, st
             state["model"] = {f"student.{k}": v for k, v in state["model"].items()} | temperature
             state["momentum"] = [s["momentum_buffer"] for s in state["optimizer"]["state"].values()]
             state["sums"] = F.pad(state["sums"], (0, 1))
-        distiller.load_state_dict(state["model"])
+        try:
+            distiller.load_state_dict(state["model"])
+        except RuntimeError as error:       # a network of the user's own
+            raise RunError(f"the save in {run.folder} is of another {recipe['student']} "
+                           f"({first_line(error).rstrip(':')}); choose another --out") from None
         for held, kept in zip(optimizer.state.values(), state["momentum"]):
             held["momentum_buffer"].copy_(kept)             # in place: a captured step reads it there
         world.print(f"going on from epoch {state['epoch']}, step {state['step']} ({run.folder})")

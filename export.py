@@ -2,7 +2,7 @@
 
 \b
   python export.py --checkpoint runs/resnet32x4-resnet8x4-kd-z-seed0/student.pt --data-dir data
-  python export.py --checkpoint student.pt --student resnet8x4 --no-int8     a bare checkpoint of the field
+  python export.py --checkpoint bare.pt --student nets.py:tiny               its file says nothing of itself
   python predict.py resnet8x4.int8.onnx photos/                              classifies with what was written
 
 NAME.onnx (float32), NAME.int8.onnx and, with --fp16, NAME.fp16.onnx, and the report NAME.json. Each file
@@ -10,7 +10,6 @@ carries its weights and says what it is in its metadata: classes, input, normali
 temperature. A file whose logits are not PyTorch's is not kept.
 """
 
-import contextlib
 import io
 import json
 import logging
@@ -20,6 +19,7 @@ import tempfile
 import time
 import timeit
 import warnings
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,29 +29,27 @@ import onnx
 import onnxruntime
 import torch
 import torch.nn.functional as F
-import torchvision.models
 from onnxruntime import quantization
 from onnxruntime.transformers import float16
 
 import cli
 import run as runs
-from data import (CIFAR100_CLASSES, IMAGENET_MEAN, IMAGENET_STD, MEAN, PAD, STD, FolderImages, Split,
-                  epoch_draws, has_cifar100, load_data, load_folders, normalise, synthetic)
-from models import MODELS, class_count, create_model, guess_network, load_weights, weights_sha256
-from weights import facts_of, read_checkpoint
+from data import CIFAR, HELD_OUT_KEY, PAD, Pixels, Split, epoch_draws, has_cifar, load_data, synthetic
+from folders import FolderImages, collate, imagenet_pixels, load_folders, read_images, shown
+from models import MODELS, class_count, load_weights, weights_sha256
+from networks import TORCHVISION, check, create, identify, label
 
 CENTRE = ((2 * PAD + 1) ** 2 // 2) * 2          # the view that is the image itself
-FOLDER_IMAGES = 2000    # of folders of images, for the temperature and for accuracy
 OPSETS = 13, 23         # the oldest that quantizes by channel, and the newest that was tried
-NETWORKS = [*MODELS, *torchvision.models.list_models(module=torchvision.models)]
 METHODS = {name.lower(): quantization.CalibrationMethod[name] for name in ("MinMax", "Entropy", "Percentile")}
 BATCHES = 1, 2, 7, 64   # sizes that are verified
 LIMITS = {"fp32": 1e-4, "fp16": 1e-2, "int8": math.inf}     # largest error, relative to the largest logit
 WARM_UP, SAMPLES, SECONDS = 20, 200, 1.0        # of a latency, and the time after which fewer samples do
 FACTS = "teacher", "method", "zscore", "epochs", "seed", "data"     # of a checkpoint, for the files' metadata
+HELD_OUT = "held-out training images"
+UNSEEN = "training images at a position that training did not draw"
 UNMEASURED = "accuracy is not measured, int8 is not calibrated, the temperature is not fitted"
-ADVICE = ("try --exclude-first-last, --calibration-method percentile or entropy, --calibration 2048, or "
-          "accept it with --agreement")
+ADVICE = "try --exclude-first-last, --calibration-method entropy, --calibration 2048 or --agreement"
 
 
 # ---------------------------------------------------------------- the student and its images
@@ -59,133 +57,212 @@ ADVICE = ("try --exclude-first-last, --calibration-method percentile or entropy,
 
 class Student(NamedTuple):
     """A trained network and what is known of it."""
-    name: str
     network: torch.nn.Module    # in evaluation mode
     facts: dict                 # what its checkpoint says of the training
     num_classes: int
-    classes: list | None        # their names, where the checkpoint has them
+    classes: list | None        # their names, where the checkpoint or the user has them
     float_input: bool           # its files take normalised float32, not uint8
-    size: int = 32
-    resize: int = 32            # of the shorter side, before the centre is cut out
-    mean: tuple = MEAN
-    std: tuple = STD
-
-    def normalise(self, images):
-        return normalise(images, self.mean, self.std)
+    pixels: Pixels
 
     def feed(self, images):
         """uint8 images -> what the files take, in NumPy."""
-        return (self.normalise(images).contiguous() if self.float_input else images).numpy()
+        return (self.pixels.normalise(images).contiguous() if self.float_input else images).numpy()
 
     @property
     def batch(self):
-        return max(1, 500 * 32**2 // self.size**2)      # the pixels of 500 images of CIFAR-100
+        return max(1, 500 * 32**2 // self.pixels.size**2)       # the pixels of 500 images of CIFAR-100
 
     @torch.no_grad()
     def logits(self, images, call=None, batch=None):
         """float64 (N, K) of uint8 (N, 3, size, size), PyTorch's, or those of a file's `call` (see `load`)."""
-        call, feed = (call, self.feed) if call else (self.network, self.normalise)
+        call, feed = (call, self.feed) if call else (self.network, self.pixels.normalise)
         return torch.cat([torch.as_tensor(call(feed(x))) for x in images.split(batch or self.batch)]).double()
 
 
-def load_student(path, name=None, float_input=False):
-    """The Student in a checkpoint of any format of the field. ValueError, one line, for what it is not."""
-    content = read_checkpoint(path, name)
-    facts = facts_of(content)
-    name = name or facts.get("student") or guess_network(content)
-    if name not in NETWORKS:
-        raise ValueError(f"{path} does not say which network it holds, and none has its keys: name it with "
-                         "--student")
-    build = create_model if name in MODELS else torchvision.models.get_model
-    num_classes = class_count(content, build(name, num_classes=100)) or 100
-    network = build(name, num_classes=num_classes)
-    network.name = name
+def load_student(path, name=None, float_input=False, *, classes=None, mean=None, std=None, size=None):
+    """The Student in a checkpoint of any format of the field. ValueError, one line, for what it is not.
+
+    classes (a file), mean and std ("R,G,B"), size: in place of what the checkpoint says.
+    """
+    name, content, facts = identify(path, name)
+    count, first = classes_of(path, name, content, facts)
+    network = create(name, count, first)
     load_weights(network, path)
-    size = facts.get("size") if isinstance(facts.get("size"), int) else None    # train_imagenet.py says it
-    small, size = name in MODELS and name != "MobileNetV1" and not size, size or 224
-    known = {k: facts[k] for k in (*FACTS, "train_images", "val_from_train")
-             if isinstance(facts.get(k), (str, int, float, bool))}
-    return Student(name, network.eval(), known, num_classes, facts.get("classes"), float_input,
-                   *(() if small else (size, round(size * 8 / 7), IMAGENET_MEAN, IMAGENET_STD)))
+    pixels, known = pixels_of(name, facts, first, count, mean, std, size)
+    if not known:
+        click.echo(f"{path} does not say its images' mean and deviation: where --mean and --std do not, "
+                   f"{'CIFAR-100' if pixels.size == pixels.resize else 'ImageNet'}'s are taken, at "
+                   f"{pixels.size} pixels (--size); --classes names the classes")
+    check(name, count, pixels.size, first, click.echo)
+    facts = {k: facts[k] for k in (*FACTS, "train_images", "val_from_train", "classes")
+             if isinstance(facts.get(k), list if k == "classes" else (str, int, float))}
+    names = read_classes(classes, count) if classes else facts.get("classes")
+    return Student(network.eval(), facts, count, names, float_input, pixels)
+
+
+def classes_of(path, name, content, facts):
+    """(number of classes, whose names go first) of a checkpoint's network: of vgg13's two its keys decide."""
+    said = facts["num_classes"] if isinstance(facts.get("num_classes"), int) else 100
+    for first in (MODELS, TORCHVISION):
+        if name in first or ":" in name:
+            try:
+                count = class_count(content, create(name, said, first), said)
+            except ValueError as error:
+                raise ValueError(f"{error}: name the network of {path} with --student") from None
+            if count:
+                return count, first
+    return said, MODELS if name in MODELS else TORCHVISION     # load_weights says what is wrong
+
+
+def pixels_of(name, facts, first, count, mean, std, size):
+    """(Pixels of a checkpoint's images, whether that is certain): what is given, what it says, the usual."""
+    side = facts["size"] if isinstance(facts.get("size"), int) else None
+    large = side or first is TORCHVISION or name == "MobileNetV1" or name.startswith("timm:")
+    usual = imagenet_pixels(side or 224) if large else Pixels()
+    said = Pixels.of(facts, usual.size, usual.resize)
+    pixels = said or usual
+    if size:
+        resize = size if pixels.size == pixels.resize else imagenet_pixels(size).resize
+        pixels = pixels._replace(size=size, resize=resize)
+    given = {"mean": mean.split(",") if mean else pixels.mean, "std": std.split(",") if std else pixels.std}
+    pixels = Pixels.of(pixels._asdict() | given)
+    if not pixels or not all(0 <= x <= 1 for x in pixels.mean + pixels.std):
+        raise ValueError("--mean and --std take three numbers in [0, 1], of pixels in [0, 1], as 0.5,0.5,0.4")
+    papers = ":" not in name and count == (1000 if large else 100)
+    return pixels, bool(said or mean and std or "data" in facts or papers)
+
+
+def read_classes(path, count):
+    """The names in a file, one a line."""
+    try:
+        names = [x.strip() for x in Path(path).read_text("utf-8-sig").rstrip().split("\n")]
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"--classes {path}: {error}") from None
+    if len(names) != count:
+        raise ValueError(f"--classes {path} has {len(names)} names, one a line; the network {count}")
+    return names
 
 
 class Images(NamedTuple):
-    """A student's images as Splits, None where there are none, and a line to print."""
+    """A student's images as Splits, None where there are none."""
     calibration: Split | None = None        # training images, for the ranges of int8
     held_out: Split | None = None           # for the temperature: training did not see them, or not there
-    held_out_name: str = ""
     test: Split | None = None
-    notice: str | None = None
-
-
-def part(split, index):
-    return Split(*(x[index] for x in split))
+    held_out_name: str = ""
+    classes: list = []                      # their names
 
 
 def find_images(student, data_dir, count):
     """The Images of the student's own data set, where they are at hand; never downloaded. count: for int8.
 
-    ValueError, one line, where --data-dir does not fit.
+    Where the checkpoint says nothing, it is what --data-dir has. ValueError, one line: that does not fit.
     """
-    facts, folder, why = student.facts, data_dir or "data", None
-    if student.mean != MEAN:
+    root, name = Path(data_dir or "data").expanduser(), data_set(student, data_dir)
+    if name in CIFAR and not has_cifar(name, root):
+        official = f"CIFAR-{name[5:]}"
         if data_dir:
-            return folder_images(student, data_dir, count)
-        why = "no --data-dir"
-    elif student.num_classes != 100:
-        why = f"the student has {student.num_classes} classes, which are not CIFAR-100's"
-        todo = "leave --data-dir out"
-    elif (name := facts.get("data", "cifar100")) == "cifar100" and not has_cifar100(folder):
-        why = f"no CIFAR-100 in {folder}" if data_dir else "no CIFAR-100 in data/ and no --data-dir"
-        todo = "--data-dir names the folder that holds cifar-100-python"
-    if why and data_dir:
-        raise ValueError(f"{why}: {todo}")
-    if why:
-        return Images(notice=f"{why}: {UNMEASURED}")
-    data = load_data(name, folder, "cpu", train_images=facts.get("train_images"),
+            raise ValueError(f"no {official} in {data_dir}: --data-dir names the folder that holds "
+                             f"{CIFAR[name][0].base_folder}, or train/ or val/")
+        click.echo(f"no {official} in data/ and no --data-dir: {UNMEASURED}")
+        return Images(classes=CIFAR[name][1])
+    if name == "folder" and not data_dir:
+        click.echo(f"no --data-dir: {UNMEASURED}")
+        return Images()
+    return folder_images(student, root, count) if name == "folder" else set_images(student, name, root, count)
+
+
+def data_set(student, data_dir):
+    """Whose images a student takes: a name of CIFAR, "synthetic", or "folder"."""
+    said, parts = student.facts.get("data"), data_dir and parts_of(Path(data_dir).expanduser())
+    if student.pixels[2:] != Pixels()[2:] or said not in (*CIFAR, "synthetic", None):
+        return "folder"
+    if said or parts or student.classes and not data_dir:
+        return said or "folder"
+    return {100: "cifar100", 10: data_dir and "cifar10"}.get(student.num_classes) or "folder"
+
+
+def parts_of(root):
+    return [part for part in ("train", "val") if (root / part).is_dir()]
+
+
+def set_images(student, name, root, count):
+    """`find_images` in a set that is held as tensors."""
+    facts = student.facts
+    data = load_data(name, root, "cpu", train_images=facts.get("train_images"),
                      val_from_train=facts.get("val_from_train", 0), download=False)
+    check_classes(student, root, list(data.classes))
     order = torch.from_numpy(epoch_draws(0, 0, len(data.train.targets))[0])
-    calibration = part(data.train, order[:count])
-    if data.eval_name == "val":
-        return Images(calibration, data.eval, f"{len(data.eval.targets)} held-out training images", data.test)
-    if not {"epochs", "seed"} <= facts.keys():      # the temperature of images that were seen is too small
-        return Images(calibration, test=data.test, notice="the file does not say which views training drew: "
-                                                          "the temperature is not fitted")
-    unseen = torch.ones(len(order), dtype=torch.bool)
-    for epoch in range(facts["epochs"]):            # the draws are a function of seed and epoch
-        at, views = epoch_draws(facts["seed"], epoch, len(order))
-        unseen[torch.from_numpy(at[views == CENTRE])] = False
-    chosen = order[unseen[order]][:5000]
-    return Images(calibration, part(data.train, chosen),
-                  f"{len(chosen)} training images at a position that training did not draw", data.test)
+    fit, what = data.eval, HELD_OUT
+    if data.eval_name == "test":
+        unseen = order[~drawn(facts, len(order))[order]][:5000]
+        fit, what = Split(*(x[unseen] for x in data.train)), UNSEEN
+    return report(Split(*(x[order[:count]] for x in data.train)), fit, what, data.test, data.classes)
 
 
-def folder_images(student, data_dir, count):
-    """`find_images` in folders: centre views, which no crop showed; every so many-th evaluation image."""
-    folders = load_folders(data_dir, student.facts.get("val_from_train", 0))
-    if student.classes not in (None, folders.classes):
-        raise ValueError(f"{data_dir} has other classes than the student was trained on")
+def folder_images(student, root, count):
+    """`find_images` in folders; of many images some, spread evenly, and half of those that were held out."""
+    facts, (*_, size, resize), parts = student.facts, student.pixels, parts_of(root)
+    held = facts.get("val_from_train", 0) if "train" in parts else 0
+    folders = load_folders(root, held, parts or ("train", "val"))
+    check_classes(student, root, folders.classes)
+    chosen = epoch_draws(HELD_OUT_KEY, 0, len(folders.train))[0][:facts.get("train_images")]
+    train = [folders.train[i] for i in sorted(chosen.tolist())]
+    order = epoch_draws(0, 0, len(train))[0].tolist()
 
-    def read(samples, order):
-        images = FolderImages(samples, student.size)
-        views, _, targets, bad = zip(*(images[i, 0] for i in order))
-        if any(bad):
-            raise ValueError(f"{samples[next(b for b in bad if b)[0]][0]} cannot be decoded")
-        return Split(torch.stack([v[0] for v in views]), torch.tensor(targets))
+    def some(samples, most):
+        n = min(len(samples), most)
+        return [samples[len(samples) * i // n] for i in range(n)]
 
-    order = epoch_draws(0, 0, len(folders.train))[0].tolist()
-    seen = read(folders.train, order[:max(count, FOLDER_IMAGES)])
-    held_out, name = part(seen, slice(FOLDER_IMAGES)), "training images' centre views"
-    test, what = folders.eval, "evaluation images"
-    if folders.eval_name == "held-out":     # half of them for the temperature, half for accuracy
-        fit, test = folders.eval[::2][:FOLDER_IMAGES], folders.eval[1::2]
-        held_out, name = read(fit, range(len(fit))), "held-out training images"
-        what = f"other {name}"
-    chosen = range(0, len(test), max(1, -(-len(test) // FOLDER_IMAGES)))
-    partly = len(chosen) < len(test) or test is not folders.eval
-    return Images(part(seen, slice(count)), held_out, f"{len(held_out.targets)} {name}",
-                  read(test, chosen) if test else None,
-                  f"accuracy on {len(chosen)} of {len(test)} {what}" if partly else None)
+    def read(samples):
+        if not samples or size == resize:
+            return Split(read_images(samples, size), torch.tensor([t for _, t in samples]))
+        files = FolderImages(samples, size)
+        (images,), _, targets, bad = collate([files[i, 0] for i in range(len(samples))])
+        if bad:
+            raise ValueError(f"{shown(samples[bad[0]][0])} cannot be decoded")
+        return Split(images, targets)
+
+    fit, test, what = folders.eval[::2], folders.eval[1::2] if held else folders.eval, HELD_OUT
+    if not held and size == resize:
+        seen, what = drawn(facts, len(train)), UNSEEN
+        fit = [train[i] for i in order if not seen[i]]
+    elif not held:
+        fit, what = [train[i] for i in order], "training images' centre views"
+    fit, tested = some(fit, 5000 if size == resize else 2000), some(test, 10_000 if size == resize else 2000)
+    of = f"other {HELD_OUT}" if held else "evaluation images"
+    click.echo(f"accuracy on {len(tested)} of {len(test)} {of}" if test else
+               f"no {of} in {shown(root)}: accuracy is not measured")
+    if not train:
+        click.echo(f"no train/ in {shown(root)}: int8 is not calibrated, the temperature is not fitted")
+    return report(read([train[i] for i in order[:count]]), read(fit), what, read(tested), folders.classes)
+
+
+def drawn(facts, n):
+    """Which of n training images a run drew uncropped (N,), as seed and epochs say; all where they do not."""
+    if not {"seed", "epochs", "data"} <= facts.keys():
+        return torch.ones(n, dtype=torch.bool)
+    seen = torch.zeros(n, dtype=torch.bool)
+    for epoch in range(facts["epochs"]):
+        at, views = epoch_draws(facts["seed"], epoch, n)
+        seen[torch.from_numpy(at[views == CENTRE])] = True
+    return seen
+
+
+def report(train, fit, what, test, classes):
+    """The Images, None for an empty Split. The temperature of images that training saw would be too small."""
+    if len(train.targets) and not len(fit.targets):
+        click.echo("it is not known which views training drew: the temperature is not fitted")
+    train, fit, test = (x if len(x.targets) else None for x in (train, fit, test))
+    return Images(train, fit, test, f"{len(fit.targets)} {what}" if fit else "", list(classes))
+
+
+def check_classes(student, root, classes):
+    """ValueError where the images have other classes. Readable names may stand for the folders' own."""
+    own, said = student.classes, student.facts.get("classes", classes)
+    if (len(classes) != student.num_classes or said != classes
+            or own and own != classes and sorted(own) == sorted(classes)):
+        raise ValueError(f"{shown(root)} has {len(classes)} classes ({', '.join(classes[:3])}, ...), not the "
+                         f"student's {student.num_classes} ({', '.join(map(str, (own or ['?'])[:3]))}, ...)")
 
 
 # ---------------------------------------------------------------- probabilities
@@ -217,7 +294,7 @@ def calibration_of(logits, targets, temperature, bins=15):
 
 def fit(student, images, expected):
     """The metadata of the temperature, which is fitted here. expected: logits of the test images, if any."""
-    if images.held_out is None or not len(images.held_out.targets):
+    if not images.held_out:
         return {"temperature": 1.0, "temperature_fitted_on": "nothing"}
     temperature = fit_temperature(student.logits(images.held_out.images), images.held_out.targets)
     found = {"temperature": temperature, "temperature_fitted_on": images.held_out_name}
@@ -243,8 +320,9 @@ class Deployed(torch.nn.Module):
     def __init__(self, student, temperature=None):
         super().__init__()
         self.network, self.float_input, self.temperature = student.network, student.float_input, temperature
-        self.register_buffer("scale", torch.tensor([[[1 / (255 * s)]] for s in student.std]))
-        self.register_buffer("shift", torch.tensor([[[-m / s]] for m, s in zip(student.mean, student.std)]))
+        mean, std, *_ = student.pixels
+        self.register_buffer("scale", torch.tensor([[[1 / (255 * s)]] for s in std]))
+        self.register_buffer("shift", torch.tensor([[[-m / s]] for m, s in zip(mean, std)]))
 
     def forward(self, image):
         """(N, 3, H, W), uint8 or normalised float32 -> logits (N, K); with a temperature softmax too."""
@@ -317,9 +395,6 @@ def write_int8(source, path, metadata, student, images, flags):
     """
     full_range, ends = flags["full_range"] or flags["symmetric"], flags["exclude_first_last"]
     activations = flags["activations"] or ("int8" if flags["symmetric"] else "uint8")
-    options = {"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"],    # logits of 256 levels have ties
-               "CalibStridedMinMax": 1,         # batch by batch, or the activations of all images are held
-               "ActivationSymmetric": flags["symmetric"]}
     batches = Reader({"image": student.feed(x)} for x in images.split(min(64, student.batch)))
     prepared = path.with_name("prepared.onnx")
     with quiet():
@@ -334,7 +409,9 @@ def write_int8(source, path, metadata, student, images, flags):
             activation_type=quantization.QuantType[{"uint8": "QUInt8", "int8": "QInt8"}[activations]],
             weight_type=quantization.QuantType.QInt8, per_channel=True, reduce_range=not full_range,
             calibrate_method=METHODS[flags["calibration_method"]], nodes_to_exclude=excluded,
-            extra_options=options)
+            extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"],    # 256 levels have ties
+                           "CalibStridedMinMax": 1,     # batch by batch, or all images' activations are held
+                           "ActivationSymmetric": flags["symmetric"]})
     prepared.unlink()
     model = onnx.load(path)
     shift = student.logits(images, load(source)) - student.logits(images, load(path))
@@ -360,26 +437,21 @@ def correct_bias(model, shift):
     bias.CopyFrom(onnx.numpy_helper.from_array((values + shift).astype(values.dtype), bias.name))
 
 
-@contextlib.contextmanager
+@contextmanager
 def quiet():
     """The exporter's and the quantizer's remarks are not for the user."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.disable(level)
+    with ExitStack() as stack, warnings.catch_warnings(action="ignore"), redirect_stdout(io.StringIO()):
+        stack.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.WARNING)
+        yield
 
 
 # ---------------------------------------------------------------- verifying and measuring
 
 
 def load(path, threads=0, exact=True):
-    """A file as a function, images -> logits in NumPy. threads: 0 for all.
-
-    exact: without the saturation of x86 processors that have no VNNI, so that a check has one outcome on all.
-    """
+    """A file as a function, images -> logits in NumPy. threads: 0 for all. exact: without the saturation of
+    x86 processors that have no VNNI, so that a check has one outcome on all."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     if exact:
@@ -409,9 +481,8 @@ def verify(path, precision, student, images, expected, wanted):
         raise ValueError(f"only {100 * same:.1f} % of {len(some)} images in PyTorch's class, "
                          f"{100 * wanted:.0f} % wanted; {ADVICE}")
     if same - here > 0.005:
-        click.echo(f"warning: {path.name}: {100 * same:.1f} % of images in PyTorch's class, but "
-                   f"{100 * here:.1f} % on this processor, whose 16-bit sums saturate: leave --full-range "
-                   "out")
+        click.echo(f"warning: {path.name}: {100 * same:.1f} % of images in PyTorch's class, {100 * here:.1f} "
+                   "% on this processor, whose 16-bit sums saturate: leave --full-range out")
     return {"error": error, "agreement": same, "agreement_here": here, "compared": len(some)}
 
 
@@ -433,7 +504,7 @@ def speeds(student, images, path=None):
         return found
 
     images = images.repeat(-(-64 // len(images)), 1, 1, 1)[:64]
-    inputs = student.feed(images) if path else student.normalise(images).contiguous()
+    inputs = student.feed(images) if path else student.pixels.normalise(images).contiguous()
     threads, found = torch.get_num_threads(), {}
     for name, count in (("1", 1), ("all", threads)):
         torch.set_num_threads(count)
@@ -468,18 +539,17 @@ def export(student, images, flags, folder, out):
 
     A file that fails costs itself alone. Returns what failed, a line each.
     """
-    name, test = flags["name"] or student.name, images.test
-    sample = test.images if test else F.interpolate(synthetic(128, 7).images, student.size)     # still uint8
+    name, test, size = flags["name"] or student.network.name, images.test, student.pixels.size
+    real = test or images.calibration
+    sample = real.images if real else F.interpolate(synthetic(128, 7).images, size)     # still uint8
     expected = student.logits(sample)
-    metadata = describe(student) | fit(student, images, expected)
-    metadata |= accuracy(expected, test.targets) if test else {}
-    weights = student.network.state_dict().values()
-    rows = {"PyTorch": {"bytes": sum(v.numel() * v.element_size() for v in weights),
-                        **{k: metadata[k] for k in ("top1", "top5") if test},
+    top = accuracy(expected, test.targets) if test else {}
+    metadata = describe(student, images.classes) | fit(student, images, expected) | top
+    rows = {"PyTorch": {"bytes": sum(v.nbytes for v in student.network.state_dict().values()), **top,
                         "speed": speeds(student, sample)}}
     source, done, failures = folder / f"{name}.onnx", [], []
     module = Deployed(student, metadata["temperature"] if flags["probabilities"] else None).eval()
-    write_fp32(module, source, flags["opset"], student.size, metadata | {"precision": "fp32"})
+    write_fp32(module, source, flags["opset"], size, metadata | {"precision": "fp32"})
 
     int8 = images.calibration if flags["int8"] is None else flags["int8"]
     for precision in ["fp32"] + ["fp16"] * flags["fp16"] + ["int8"] * bool(int8):
@@ -505,8 +575,8 @@ def export(student, images, flags, folder, out):
     if not done:
         return failures
 
-    facts = runs.collect_facts(torch.device("cpu"))
-    facts |= {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
+    facts = runs.collect_facts(torch.device("cpu")) | {
+        "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
     report = {"files": rows, "metadata": metadata, "warm_up": WARM_UP, "batches_verified": BATCHES,
               "facts": facts}
     done.append(folder / f"{name}.json")
@@ -518,27 +588,29 @@ def export(student, images, flags, folder, out):
     return failures
 
 
-def describe(student):
-    """The metadata that say what the network is and takes."""
-    cifar = student.mean == MEAN and student.facts.get("data", "cifar100") == "cifar100"
-    classes = student.classes or (list(CIFAR100_CLASSES) if cifar else [])
+def describe(student, classes):
+    """The metadata that say what the network is and takes. classes: where the student does not know them."""
+    classes = list(student.classes or classes)
     if len(classes) != student.num_classes:
         classes = [f"class {i}" for i in range(student.num_classes)]
-    return {"network": student.name, "num_classes": student.num_classes, "classes": classes,
-            "input": "normalised float32" if student.float_input else "uint8", "size": [student.size] * 2,
-            "resize": student.resize, "mean": student.mean, "std": student.std, "version": runs.VERSION,
+    return {"network": student.network.name, "num_classes": student.num_classes, "classes": classes,
+            "input": "normalised float32" if student.float_input else "uint8", **student.pixels._asdict(),
+            "size": [student.pixels.size] * 2, "version": runs.VERSION,
             "weights_sha256": weights_sha256(student.network),
-            **{k: student.facts[k] for k in FACTS if k in student.facts}}
+            **{k: label(v) if k == "teacher" else v for k, v in student.facts.items() if k in FACTS}}
 
 
 @click.command(cls=cli.Command, help=__doc__)
-@click.option("--checkpoint", required=True, metavar="FILE",
-              help="The student: student.pt of a run, or any of the field's formats.")
-@click.option("--student", metavar="NAME", help="Its network.  [default: what the file says]")
+@click.option("--checkpoint", required=True, metavar="FILE", help="student.pt of a run, or any format.")
+@click.option("--student", metavar="NAME", help="Its network, FILE.py:NAME too.  [default: as the file says]")
+@click.option("--classes", metavar="FILE", help="Class names, one a line.  [default: as the file says]")
+@click.option("--mean", metavar="R,G,B", help="Its images' mean, in [0, 1].  [default: as the file says]")
+@click.option("--std", metavar="R,G,B", help="Their deviation, in [0, 1].  [default: as the file says]")
+@click.option("--size", type=click.IntRange(min=8), metavar="PIXELS", help="[default: as the file says]")
 @click.option("--out", metavar="DIR", help="Folder for the files.  [default: the checkpoint's]")
 @click.option("--name", metavar="NAME", help="The files' name.  [default: the network's]")
-@click.option("--data-dir", metavar="DIR", help="Folder of cifar-100-python, for accuracy, int8 and the "
-                                                "temperature.  [default: data, if there]")
+@click.option("--data-dir", metavar="DIR", help="Folder of train/, val/ or a CIFAR, for accuracy, int8 and "
+                                                "the temperature.  [default: data, if there]")
 @click.option("--opset", type=click.IntRange(*OPSETS), default=18, show_default=True)
 @click.option("--float-input", is_flag=True, help="Of normalised float32; else uint8, normalised inside.")
 @click.option("--probabilities", is_flag=True, help="A second output, softmax(logits / temperature).")
@@ -556,27 +628,23 @@ def describe(student):
 @click.option("--exclude-first-last", is_flag=True, help="int8's first convolution and classifier in float.")
 def main(**flags):
     if flags["student"] is not None:
-        cli.check_name("--student", flags["student"], NETWORKS)
+        cli.check_name("--student", flags["student"], [*MODELS, *TORCHVISION])
     if flags["name"] is not None and Path(flags["name"]).name != flags["name"]:
         raise click.UsageError(f"--name {flags['name']}: a name, not a path; --out names the folder")
     if flags["symmetric"] and flags["activations"] == "uint8":
         raise click.UsageError("--symmetric has int8 activations: leave --activations out")
     torch.manual_seed(0)
-    try:
-        student = load_student(flags["checkpoint"], flags["student"], flags["float_input"])
+    with cli.one_line():
+        student = load_student(flags["checkpoint"], flags["student"], flags["float_input"],
+                               **{k: flags[k] for k in ("classes", "mean", "std", "size")})
         images = find_images(student, flags["data_dir"], flags["calibration"])
-        if images.notice:
-            click.echo(images.notice)
         if flags["int8"] and not images.calibration:
-            raise ValueError("--int8 needs training images to calibrate on: name their folder with "
-                             "--data-dir")
+            raise ValueError("--int8 needs training images to calibrate on: --data-dir names their folder")
         out = Path(flags["out"] or Path(flags["checkpoint"]).parent)
         with runs.explained(out):
             out.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as folder:
                 failures = export(student, images, flags, Path(folder), out)
-    except ValueError as error:     # of this project's modules, one line each
-        raise runs.RunError(str(error)) from None
     if failures:
         raise runs.RunError("; ".join(failures))
 

@@ -25,7 +25,7 @@ import run as runs
 from data import CIFAR100_CLASSES, load_data, normalise
 from models import MODELS, create_model, load_weights
 from run import RunError
-from teacher import Teacher
+from teacher import load_teacher
 from weights import facts_of, read_checkpoint
 from zscore_kd import kd_loss, weighted_zscore
 
@@ -186,9 +186,8 @@ def logits_of(flags):
             how = "with" if said else "without"
             raise RunError(f"--{who} {path}: this student was distilled {how} --zscore")
         titles[who] = f"teacher {name}" if who == "teacher" else f"{name}, {method}"
-        network = create_model(name)
-        load_weights(network, path, prefer="teacher" if who == "teacher" else "student")
-        network = Teacher(network, device)
+        prefer = "teacher" if who == "teacher" else "student"
+        network = load_teacher(create_model(name), path, device, prefer=prefer)
         logits[who] = torch.cat([network.logits(normalise(x)) for x in split.images.split(2000)]).cpu()
     return logits, titles, split.targets.cpu()
 

@@ -473,10 +473,8 @@ def load_weights(model, path, *, prefer="student", say=print):
     missing = [k for k in want if k not in state and not k.endswith(COUNTERS)]
     unexpected = [k for k in state if k not in want]
     reshaped = [k for k in want if k in state and want[k].shape != state[k].shape]
-    head = list(want)[-2:]      # every network ends with its classifier's weight and bias
-    if not missing and not unexpected and reshaped == head and state[head[1]].ndim == 1:
-        raise ValueError(f"{path} is for {len(state[head[1]])} classes, "
-                         f"this {name} is for {len(want[head[1]])}")
+    if not missing and not unexpected and (classes := _other_classes(state, want)):
+        raise ValueError(f"{path} is for {classes[0]} classes, this {name} is for {classes[1]}")
     if missing or unexpected or reshaped:
         differ = ([f"{k} is missing" for k in missing] + [f"{k} is not in {name}" for k in unexpected]
                   + [f"{k} is {tuple(state[k].shape)}, not {tuple(want[k].shape)}" for k in reshaped])
@@ -488,11 +486,27 @@ def load_weights(model, path, *, prefer="student", say=print):
     return facts_of(content)
 
 
-def class_count(content, model, prefer="student"):
-    """How many classes a checkpoint's weights are for, where the rest of them fits the model; else None."""
+def _other_classes(state, want):
+    """(classes of the state, of the network) where their tensors differ in the number of classes alone."""
+    pairs = [(v.shape, want[k].shape) for k, v in state.items()
+             if isinstance(v, torch.Tensor) and k in want and v.shape != want[k].shape]
+    counts = {(a[:1], b[:1]) for a, b in pairs}
+    if len(counts) == 1 and all(a and a[1:] == b[1:] for a, b in pairs):
+        (given,), (wanted,) = counts.pop()
+        return given, wanted
+
+
+def class_count(content, model, classes=100, prefer="student"):
+    """How many classes a checkpoint's weights are for, where all else fits the model; None where not.
+
+    classes: those that the model was built for.
+    """
     fits, _ = find_weights(content, model)
-    bias = fits[preferred(fits, prefer)][list(model.state_dict())[-1]] if fits else None
-    return len(bias) if isinstance(bias, torch.Tensor) and bias.ndim == 1 else None
+    state = fits[preferred(fits, prefer)] if fits else {}
+    if not state or any(isinstance(v, FromNumpy) for v in state.values()):
+        return None
+    differ = _other_classes(state, model.state_dict())
+    return differ[0] if differ else classes
 
 
 def guess_network(content):

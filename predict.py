@@ -8,6 +8,7 @@ All that it knows about the network (classes, size, normalisation, temperature) 
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -15,7 +16,25 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
-SUFFIXES = (".png", ".jpg", ".jpeg")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+def to_rgb(image):
+    """A Pillow image in RGB: floats and 16-bit grey scaled, transparency on white. ValueError: odd values."""
+    if image.mode == "F":
+        values = np.asarray(image)
+        low, high = values.min(), values.max()
+        if not 0 <= low <= high <= 255 or 1 < high < 2:     # NaN; just above 1: 0 to 1, overshot
+            raise ValueError(f"float values in [{low:.6g}, {high:.6g}], neither 0 to 1 nor 0 to 255")
+        image = Image.fromarray(np.rint(values * 255 if high <= 1 else values).astype(np.uint8))
+    elif image.mode.startswith("I"):                # 16-bit grey, which Pillow would clip
+        low, high = (image := image.convert("I")).getextrema()      # which big-endian lacks
+        if not 0 <= low <= high <= 65535:
+            raise ValueError(f"integer values in [{low}, {high}], not 0 to 65535")
+        image = image.point(lambda level: level / 256).convert("L")
+    if "transparency" in image.info or "A" in image.getbands():
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 class Classifier:
@@ -40,11 +59,7 @@ class Classifier:
             image = ImageOps.exif_transpose(image)
         except Exception:       # a damaged orientation, for which Pillow has several errors: as it is
             pass
-        if image.mode.startswith("I"):              # 16-bit grey, which Pillow would clip
-            image = image.point(lambda level: level / 256).convert("L")
-        if "transparency" in image.info or "A" in image.getbands():
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        image = image.convert("RGB")
+        image = to_rgb(image)
         height, width = self.size
         short, other = min(image.size), max(image.size)
         if (short, other) != (self.resize, self.resize):    # to the pixel as torchvision's Resize, CenterCrop
@@ -64,12 +79,17 @@ class Classifier:
 
 
 def files(names):
-    """The images that are named, and those in the folders that are named, in order."""
+    """The images that are named, and those in the folders that are named, in order, less the hidden ones."""
+    skipped = 0
     for name in map(Path, names):
-        if name.is_dir():
-            yield from sorted(p for p in name.rglob("*") if p.suffix.lower() in SUFFIXES)
-        else:
-            yield name
+        inside = (p for p in name.rglob("*") if p.suffix.lower() in SUFFIXES and not os.path.isdir(p))
+        for path in sorted(inside) if os.path.isdir(name) else [name]:  # Path.is_dir may raise
+            if any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(name).parts):
+                skipped += 1
+            else:
+                yield path
+    if skipped:
+        print(f"notice: skipped {skipped} images: names that begin with . or are __MACOSX", file=sys.stderr)
 
 
 class Parser(argparse.ArgumentParser):
@@ -78,9 +98,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def main():
+    if sys.stdout:      # None where it is closed
+        sys.stdout.reconfigure(errors="backslashreplace")   # names that its encoding lacks
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", metavar="FILE.onnx")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="PNG or JPEG files, or folders of them")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="PNG, JPEG, WebP, BMP, TIFF, or folders")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="classes to print (default: 5)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     arguments = parser.parse_args()

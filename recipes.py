@@ -166,6 +166,11 @@ def recipe(teacher, student, method, zscore=False, source="authors", data="cifar
     return r
 
 
+def known(of, data="cifar100"):
+    """Whether a paper has the pair of a recipe."""
+    return recipe(of["teacher"], of["student"], of["method"], of["zscore"], data=data)["known"]
+
+
 def unsure(teacher, student, method, zscore=False, source="authors", data="cifar100"):
     """Why a recipe's numbers are in doubt, a list of reasons, empty where they are not."""
     name, pair = key(method, zscore), f"{teacher}-{student}"
@@ -218,6 +223,17 @@ def reversal(epoch, recipe):
 def schedule(epoch, recipe):
     """(learning rate, KD weight, reversal) in an epoch of the recipe at full length, from 1."""
     return learning_rate(epoch, recipe), kd_weight(epoch, recipe), reversal(epoch, recipe)
+
+
+def ceiling(classes, base_temp):
+    """The largest top probability of softmax(Z; tau) over K classes: of a one-hot row, Z = sqrt(K - 1)."""
+    top, rest = math.sqrt(classes - 1) / base_temp, -1 / math.sqrt(classes - 1) / base_temp
+    return 1 / (1 + (classes - 1) * math.exp(rest - top))
+
+
+def suggested_temperature(classes):
+    """The largest of some temperatures that leaves a ceiling of 0.6, what tau = 2 has of the papers' 100."""
+    return next((tau for tau in (2.0, 1.5, 1.0) if ceiling(classes, tau) >= 0.6), 1.0)
 
 
 def table(data="cifar100"):

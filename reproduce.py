@@ -27,9 +27,10 @@ import recipes
 import run as runs
 import train_cifar
 from data import load_data
+from distill import evaluate
 from models import create_model, load_weights, weights_sha256
 from run import Busy, RunError
-from teacher import CHECKPOINTS, Teacher, find_teacher
+from teacher import CHECKPOINTS, find_teacher, load_teacher
 from weights import read_checkpoint
 
 ROOT = Path(__file__).resolve().parent
@@ -272,9 +273,9 @@ def keep(row, record, folder, data, device):
         runs.write_checkpoint(partial, {"model": half, "student": row.student})
         try:
             for file in (folder / "student.pt", partial):       # by the same arithmetic: float32
-                network = create_model(row.student)
-                load_weights(network, file)
-                top1.append(Teacher(network, device).evaluate(data.test)["top1"])
+                student = load_teacher(create_model(row.student), file, device, prefer="student")
+                batches = train_cifar.evaluation(data.test, data.pixels)
+                top1.append(evaluate(student.logits, batches)["top1"])
             size, same = partial.stat().st_size, abs(top1[1] - top1[0]) <= 0.02
             shown = {k: record[k] for k in ("command", "seed", "last", "best", "best_chosen_on", "facts")}
             shown |= {"float32_top1": top1[0], "float16_top1": top1[1], "float16_bytes": size}

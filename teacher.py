@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch.fx.experimental.optimization import fuse
 from torch.fx.proxy import TraceError
 
-from data import VIEWS, crop_and_flip, evaluate, normalise
-from models import create_model, load_weights, weights_sha256
+from data import VIEWS, Pixels, crop_and_flip
+from models import load_weights, weights_sha256
 from weights import network_of
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
@@ -49,14 +49,26 @@ class Teacher:
     """A frozen network in evaluation mode, and its logits.
 
     network: a module, (B, 3, H, W) -> (B, K), with a `name`. precision: "fp32" or "bf16" (autocast). source:
-    where it comes from. compile: by torch.compile, which needs a C++ compiler on a CPU.
+    where it comes from. compile: by torch.compile, which needs a C++ compiler on a CPU. pixels: those of the
+    images that it gets. own: those that it was trained on, where known; where their mean and deviation differ
+    it sees its own.
     """
 
-    def __init__(self, network, device, precision="fp32", source="untrained", compile=False):
+    def __init__(self, network, device, precision="fp32", source="untrained", compile=False, pixels=Pixels(),
+                 own=None):
         self.name, self.source, self.sha256 = network.name, source, weights_sha256(network)
         self.device, self.precision, self.compiled = torch.device(device), precision, compile
+        self.pixels, self.own = pixels, own or pixels
+        self.scale = self.shift = None
+        if self.own[:2] != pixels[:2]:      # (x std + mean - own mean) / own std
+            self.sha256 += f" of pixels of {self.own[:2]}"
+            mean, std, own_mean, own_std = (torch.tensor(s, device=device, dtype=torch.float32).view(3, 1, 1)
+                                            for s in (*pixels[:2], *self.own[:2]))
+            self.scale, self.shift = std / own_std, (mean - own_mean) / own_std
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
-        network = fold(network.to(device).eval().requires_grad_(False)).to(memory_format=torch.channels_last)
+        network = network.to(device).eval().requires_grad_(False)
+        if not getattr(network, "own", False):      # who knows what that does
+            network = fold(network).to(memory_format=torch.channels_last)
         self.network = torch.compile(network, dynamic=False) if compile else network
         self.batch = BATCH[self.device.type]
         self.images = self.cache = None
@@ -71,6 +83,8 @@ class Teacher:
         for part in images.split(batch):
             filler = part[:1].expand(batch - len(part), -1, -1, -1)
             full = torch.cat([part, filler]) if len(filler) else part
+            if self.scale is not None:
+                full = full * self.scale + self.shift
             with self.autocast:
                 logits = self.network(full.contiguous(memory_format=torch.channels_last))
             parts.append(logits[:len(part)].float())
@@ -84,7 +98,7 @@ class Teacher:
         """
         self.images, self.dtype = split.images, torch.float32 if exact else torch.float16
         self.cache = self.pending = None
-        self.classes = self.logits(normalise(split.images[:1])).shape[1]
+        self.classes = self.logits(self.pixels.normalise(split.images[:1])).shape[1]
         if folder is None:
             return
         shape = len(split.images) * VIEWS, self.classes, self.dtype, self.device
@@ -96,6 +110,8 @@ class Teacher:
         images = hashlib.sha256(split.images.cpu().numpy()).hexdigest()
         key = (f"2 {self.sha256} {images} {self.device.type} {self.precision} {self.dtype} {self.compiled} "
                f"{torch.__version__} {torch.get_num_threads()}")        # all that may change their last bits
+        if self.pixels[:2] != Pixels()[:2]:
+            key += f" {self.pixels[:2]}"
         path = Path(folder) / f"{self.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.logits"
         self.pending = *shape, path     # made when first asked for: a refused command leaves none
 
@@ -126,7 +142,7 @@ class Teacher:
             where = chosen.to(self.device)
             if images is None:
                 raw = self.images[indices[chosen].to(self.device)]
-                batch = normalise(crop_and_flip(raw, views[chosen].to(self.device)))
+                batch = self.pixels.normalise(crop_and_flip(raw, views[chosen].to(self.device)))
             else:
                 batch = images[where]
             exact = self.logits(batch)
@@ -138,21 +154,6 @@ class Teacher:
             if self.cache:
                 self.cache.write(slots[chosen], new)
         return logits.float()
-
-    def check(self, split, published=None):
-        """(top-1 (%) on a split, line to print); the line warns of a point or more under `published`."""
-        top1 = self.evaluate(split)["top1"]
-        line = f"teacher {self.name} ({self.source}): {top1:.2f} % top-1 on the test split"
-        if published is not None:
-            line += f", published {published:.2f}"
-            if top1 <= published - 1:
-                line += ("\nwarning: this teacher is worse than the published one; the paper's numbers "
-                         "cannot be expected")
-        return top1, line
-
-    def evaluate(self, split):
-        """As `data.evaluate`."""
-        return evaluate(self.logits, split, max(self.batch, 512))
 
 
 def fold(network):
@@ -237,11 +238,28 @@ def mapped(path, size):
     return memory
 
 
-def load_teacher(name, path, source, device, precision="fp32", num_classes=100, compile=False):
-    """The Teacher `name` with the weights of a checkpoint file. ValueError as in `models.load_weights`."""
-    network = create_model(name, num_classes)
-    load_weights(network, path, prefer="teacher")
-    return Teacher(network, device, precision, source, compile)
+def load_teacher(network, path, device, source="", precision="fp32", compile=False, pixels=Pixels(),
+                 classes=None, prefer="teacher"):
+    """The Teacher of a network with the weights of a checkpoint file. pixels, classes: those of the images.
+
+    ValueError as in `models.load_weights`, and for a file that names other classes.
+    """
+    facts = load_weights(network, path, prefer=prefer)
+    check_classes(path, facts, classes)
+    own = Pixels.of(facts, pixels.size, pixels.resize)
+    if own and own.size != pixels.size:
+        print(f"notice: {path} was trained on images of {own.size} x {own.size}, and sees {pixels.size} x "
+              f"{pixels.size} here")
+    return Teacher(network, device, precision, source, compile, pixels, own)
+
+
+def check_classes(path, facts, classes):
+    """ValueError, one line, where a checkpoint's facts say other classes than those of the images."""
+    said = list(facts.get("classes") or classes or ())
+    if classes and said != list(classes):
+        i = next((i for i, pair in enumerate(zip(said, classes)) if len(set(pair)) == 2), -1)
+        raise ValueError(f"{path} is for {len(said)} classes, these images have {len(classes)}; its class "
+                         f"{i} is {said[i]}, theirs {classes[i]}")
 
 
 def find_teacher(name, checkpoint=None, url=ARCHIVE_URL, say=print):

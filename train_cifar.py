@@ -1,4 +1,4 @@
-"""Logit standardization in knowledge distillation on CIFAR-100.
+"""Logit standardization in knowledge distillation on CIFAR-100, or any small images.
 
 \b
   python train_cifar.py --demo                                             needs nothing: minutes on a laptop
@@ -6,13 +6,15 @@
   python train_cifar.py --teacher resnet32x4 --student resnet8x4           KD, the baseline
   python train_cifar.py --method none --student resnet32x4                 a network alone: a teacher
   python train_cifar.py --teacher ... --student ... --zscore --seeds 3     mean and standard deviation
-  python train_cifar.py --eval FILE --student resnet56                     evaluate a checkpoint
+  python train_cifar.py --data folder --data-dir photos --size 64 ...      photos/train/CLASS/, val/CLASS/
+  python train_cifar.py --eval FILE                                        evaluate a checkpoint
   python train_cifar.py --list                                             recipes and published numbers
 
 A flag that is left out takes the pair's recipe. A run that was stopped goes on when the same command is given
 again. The last epoch is the result; the best epoch, chosen on the test split, stands beside it.
 """
 
+import hashlib
 import os
 import shutil
 import statistics
@@ -22,24 +24,25 @@ from pathlib import Path
 
 import click
 import torch
+import torch.nn.functional as F
 from click.core import ParameterSource
 
 import cli
 import recipes
-from data import Data, crop_and_flip, epoch_draws, load_data, normalise, synthetic
-from distill import distil
+from data import CIFAR, Data, Pixels, Split, crop_and_flip, epoch_draws, load_data, synthetic
+from distill import check_teacher, distil, evaluate
 from distributed import World
-from models import MODELS, create_model, load_weights
+from folders import load_small
+from models import MODELS, class_count, load_weights, weights_sha256
+from networks import begin_with, check, create, identify, label, layout
 from randaugment import strong_draws, strong_view
-from teacher import ARCHIVE_URL, CHECKPOINTS, Teacher, find_teacher, load_teacher
-from weights import facts_of, read_checkpoint
+from teacher import ARCHIVE_URL, CHECKPOINTS, Teacher, check_classes, find_teacher, load_teacher
 from zscore_kd import METHODS
 
 # images that are augmented, and the teacher is asked about, at once
 CHUNK = {"cuda": 8192, "mps": 1024, "cpu": 1024}
 ADVICE = ("take a CUDA GPU, or a short run of small networks, for instance --student resnet8 --epochs 12 "
           "--train-images 10000")
-NETWORKS = [name for name in MODELS if name != "MobileNetV1"]      # which is ImageNet's
 
 
 class Batches:
@@ -52,9 +55,9 @@ class Batches:
             data, recipe, teacher, device, data.eval_name)
         self.images = self.train_images = len(data.train.targets)
         self.steps = -(-self.images // recipe["batch_size"])        # the last batch is smaller
-        # whole batches
-        self.chunk = max(1, CHUNK[device.type] // recipe["batch_size"]) * recipe["batch_size"]
-        self.facts = {"num_classes": data.num_classes}
+        chunk = CHUNK[device.type] * 32**2 // data.pixels.size**2
+        self.chunk = max(1, chunk // recipe["batch_size"]) * recipe["batch_size"]       # whole batches
+        self.facts = {"num_classes": data.num_classes, "classes": list(data.classes), **data.pixels._asdict()}
 
     def check(self, undecodable):
         """What a row of the log says beside the usual."""
@@ -71,6 +74,7 @@ class Batches:
         beat many small ones.
         """
         seed, batch, train = self.recipe["seed"], self.recipe["batch_size"], self.data.train
+        normalise = self.data.pixels.normalise
         order, drawn = map(torch.from_numpy, epoch_draws(seed, epoch, self.images))
         strong = strong_draws(seed, epoch, self.images) if self.recipe["method"] == "mlkd" else None
         for start in range(first_step * batch, self.images, self.chunk):
@@ -88,9 +92,13 @@ class Batches:
                 yield [x[now] for x in views], target[now], index[now], [v[now] for v in teacher_logits]
 
     def evaluation(self):
-        """Yields (images, target) of the evaluation split."""
-        for images, target in zip(self.data.eval.images.split(500), self.data.eval.targets.split(500)):
-            yield normalise(images), target
+        return evaluation(self.data.eval, self.data.pixels)
+
+
+def evaluation(split, pixels):
+    """Yields (normalised images, targets) of a split, as `distill.evaluate` takes them."""
+    for images, target in zip(split.images.split(500), split.targets.split(500)):
+        yield pixels.normalise(images), target
 
 
 # ---------------------------------------------------------------- one run
@@ -101,15 +109,42 @@ def resolve(flags, device):
     names = [flags[k] for k in ("teacher", "student", "method", "zscore", "recipe")]
     recipe, lines = cli.resolve(flags, recipes.recipe(*names), recipes.unsure(*names), device)
     recipe |= {"data": flags["data"], "train_images": flags["train_images"]}
+    if flags["data"] == "folder":
+        recipe |= {"folder": Path(flags["data_dir"]).resolve().name, "size": flags["size"]}
     return recipe | ({"exact_teacher": flags["exact_teacher"]} if flags["teacher"] else {}), lines
 
 
 def run_name(recipe):
     """The folder's name: resnet32x4-resnet8x4-kd-z-seed0."""
-    pair = [recipe["teacher"]] if recipe["teacher"] else []
-    data = [] if recipe["data"] == "cifar100" else [recipe["data"]]
-    return "-".join([*pair, recipe["student"], recipes.key(recipe["method"], recipe["zscore"]), *data,
+    pair = [label(recipe["teacher"])] if recipe["teacher"] else []
+    data = [] if recipe["data"] == "cifar100" else [recipe.get("folder", recipe["data"])]
+    return "-".join([*pair, label(recipe["student"]), recipes.key(recipe["method"], recipe["zscore"]), *data,
                      f"seed{recipe['seed']}"])
+
+
+def read_data(flags, device, **part):
+    """The Data that the flags name, on the device."""
+    part |= {"train_images": flags["train_images"], "val_from_train": flags["val_from_train"]}
+    if flags["data"] == "folder":
+        return load_small(flags["data_dir"], device, flags["size"], **part)
+    return load_data(flags["data"], flags["data_dir"], device, **part)
+
+
+def about(data):
+    """What a run in folders of images keeps of them, in its recipe: they may be others when it goes on."""
+    digest = hashlib.sha256()
+    for x in (*data.train, *data.eval):
+        digest.update(x.cpu().numpy())
+    counts = f"{len(data.train.targets)} and {len(data.eval.targets)} of {data.num_classes} classes"
+    return {"images": f"{counts}, {digest.hexdigest()[:12]}", "mean": data.pixels.mean,
+            "std": data.pixels.std}
+
+
+def check_networks(recipe, data):
+    """A usage error, or a ValueError, where the method or a network does not go with the data."""
+    cli.check_classes(recipe, data.num_classes)
+    for name in filter(None, (recipe["teacher"], recipe["student"])):
+        check(name, data.num_classes, data.pixels.size, say=click.echo)
 
 
 def run_one(recipe, data, teacher, flags, world, stop_after=None):
@@ -118,8 +153,11 @@ def run_one(recipe, data, teacher, flags, world, stop_after=None):
     if flags["compile"]:
         torch._dynamo.reset()       # else the variants of all runs count towards its limit, and it stops
     torch.manual_seed(recipe["seed"])
-    student = create_model(recipe["student"], data.num_classes).to(
-        world.device, memory_format=torch.channels_last)
+    student = create(recipe["student"], data.num_classes)
+    if flags["student_checkpoint"]:
+        begin_with(student, flags["student_checkpoint"], click.echo)
+        recipe["student_sha256"] = weights_sha256(student)
+    student.to(world.device, memory_format=layout(student))
     names = [recipe[k] for k in ("teacher", "student", "method", "zscore")]
     known = ({"published": recipes.published(*names), "logged": recipes.logged(*names)}
              if recipe["data"] == "cifar100" else {})
@@ -136,24 +174,29 @@ def execute(flags, world, shared):
     shared: a dict; keeps data and teachers for the next run that has the same.
     """
     recipe, lines = resolve(flags, world.device)
+    wanted = tuple(flags[k] for k in ("data", "data_dir", "size", "train_images", "val_from_train"))
+    if wanted not in shared:
+        shared[wanted] = read_data(flags, world.device)
+    data, teacher = shared[wanted], None
+    check_networks(recipe, data)
+    known = recipe["data"] == "synthetic" or recipe["data"] == "cifar100" and recipes.known(recipe)
+    if recipe["zscore"] and not known and flags["base_temp"] is None:
+        lines.append(cli.temperature_line(recipe, data.num_classes))
     for line in lines:
         if line not in shared:      # once for all seeds
             click.echo(line)
         shared[line] = True
-    wanted = tuple(flags[k] for k in ("data", "data_dir", "train_images", "val_from_train"))
-    if wanted not in shared:
-        shared[wanted] = load_data(recipe["data"], flags["data_dir"], world.device,
-                                   train_images=recipe["train_images"],
-                                   val_from_train=recipe["val_from_train"])
-    data, teacher = shared[wanted], None
+    if recipe["data"] == "folder":
+        recipe |= about(data)
     if recipe["teacher"]:
         asked = (*wanted, recipe["teacher"], flags["teacher_checkpoint"], recipe["precision"],
                  recipe["compile"], recipe["exact_teacher"])
         if asked not in shared:
             teacher = get_teacher(recipe, data, flags, world)
             known = recipes.published(None, teacher.name, "none") if recipe["data"] == "cifar100" else None
-            teacher.top1, line = teacher.check(data.test, known)
-            click.echo(line)
+            split = "test split" if data.eval_name == "test" or recipe["data"] != "folder" else (
+                f"{data.eval_name} images")
+            teacher.top1 = check_teacher(teacher, evaluation(data.test, data.pixels), split, world, known)
             shared[asked] = teacher
         teacher = shared[asked]
     return recipe, *run_one(recipe, data, teacher, flags, world), teacher
@@ -162,8 +205,19 @@ def execute(flags, world, shared):
 def parsed(arguments):
     """The flags of a command line, a list of strings; usage errors as the command's own."""
     flags = main.make_context("train_cifar.py", list(arguments)).params
-    cli.check_method(flags, NETWORKS)
+    check_flags(flags)
     return flags
+
+
+def check_flags(flags):
+    """Usage errors that click cannot see by itself."""
+    cli.check_method(flags, MODELS)
+    if flags["data"] is None and flags["eval_file"] is None:
+        flags["data"] = "cifar100"
+    if flags["size"] is None:
+        flags["size"] = 32
+    elif flags["data"] != "folder" and not flags["dry_run"]:
+        raise click.UsageError("--size is for --data folder: the other images are 32 x 32")
 
 
 def resolve_arguments(arguments):
@@ -181,9 +235,9 @@ def run(arguments, shared=None):
 
 def prepared(flags):
     """The World, with what must be set before its first operation."""
-    world = World(flags["device"])
-    if world.size > 1:
+    if torch.distributed.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1:
         raise click.UsageError("train_cifar.py is one process: start it without torchrun")
+    world = World(flags["device"])
     cli.pick_kernels(flags["deterministic"])
     cli.keep_memory()
     if flags["compile"]:
@@ -196,19 +250,21 @@ def prepared(flags):
 
 def get_teacher(recipe, data, flags, world):
     """A recipe's Teacher, its logits cached for the training images; trained here first if there is none."""
-    name, precision = recipe["teacher"], recipe["precision"]
+    name, how = recipe["teacher"], (recipe["precision"],)
+    network = create(name, data.num_classes)
     if flags["dry_run"] and flags["teacher_checkpoint"] is None:
-        return caching(Teacher(create_model(name), world.device, precision), data, flags)
+        return caching(Teacher(network, world.device, *how, pixels=data.pixels), data, flags)
     if recipe["data"] != "cifar100" and flags["teacher_checkpoint"] is None:
         path, source = None, f"no teacher is published for {recipe['data']} images"
     else:
-        path, source = find_teacher(name, flags["teacher_checkpoint"], flags["teacher_url"], click.echo)
+        path, source = find_teacher(network.name, flags["teacher_checkpoint"], flags["teacher_url"],
+                                    click.echo)
     if path is None:
         click.echo(f"{source}; training {name} here first")
         path = train_teacher(recipe, flags, world)
         source = f"trained here, {path}"
-    return caching(load_teacher(name, path, source, world.device, precision, compile=flags["compile"]),
-                   data, flags)
+    return caching(load_teacher(network, path, world.device, source, *how, flags["compile"], data.pixels,
+                                data.classes), data, flags)
 
 
 def caching(teacher, data, flags):
@@ -219,16 +275,21 @@ def caching(teacher, data, flags):
 
 
 def train_teacher(recipe, flags, world):
-    """Trains recipe["teacher"] alone by its own recipe, keeps it, and returns its file."""
-    made = recipe["data"] == "synthetic"        # the teacher's training is then as short as the run's
+    """Trains recipe["teacher"] alone by its own recipe, keeps it, and returns its file.
+
+    On images that no paper has, its training is as long as the run's.
+    """
+    own = recipe["data"] not in CIFAR
     alone = {**flags, **dict.fromkeys(cli.GIVEN), "teacher": None, "teacher_checkpoint": None,
-             "student": recipe["teacher"], "method": "none", "zscore": False, "recipe": "authors",
-             "val_from_train": 0, "seed": 0, "train_images": None, "precision": recipe["precision"]
-             } | ({k: flags[k] for k in ("epochs", "train_images")} if made else {})
+             "student": recipe["teacher"], "student_checkpoint": None, "method": "none", "zscore": False,
+             "recipe": "authors", "val_from_train": 0, "seed": 0, "train_images": None,
+             "precision": recipe["precision"]}
+    if own:
+        alone |= {k: flags[k] for k in ("epochs", "batch_size", "train_images", "val_from_train")}
     folder = execute(alone, world, {})[2]
-    if made:
+    if recipe["data"] != "cifar100":
         return folder / "student.pt"
-    kept = CHECKPOINTS / f"{recipe['teacher']}.pt"
+    kept = CHECKPOINTS / f"{label(recipe['teacher'])}.pt"
     partial = kept.with_name(f"{kept.name}.{os.getpid()}.part")
     try:
         CHECKPOINTS.mkdir(exist_ok=True)
@@ -256,19 +317,28 @@ def seeds_table(results):
     return "\n".join(lines)
 
 
-def evaluate_file(flags, device, data=None):
+def evaluate_file(flags, world, data=None):
     """--eval: prints loss, top-1 and top-5 of a checkpoint on a data set, by default the one of the flags."""
-    path = flags["eval_file"]
-    name = flags["student"] or facts_of(read_checkpoint(path, flags["student"])).get("student")
-    if name not in MODELS:
-        raise click.UsageError(f"{path} does not say which network it holds: name it with --student")
-    network = create_model(name)
-    load_weights(network, path)
-    data = data or load_data(flags["data"], flags["data_dir"], device, val_from_train=flags["val_from_train"])
-    scores = Teacher(network, device, flags["precision"] or "fp32").evaluate(data.eval)
+    name, content, facts = identify(flags["eval_file"], flags["student"])
+    pixels = Pixels.of(facts) or Pixels(size=flags["size"], resize=flags["size"])
+    count = facts.get("num_classes") or class_count(content, create(name, 100)) or 100
+    check(name, count, pixels.size, say=lambda line: None)
+    network = load_teacher(create(name, count), flags["eval_file"], world.device, pixels=pixels,
+                           precision=flags["precision"] or "fp32", prefer="student")
+    if data is None:
+        said = facts.get("data") if facts.get("data") in (*CIFAR, "folder", "synthetic") else "cifar100"
+        flags = flags | {"train_images": None, "size": pixels.size, "data": flags["data"] or said}
+        data = read_data(flags, world.device, **({"parts": ("val",)} if flags["data"] == "folder" else {}))
+        if flags["data"] == "folder" and not Pixels.of(facts):
+            click.echo(f"notice: {flags['eval_file']} does not say its images' mean and deviation; taking "
+                       "CIFAR-100's")
+    if count != data.num_classes:
+        raise ValueError(f"{flags['eval_file']} is for {count} classes, these images have {data.num_classes}")
+    check_classes(flags["eval_file"], facts, data.classes)
+    scores = evaluate(network.logits, evaluation(data.eval, pixels), world)
     click.echo(f"{name}: {scores['top1']:.2f} top-1, {scores['top5']:.2f} top-5 (%), "
                f"loss {scores['loss']:.4f} on the {len(data.eval.targets)} {data.eval_name} images of "
-               f"{flags['data']} ({path})")
+               f"{flags['data_dir'] if flags['data'] == 'folder' else flags['data']} ({flags['eval_file']})")
 
 
 def dry_run(flags, world):
@@ -276,18 +346,27 @@ def dry_run(flags, world):
     recipe, lines = resolve(flags, world.device)
     for line in lines:
         click.echo(line)
-    size = 2 * recipe["batch_size"]
-    data = Data(synthetic(size, 1), synthetic(size, 2), synthetic(size, 2), "test")
-    data = Data(*(type(s)(*(x.to(world.device) for x in s)) for s in data[:3]), *data[3:])
+    count, size = 10 if flags["data"] == "cifar10" else 100, flags["size"]
+    classes = [f"class {i}" for i in range(count)]
+    if flags["teacher_checkpoint"]:     # whose classes are the file's
+        name, content, facts = identify(flags["teacher_checkpoint"], recipe["teacher"])
+        count = class_count(content, create(name, count), count, "teacher") or count
+        classes = facts.get("classes") or [f"class {i}" for i in range(count)]
+
+    def made(part):
+        images, target = synthetic(2 * recipe["batch_size"], part)
+        return Split(F.interpolate(images, size).to(world.device), (target % count).to(world.device))
+
+    data = Data(made(1), made(2), made(2), "test", classes, Pixels(size=size, resize=size))
     recipe |= {"data": "synthetic", "epochs": 2, "train_images": None, "val_from_train": 0}
+    check_networks(recipe, data)
     with tempfile.TemporaryDirectory() as folder:
         flags = flags | {"out": folder}
         teacher = get_teacher(recipe, data, flags, world) if recipe["teacher"] else None
         run_one(recipe, data, teacher, flags, world, stop_after=1)
         run_one(recipe, data, teacher, flags, world)
         student = str(Path(folder, run_name(recipe), "student.pt"))
-        evaluate_file(flags | {"eval_file": student, "student": None, "data": "synthetic"},
-                      world.device, data)
+        evaluate_file(flags | {"eval_file": student, "student": None, "data": "synthetic"}, world, data)
     click.echo("dry run: all is well")
 
 
@@ -335,9 +414,11 @@ def check_demo():
 @cli.shared_flags
 @click.option("--recipe", type=cli.Choice(recipes.SOURCES), default="authors", show_default=True,
               help="Whose numbers: the authors' logs, or the defaults of their released code.")
-@click.option("--data", type=cli.Choice(["cifar100", "synthetic"]), default="cifar100", show_default=True)
+@click.option("--data", type=cli.Choice([*CIFAR, "folder", "synthetic"]), help="[default: cifar100]")
 @click.option("--data-dir", default="data", show_default=True, metavar="DIR",
-              help="Folder of cifar-100-python.")
+              help="Folder that holds cifar-100-python, cifar-10-batches-py, or train/ and val/.")
+@click.option("--size", type=click.IntRange(min=8), metavar="PIXELS",
+              help="Side of the images of --data folder.  [default: 32]")
 @click.option("--train-images", type=cli.COUNT, metavar="N",
               help="Train on the first N images of a fixed shuffle.")
 @click.option("--teacher-url", default=ARCHIVE_URL, envvar="TEACHER_URL", metavar="URL",
@@ -359,13 +440,13 @@ def main(**flags):
     if flags["demo"]:
         check_demo()
     else:
-        cli.check_method(flags, NETWORKS)
+        check_flags(flags)
     with cli.one_line():
         world = prepared(flags)
         if flags["demo"]:
             demo(flags, world)
         elif flags["eval_file"]:
-            evaluate_file(flags, world.device)
+            evaluate_file(flags, world)
         elif flags["dry_run"]:
             dry_run(flags, world)
         else:

@@ -6,12 +6,12 @@
   python train_imagenet.py --teacher resnet34 --student resnet18 --dry-run     the whole path, made images
   python train_imagenet.py --list                                              recipes, published numbers
 
-data-dir holds train/CLASS/ and val/CLASS/. Networks are torchvision's, by its names, and MobileNetV1. Flags
-left out take the pair's recipe; a stopped run goes on with the same command, on any number of processes.
+data-dir holds train/CLASS/ and val/CLASS/. Networks are torchvision's, by its names, those of models.py and
+your own, FILE.py:NAME. Flags left out take the pair's recipe; a stopped run goes on with the same command, on
+any number of processes.
 """
 
 import hashlib
-import http.client
 import itertools
 import multiprocessing
 import os
@@ -20,23 +20,22 @@ from pathlib import Path
 
 import click
 import torch
-import torchvision.models
 from torchvision.transforms.functional import to_pil_image
 
 import cli
 import recipes
-from data import FolderImages, epoch_draws, folder_batches, folder_keys, load_folders, normalise_folder
-from distill import distil, evaluate, micro_batches
+from data import epoch_draws
+from distill import check_teacher, distil, evaluate, micro_batches
 from distributed import World
-from models import class_count, create_model, load_weights
+from folders import (FolderImages, folder_batches, folder_keys, imagenet_pixels, load_folders,
+                     normalise_folder, shown)
+from models import MODELS, class_count, weights_sha256
+from networks import TORCHVISION, begin_with, check, create, identify, label, layout, torchvision_network
 from randaugment import StrongDraws, strong_draws, strong_operations
 from run import RunError, first_line
-from teacher import Teacher
-from weights import facts_of, read_checkpoint
+from teacher import Teacher, load_teacher
 from zscore_kd import METHODS
 
-NETWORKS = ["MobileNetV1", *(n for n in torchvision.models.list_models(module=torchvision.models)
-                             if n not in ("googlenet", "inception_v3"))]    # these return more than logits
 BAD = 0.001         # the share of training images that may be undecodable
 
 
@@ -51,19 +50,20 @@ class Batches:
         self.train_images, batch = len(folders.train), recipe["batch_size"]
         self.steps = self.train_images // batch                 # the last, incomplete batch is left out
         self.images = self.steps * batch
-        self.parts = micro_batches(batch, world.size, micro_batch) if batch >= world.size else 1
+        self.parts = micro_batches(batch, world.size, micro_batch)
         pin = world.device.type == "cuda"
         self.train, self.keys = FolderImages(folders.train, recipe["size"], self.views), []
         self.loader = folder_batches(self.train, self.keys, workers, pin)
         self.evaluated = Evaluation(folders, recipe["size"], world, workers,
                                     micro_batch or min(256, -(-batch // world.size)))
-        self.facts = {"num_classes": len(folders.classes), "classes": folders.classes}
+        self.facts = {"num_classes": len(folders.classes), "classes": folders.classes,
+                      **imagenet_pixels(recipe["size"])._asdict()}
         self.undecodable, self.known = 0, set()       # since the last collection; indices that were named
 
     def check(self, undecodable):
         """What a log row says beside the usual; RunError: too many of an epoch's images cannot be decoded."""
         if undecodable > max(BAD * self.train_images, 1):
-            name = f", for instance {self.train.samples[min(self.known)][0]}" if self.known else ""
+            name = f", for instance {shown(self.train.samples[min(self.known)][0])}" if self.known else ""
             raise RunError(f"{undecodable} of {self.train_images} training images cannot be decoded{name}; "
                            "mend or remove them")
         return {"undecodable": undecodable}
@@ -92,7 +92,8 @@ class Batches:
         device, index = self.world.device, order[place:place + len(target)]
         self.undecodable += len(set(bad) & set(index.tolist()))     # each counts where its own turn is
         for i in set(bad) - self.known:
-            click.echo(f"notice: {self.train.samples[i][0]} cannot be decoded; another image stands in")
+            click.echo(f"notice: {shown(self.train.samples[i][0])} cannot be decoded; another image stands "
+                       "in")
         self.known |= set(bad)
         images, flips = ([x.to(device, non_blocking=True) for x in views] for views in (images, flips))
         if strong:
@@ -128,63 +129,34 @@ class Evaluation:
             yield normalise_folder(images[0].to(device), flips[0].to(device)), target.to(device)
         count = int(self.world.sum(torch.tensor(len(bad))))
         if count:
-            name = f", for instance {self.samples[min(bad)][0]}" if bad else ""
+            name = f", for instance {shown(self.samples[min(bad)][0])}" if bad else ""
             raise RunError(f"{count} evaluation images cannot be decoded{name}; mend or remove them")
 
 
-# ---------------------------------------------------------------- networks and teacher
-
-
-def network(name, classes, weights=None):
-    """One of NETWORKS, untrained, or with torchvision's weights of that name."""
-    if name == "MobileNetV1":
-        return create_model(name, classes)
-    if weights is None:
-        model = torchvision.models.get_model(name, num_classes=classes)
-    else:
-        known = [w.name for w in torchvision.models.get_model_weights(name)]
-        if weights not in known:
-            raise RunError(f"--teacher-weights {weights}: torchvision's {name} has {', '.join(known)}")
-        try:
-            model = torchvision.models.get_model(name, weights=weights)
-        except (OSError, RuntimeError, http.client.HTTPException) as error:     # no network, a bad download
-            raise RunError(f"torchvision's {weights} of {name} could not be downloaded "
-                           f"({first_line(error)}); give the same command again, or name a file with "
-                           "--teacher-checkpoint") from None
-    model.name = name
-    return model
-
-
-def refusal(model, size):
-    """Why a network does not take images of size x size pixels, None where it does."""
-    try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, size, size))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        return (f"{model.name} does not take images of {size} x {size} pixels ({first_line(error)}): "
-                "choose another --size")
+# ---------------------------------------------------------------- the teacher
 
 
 def get_teacher(recipe, folders, flags, world):
     """The Teacher, with the weights that were named, or torchvision's."""
-    name, classes, path = recipe["teacher"], len(folders.classes), flags["teacher_checkpoint"]
-    if path or flags["dry_run"]:
-        model, source = network(name, classes), path or "untrained"
-        if path:
-            load_weights(model, path, prefer="teacher")
-    elif name == "MobileNetV1":
-        raise RunError("nobody publishes a MobileNetV1 as a teacher: "
-                       "name its weights with --teacher-checkpoint")
-    elif classes != 1000:
-        raise RunError(f"torchvision's {name} is for 1000 classes, {flags['data_dir']} has {classes}: "
+    name, classes, path = recipe["teacher"], folders.classes, flags["teacher_checkpoint"]
+    pixels, how = imagenet_pixels(recipe["size"]), (recipe["precision"], flags["compile"])
+    if path:
+        network = create(name, len(classes), TORCHVISION)
+        teacher = load_teacher(network, path, world.device, path, *how, pixels, classes)
+    elif flags["dry_run"]:
+        teacher = Teacher(create(name, len(classes), TORCHVISION), world.device, *how[:1])
+    elif name not in TORCHVISION:
+        raise RunError(f"nobody publishes a {name} as a teacher: name its weights with --teacher-checkpoint")
+    elif len(classes) != 1000:
+        raise RunError(f"torchvision's {name} is for 1000 classes, {flags['data_dir']} has {len(classes)}: "
                        f"train a teacher on it (--method none --student {name}) and name it with "
                        "--teacher-checkpoint")
     else:
+        weights = name, flags["teacher_weights"], "--teacher-weights"
         # downloads for all on its machine
-        world.on_main(lambda: network(name, classes, flags["teacher_weights"]) and None)
-        model, source = (network(name, classes, flags["teacher_weights"]),
-                         f"torchvision's {flags['teacher_weights']}")
-    teacher = Teacher(model, world.device, recipe["precision"], source, flags["compile"])
+        world.on_main(lambda: torchvision_network(*weights) and None)
+        teacher = Teacher(torchvision_network(*weights), world.device, how[0],
+                          f"torchvision's {flags['teacher_weights']}", how[1])
     teacher.batch = None
     return teacher
 
@@ -204,71 +176,84 @@ def resolve(flags, world):
 
 
 def run_name(recipe):
-    pair = [recipe["teacher"]] if recipe["teacher"] else []
+    pair = [label(recipe["teacher"])] if recipe["teacher"] else []
     method = recipes.key(recipe["method"], recipe["zscore"])
-    return "-".join([*pair, recipe["student"], method, recipe["data"], f"seed{recipe['seed']}"])
+    return "-".join([*pair, label(recipe["student"]), method, recipe["data"], f"seed{recipe['seed']}"])
 
 
 def digest(folders):
     """Which images a run learns from and is evaluated on: how many, and a hash of their names and classes."""
     names = hashlib.sha256()
     for path, target in itertools.chain(folders.train, folders.eval):
-        names.update(f"{'/'.join(Path(path).parts[-3:])} {target}\n".encode())
+        names.update(os.fsencode(f"{'/'.join(Path(path).parts[-3:])} {target}\n"))
     return (f"{len(folders.train)} and {len(folders.eval)} of {len(folders.classes)} classes, "
             f"{names.hexdigest()[:12]}")
+
+
+def check_networks(recipe, classes, say):
+    """A usage error, or a ValueError, where the method or a network does not go with the images."""
+    cli.check_classes(recipe, classes)
+    for name in filter(None, (recipe["teacher"], recipe["student"])):
+        check(name, classes, recipe["size"], TORCHVISION, say)
 
 
 def run_one(recipe, folders, teacher, flags, world, stop_after=None):
     """One run in its folder: trained, resumed or found finished. Returns its result."""
     recipe = recipe | {"images": digest(folders)} | ({"teacher_sha256": teacher.sha256} if teacher else {})
     classes = len(folders.classes)
-    for name in filter(None, (recipe["teacher"], recipe["student"])):
-        if problem := refusal(network(name, classes), recipe["size"]):
-            raise click.UsageError(problem)
     batches = Batches(folders, recipe, teacher, world, flags["workers"], flags["at_once"])
     names, data = [recipe[k] for k in ("teacher", "student")], {"data": "imagenet"}
     real = classes == 1000 and folders.eval_name == "val"       # these may be ImageNet itself
-
-    def check_teacher():
-        scores = evaluate(teacher.logits, batches.evaluation(), world)
-        known = recipes.published(*names, "teacher", **data) if real else None
-        world.print(f"teacher {teacher.name} ({teacher.source}): {scores['top1']:.2f} % top-1 on the "
-                    f"{folders.eval_name} images" + (f", published {known:.2f}" if known else ""))
-        if known and scores["top1"] <= known - 1:
-            world.print("warning: this teacher is worse than the published one; "
-                        "the paper's numbers cannot be expected")
-
     method = recipe["method"], recipe["zscore"]
     known = ({"published": recipes.published(*names, *method, **data),
               "logged": recipes.logged(*names, *method, **data)} if real else {})
+
+    def before():
+        if recipe["zscore"] and not (real and recipes.known(recipe, **data)) and flags["base_temp"] is None:
+            world.print(cli.temperature_line(recipe, classes))
+        if teacher:
+            check_teacher(teacher, batches.evaluation(), f"{folders.eval_name} images", world,
+                          recipes.published(*names, "teacher", **data) if real else None)
+
     torch.manual_seed(recipe["seed"])
-    student = network(recipe["student"], classes).to(world.device, memory_format=torch.channels_last)
-    before = check_teacher if teacher and not flags["dry_run"] else lambda: None
+    student = create(recipe["student"], classes, TORCHVISION)
+    if flags["student_checkpoint"]:
+        # downloads for all on its machine
+        world.on_main(lambda: begin_with(student, flags["student_checkpoint"]))
+        begin_with(student, flags["student_checkpoint"], lambda line: None)
+        recipe["student_sha256"] = weights_sha256(student)
+    student.to(world.device, memory_format=layout(student))
     return distil(recipe, batches, student, Path(flags["out"]) / run_name(recipe), world, **known,
-                  before=before, save_every=flags["save_every"], stop_after=stop_after, capture=False,
-                  micro_batch=flags["at_once"], compile=flags["compile"])
+                  before=before if not flags["dry_run"] else lambda: None, save_every=flags["save_every"],
+                  stop_after=stop_after, capture=False, micro_batch=flags["at_once"],
+                  compile=flags["compile"])
 
 
 def dry_run(recipe, flags, world):
     """The whole path, made images: an epoch of two batches, save, leave, resume, evaluate, result, --eval."""
-    networks = [network(name, 3) for name in (recipe["teacher"], recipe["student"]) if name]
-    size = 64 if not any(refusal(model, 64) for model in networks) else flags["size"]
+    try:
+        size = 64
+        check_networks(recipe | {"size": size}, 3, lambda line: None)
+    except ValueError:      # for larger images only
+        size = flags["size"]
     recipe |= {"batch_size": 8 * world.size, "epochs": 2, "size": size, "data": "made", "val_from_train": 0}
-    generator = torch.Generator().manual_seed(0)
+    classes, generator = [f"class {i}" for i in range(3)], torch.Generator().manual_seed(0)
+    if flags["teacher_checkpoint"]:         # whose classes are the file's
+        name, content, facts = identify(flags["teacher_checkpoint"], recipe["teacher"])
+        count = class_count(content, create(name, 3, TORCHVISION), 3, "teacher") or 3
+        classes = facts.get("classes") or [f"class {i}" for i in range(count)]
     # each process's own folder, the same in all: nodes need not share a disk
     with tempfile.TemporaryDirectory() as folder:
         for i, part in enumerate(["train"] * 2 * recipe["batch_size"] + ["val"] * 7):
-            path = Path(folder, part, f"class{i % 3}", f"{i}.jpg")
+            path = Path(folder, part, f"{i % min(3, len(classes))}", f"{i}.jpg")
             path.parent.mkdir(parents=True, exist_ok=True)
             to_pil_image(torch.randint(0, 256, (3, 80, 100), dtype=torch.uint8,
                                        generator=generator)).save(path)
-        folders = load_folders(folder)
-        if flags["teacher_checkpoint"]:     # whose classes are the file's
-            teacher = recipe["teacher"]
-            content = read_checkpoint(flags["teacher_checkpoint"], teacher)
-            count = class_count(content, network(teacher, 3), "teacher") or 3
-            folders = folders._replace(classes=folders.classes + list(map(str, range(3, count))))
+        folders = load_folders(folder)._replace(classes=classes)
+        check_networks(recipe, len(classes), world.print)
         flags = flags | {"out": str(Path(folder, "runs")), "workers": 0, "at_once": None, "data_dir": folder}
+        if flags["student_checkpoint"] and not Path(flags["student_checkpoint"]).exists():
+            flags["student_checkpoint"] = None          # no download
         teacher = get_teacher(recipe, folders, flags, world) if recipe["teacher"] else None
         run_one(recipe, folders, teacher, flags, world, stop_after=1)
         run_one(recipe, folders, teacher, flags, world)
@@ -281,17 +266,13 @@ def dry_run(recipe, flags, world):
 
 def evaluate_file(flags, world, folders=None):
     """--eval: loss, top-1 and top-5 of a checkpoint on evaluation images, by default those of the flags."""
-    folders = folders or load_folders(flags["data_dir"], flags["val_from_train"])
-    said = facts_of(read_checkpoint(flags["eval_file"], flags["student"]))
-    name, size = flags["student"] or said.get("student"), said.get("size", flags["size"])
-    if name not in NETWORKS:
-        raise click.UsageError(f"{flags['eval_file']} does not say which network it holds: "
-                               "name it with --student")
-    model = network(name, len(folders.classes))
-    load_weights(model, flags["eval_file"])
-    if problem := refusal(model, size):
-        raise click.UsageError(problem)
-    teacher = Teacher(model, world.device, flags["precision"] or "fp32")
+    name, _, facts = identify(flags["eval_file"], flags["student"])
+    folders = folders or load_folders(flags["data_dir"], flags["val_from_train"], ("val",), world.print)
+    size = facts.get("size", flags["size"])
+    check(name, len(folders.classes), size, TORCHVISION, lambda line: None)
+    teacher = load_teacher(create(name, len(folders.classes), TORCHVISION), flags["eval_file"], world.device,
+                           precision=flags["precision"] or "fp32", pixels=imagenet_pixels(size),
+                           classes=folders.classes, prefer="student")
     teacher.batch = flags["at_once"] or 64
     scores = evaluate(teacher.logits,
                       Evaluation(folders, size, world, flags["workers"], teacher.batch), world)
@@ -321,7 +302,7 @@ def main(**flags):
     if flags["list_recipes"]:
         click.echo(recipes.table("imagenet"))
         return
-    cli.check_method(flags, NETWORKS)
+    cli.check_method(flags, [*TORCHVISION, *(name for name in MODELS if name not in TORCHVISION)])
     if flags["seeds"] != 1:
         raise click.UsageError("--seeds is for train_cifar.py; here, give one --seed at a time")
     world = World(flags["device"])
@@ -357,9 +338,10 @@ def execute(flags, world):
     if flags["dry_run"]:
         dry_run(recipe, flags, world)
         return
-    folders = load_folders(flags["data_dir"], flags["val_from_train"])
+    folders = load_folders(flags["data_dir"], flags["val_from_train"], say=world.print)
     world.print(f"{len(folders.train)} training and {len(folders.eval)} {folders.eval_name} images of "
                 f"{len(folders.classes)} classes, {world.size} process{'es' * (world.size > 1)}")
+    check_networks(recipe, len(folders.classes), world.print)
     teacher = get_teacher(recipe, folders, flags, world) if recipe["teacher"] else None
     run_one(recipe, folders, teacher, flags, world)
 

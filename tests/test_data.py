@@ -13,7 +13,8 @@ from torchvision import transforms
 from torchvision.transforms import functional as per_image
 
 import data
-from data import VIEWS, crop_and_flip, epoch_draws, evaluate, load_data, normalise, synthetic
+from data import VIEWS, crop_and_flip, epoch_draws, load_data, normalise, synthetic
+from distill import evaluate
 
 
 def one_by_one(image, view):
@@ -99,7 +100,8 @@ def test_the_folder_may_be_named_itself(cifar, tmp_path):
     """Kaggle's layout, read-only: train, test and meta directly in the folder, whatever its name."""
     folder = tmp_path / "cifar100"
     folder.symlink_to(cifar / "cifar-100-python")
-    assert len(load_data("cifar100", folder, "cpu").test.targets) == 10_000 and data.has_cifar100(folder)
+    assert len(load_data("cifar100", folder, "cpu").test.targets) == 10_000
+    assert data.has_cifar("cifar100", folder)
 
 
 # ---------------------------------------------------------------- downloads
@@ -165,10 +167,10 @@ def test_the_real_archive_is_fetched_unpacked_and_read(cifar, serve, tmp_path, m
     monkeypatch.setattr(data.CIFAR100, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
     monkeypatch.setenv("CIFAR100_URL", f"{serve[1]}/cifar.tar.gz")
     serve[2].cut = 50_000_000
-    train, test = data.read_cifar100(tmp_path / "to")
+    train, test = data.read_cifar("cifar100", tmp_path / "to")
     assert (len(train.targets), len(test.targets)) == (50_000, 10_000)
     assert serve[2].ranges == [None, "bytes=50000000-"]
-    data.read_cifar100(tmp_path / "to")
+    data.read_cifar("cifar100", tmp_path / "to")
     assert len(serve[2].asked) == 2
 
 
@@ -219,7 +221,8 @@ def test_synthetic_images_are_the_same_every_time_and_differ_between_splits():
 def test_evaluation_counts_like_a_loop_over_images(generator):
     split = synthetic(130, 3)
     weight = torch.randn(100, 3 * 32 * 32, generator=generator)
-    scores = evaluate(lambda x: x.flatten(1) @ weight.T, split, batch_size=32)
+    batches = ((normalise(x), y) for x, y in zip(split.images.split(32), split.targets.split(32)))
+    scores = evaluate(lambda x: x.flatten(1) @ weight.T, batches)
     first = five = loss = 0
     for image, target in zip(split.images, split.targets):
         logits = weight @ one_by_one(image, (4 * 9 + 4) * 2).flatten()
@@ -233,12 +236,13 @@ def test_evaluation_counts_like_a_loop_over_images(generator):
 def test_equal_or_nan_logits_are_not_counted_as_right():
     split = synthetic(100, 3)
     for value in (0.0, float("nan")):
-        assert evaluate(lambda x: torch.full((len(x), 100), value), split)["top1"] <= 1
+        batches = [(split.images, split.targets)]
+        assert evaluate(lambda x: torch.full((len(x), 100), value), batches)["top1"] <= 1
 
 
 def test_other_folders_named_train_are_no_damaged_cifar100(tmp_path):
     """data/train/cat/ is somebody's images: nothing is damaged, an export goes on without CIFAR-100."""
     (tmp_path / "train" / "cat").mkdir(parents=True)
-    assert not data.has_cifar100(tmp_path)
+    assert not data.has_cifar("cifar100", tmp_path)
     with pytest.raises(ValueError, match="^no CIFAR-100 in "):
-        data.read_cifar100(tmp_path, download=False)
+        data.read_cifar("cifar100", tmp_path, download=False)

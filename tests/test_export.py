@@ -18,6 +18,7 @@ from PIL import Image
 
 import data
 import export
+import folders
 import predict as predictor
 from models import MODELS, create_model
 from train_cifar import main as train
@@ -239,7 +240,7 @@ def test_a_bare_checkpoint_of_the_field_and_no_data(tmp_path):
     assert sorted(os.listdir()) == ["bare.pth", "resnet8.json", "resnet8.onnx"]
     assert json.loads(metadata("resnet8.onnx")["classes"])[:2] == ["apple", "aquarium_fish"]
     assert metadata("resnet8.onnx")["temperature_fitted_on"] == "nothing"
-    assert export.load_student("bare.pth").name == "resnet8"        # its keys say what it is
+    assert export.load_student("bare.pth").network.name == "resnet8"        # its keys say what it is
 
 
 # ---------------------------------------------------------------- int8 on every processor
@@ -349,10 +350,10 @@ def test_a_student_of_other_classes_is_not_measured_on_cifar100(cifar):
     torch.save(create_model("resnet8", 10).state_dict(), "ten.pt")
     os.symlink(cifar, "data")
     ten = "--checkpoint", "ten.pt", "--student", "resnet8"
-    assert "the student has 10 classes, which are not CIFAR-100's" in call(*ten, "--out", "out")
+    assert "no --data-dir: accuracy is not measured" in call(*ten, "--out", "out")
     assert sorted(os.listdir("out")) == ["resnet8.json", "resnet8.onnx"]
     assert "top1" not in metadata("out/resnet8.onnx")
-    assert "leave --data-dir out" in call(*ten, "--data-dir", "data", code=1)
+    assert "no CIFAR-10 in data: --data-dir names" in call(*ten, "--data-dir", "data", code=1)
 
 
 def test_damaged_data_is_not_downloaded_by_an_export(monkeypatch):
@@ -379,10 +380,10 @@ def test_a_student_with_held_out_images_needs_no_val(tmp_path):
         seen = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(export, "FolderImages", lambda samples, size:
-                          seen.append({p for p, _ in samples}) or data.FolderImages(samples, size))
+                          seen.append({p for p, _ in samples}) or folders.FolderImages(samples, size))
             output = call("--checkpoint", "student.pt", "--data-dir", tmp_path, "--out", "out", "--no-int8")
         assert f"fitted on {fitted}" in output
-        held_out = {p for p, _ in data.load_folders(tmp_path, held).eval}
+        held_out = {p for p, _ in folders.load_folders(tmp_path, held).eval}
         assert all(part <= held_out or not part & held_out for part in seen)
         assert any(part <= held_out for part in seen)
         if held == 20:
@@ -448,7 +449,7 @@ def test_mistakes_are_one_line_and_leave_nothing(words, code, flags):
 def test_the_public_resnet56_loses_nothing_in_float32_half_a_point_in_int8(count, shared, cifar, monkeypatch):
     def first(*arguments, real=data.load_data, **more):
         found = real(*arguments, **more)
-        return found._replace(test=export.part(found.test, slice(count)))
+        return found._replace(test=data.Split(*(x[:count] for x in found.test)))
 
     monkeypatch.setattr(export, "load_data", first)
     call("--checkpoint", shared / "teachers" / "resnet56.pt", "--student", "resnet56", "--data-dir", cifar,
@@ -470,18 +471,18 @@ def test_a_student_of_train_imagenet_is_exported_with_its_rule_for_sizes(shared,
         os.symlink(shared / "imagenet-sample", tmp_path / part)
     torch.manual_seed(0)
     network = torchvision.models.resnet18(num_classes=100)
-    folders = data.load_folders(".")
-    views = torch.stack([data.FolderImages(folders.eval, 64)[i, 0][0][0] for i in range(24)])
+    found = folders.load_folders(".")
+    views = torch.stack([folders.FolderImages(found.eval, 64)[i, 0][0][0] for i in range(24)])
     with torch.no_grad():
         for _ in range(8):
             network.train()(data.normalise(views, data.IMAGENET_MEAN, data.IMAGENET_STD))
-    torch.save({"model": network.state_dict(), "student": "resnet18", "size": 64, "classes": folders.classes,
+    torch.save({"model": network.state_dict(), "student": "resnet18", "size": 64, "classes": found.classes,
                 "data": "imagenet"}, "student.pt")
     call("--checkpoint", "student.pt", "--data-dir", ".", "--out", "out", "--no-int8")
     facts = metadata("out/resnet18.onnx")
     assert json.loads(facts["size"]) == [64, 64] and facts["resize"] == "73"
-    assert json.loads(facts["classes"]) == folders.classes
-    result = predict("out/resnet18.onnx", *[folders.eval[i][0] for i in range(24)], "--json")
+    assert json.loads(facts["classes"]) == found.classes
+    result = predict("out/resnet18.onnx", *[found.eval[i][0] for i in range(24)], "--json")
     assert result.returncode == 0 and result.stderr.count("resized and cropped to 64 x 64") == 24
     with torch.no_grad():
         logits = network.eval()(data.normalise(views, data.IMAGENET_MEAN, data.IMAGENET_STD))
@@ -549,7 +550,7 @@ def test_predict_sees_the_pixels_that_the_evaluation_saw(tmp_path, mode, shape):
             image.putalpha(Image.fromarray(draw.integers(0, 256, shape[::-1], dtype=np.uint8)))
     path = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
     image.save(path, **({"transparency": 3} if mode == "P" else {}))
-    (evaluated,), _, _, bad = data.FolderImages([(path, 0)], 64)[0, 0]
+    (evaluated,), _, _, bad = folders.FolderImages([(path, 0)], 64)[0, 0]
     assert not bad and np.array_equal(pixels_seen(path), evaluated.numpy())
 
 
@@ -557,7 +558,7 @@ def test_predict_sees_the_pixels_that_the_evaluation_saw(tmp_path, mode, shape):
 def test_damaged_exif_hinders_neither_the_evaluation_nor_predict(tmp_path, exif):
     pixels = np.random.default_rng(0).integers(0, 256, (73, 73, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "x.jpg", exif=exif)
-    (evaluated,), _, _, bad = data.FolderImages([(tmp_path / "x.jpg", 0)], 64)[0, 0]
+    (evaluated,), _, _, bad = folders.FolderImages([(tmp_path / "x.jpg", 0)], 64)[0, 0]
     assert not bad and np.array_equal(pixels_seen(tmp_path / "x.jpg"), evaluated.numpy())
 
 
@@ -571,7 +572,7 @@ def test_predict_turns_photographs_upright_and_the_evaluation_does_not(tmp_path)
     turned.save(tmp_path / "turned.png", exif=exif)
     turned.save(tmp_path / "silent.png")
     assert np.array_equal(pixels_seen(tmp_path / "turned.png"), pixels_seen(tmp_path / "upright.png"))
-    evaluated = [data.FolderImages([(tmp_path / f"{name}.png", 0)], 64)[0, 0][0][0]
+    evaluated = [folders.FolderImages([(tmp_path / f"{name}.png", 0)], 64)[0, 0][0][0]
                  for name in ("turned", "silent")]
     assert torch.equal(*evaluated)
 

@@ -64,7 +64,7 @@ POINTS = {      # the third save is in the first epoch, the eleventh in the seco
 SIGNALS = {
     "SIGTERM": lambda n: after(distill, "check_finite", n, lambda: os.kill(os.getpid(), signal.SIGTERM)),
     "SIGINT": lambda n: after(distill, "check_finite", n, lambda: os.kill(os.getpid(), signal.SIGINT)),
-    "SIGTERM in the evaluation": lambda n: after(distill, "evaluate", 2,
+    "SIGTERM in the evaluation": lambda n: after(distill, "evaluate", 3,        # the first is the teacher's
                                                  lambda: os.kill(os.getpid(), signal.SIGTERM)),
 }
 

@@ -473,7 +473,7 @@ def test_what_is_too_large_or_loses_accuracy_leaves_its_card_alone(small, monkey
     assert "only its card" in kept(small)[0]
     monkeypatch.setattr(reproduce, "LARGEST", 16e6)
     top1 = iter([50.0, 50.03])       # of float32, of float16
-    monkeypatch.setattr(reproduce.Teacher, "evaluate", lambda *rest: {"top1": next(top1)})
+    monkeypatch.setattr(reproduce, "evaluate", lambda *rest: {"top1": next(top1)})
     assert "only its card" in kept(small)[0]
     assert [p.name for p in (small / "checkpoints").iterdir()] == ["resnet8.json"]
 

@@ -17,6 +17,8 @@ import torch
 import data
 import teacher as rooms_teacher
 from data import crop_and_flip, epoch_draws, normalise, synthetic
+from distill import check_teacher
+from distributed import World
 from models import create_model
 from teacher import Cache, Teacher, download_teachers, find_teacher, load_teacher, weights_sha256
 from test_weights import repdistiller_teacher
@@ -74,7 +76,7 @@ def test_the_archive_is_downloaded_once_and_gives_every_teacher_in_it(checkpoint
     assert find_teacher("vgg13", url=f"{url}/teachers.tar")[0] == checkpoints / "mdistiller" / "vgg13.pth"
     assert len(server.asked) == 1
     assert sorted(os.listdir(checkpoints / "mdistiller")) == ["resnet56.pth", "vgg13.pth"]
-    loaded = load_teacher("resnet56", path, source, "cpu")
+    loaded = load_teacher(create_model("resnet56"), path, "cpu", source)
     written = settled("resnet56")
     repdistiller_teacher(written)       # it made a step
     assert loaded.sha256 == weights_sha256(written)
@@ -140,7 +142,7 @@ def test_without_the_archive_the_next_source_is_tried_and_its_accuracy_said(mode
     assert source == ("pytorch-cifar-models', 72.63 % by its authors, "
                       "checkpoints/pytorch-cifar-models/resnet56.pt")
     assert "404" in lines[1] and "downloading pytorch-cifar-models' cifar100_resnet56-" in lines[1]
-    assert load_teacher("resnet56", path, source, "cpu").sha256 == weights_sha256(network)
+    assert load_teacher(create_model("resnet56"), path, "cpu", source).sha256 == weights_sha256(network)
     archive(serve[0] / "teachers.tar", ["resnet56"])    # it is back: a run keeps its teacher
     assert find_teacher("resnet56", url=f"{serve[1]}/teachers.tar", say=lines.append) == (path, source)
     assert len(lines) == 2
@@ -450,12 +452,15 @@ def test_logits_do_not_depend_on_what_else_is_computed(name):
         assert torch.equal(teacher.cached_logits(indices[part], drawn[part]), whole[part])
 
 
-def test_a_teacher_below_the_published_accuracy_is_a_warning():
+def test_a_teacher_below_the_published_accuracy_is_a_warning(capsys):
     split, network = synthetic(100, 1), trained("resnet8")
-    top1, line = Teacher(network, "cpu", source="mine.pt").check(split, published=79.42)
-    assert f"teacher resnet8 (mine.pt): {top1:.2f} % top-1" in line
-    assert "published 79.42" in line and "warning" in line
-    assert "warning" not in Teacher(network, "cpu").check(split, published=top1 + 0.9)[1]
+    teacher, batches = Teacher(network, "cpu", source="mine.pt"), [(normalise(split.images), split.targets)]
+    top1 = check_teacher(teacher, batches, "test split", World("cpu"), published=79.42)
+    line = capsys.readouterr().out
+    assert f"teacher resnet8 (mine.pt): {top1:.2f} % top-1 on the test split, published 79.42\n" in line
+    assert "warning" in line
+    check_teacher(teacher, batches, "test split", World("cpu"), published=top1 + 0.9)
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_the_hash_tells_weights_apart():

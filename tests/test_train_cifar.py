@@ -72,8 +72,8 @@ def test_the_main_command_finds_a_teacher_as_mdistiller_publishes_it(serve, cifa
     """Real images, but few; the archive with optimizers and numpy.float64 in it; smaller networks."""
     archive(serve[0] / "cifar_teachers.tar", ["resnet56"])
     monkeypatch.setenv("TEACHER_URL", f"{serve[1]}/cifar_teachers.tar")
-    train, test = (data.Split(s.images[:300], s.targets[:300]) for s in data.read_cifar100(cifar))
-    monkeypatch.setattr(data, "read_cifar100", lambda *_: (train, test))
+    train, test = (data.Split(s.images[:300], s.targets[:300]) for s in data.read_cifar("cifar100", cifar))
+    monkeypatch.setattr(data, "read_cifar", lambda *_: (train, test))
     output = call("--teacher", "resnet56", "--student", "resnet20", "--zscore", "--epochs", 1,
                   "--device", "cpu")
     assert ("downloading mdistiller's teachers, once, from http" in output
@@ -309,7 +309,7 @@ def test_ten_fast_steps_equal_a_plain_loop(device, method, tmp_path):
     reference = torch.optim.SGD([*plain.parameters(), g], 0.01, momentum=0.9, weight_decay=5e-4,
                                 foreach=False)
     for epoch in range(2):
-        data.evaluate(student.eval(), split)        # in between, as in a run
+        distill.evaluate(student.eval(), batches.evaluation())      # in between, as in a run
         student.train()
         order, views = (torch.from_numpy(x).to(device) for x in data.epoch_draws(3, epoch, 75))
         strong = randaugment.strong_draws(3, epoch, 75).to(device)
@@ -540,7 +540,7 @@ def test_projected_days_say_what_to_do_instead(monkeypatch, capsys):
      ["--student", "resnet9", "--method", "none"]),
     ("--method none has no teacher", 2, ["--student", "resnet8", "--method", "none", "--zscore"]),
     ("no CIFAR-100 in", 1, ["--student", "resnet8", "--method", "none", "--data-dir", "nothing"]),
-    ("does not say which network", 2, ["--eval", "teacher.pt"]),
+    ("no CIFAR-100 in", 1, ["--eval", "teacher.pt"]),        # a resnet14 by its keys
     ("teacher.pt is not a resnet8 but a resnet14", 1, ["--eval", "teacher.pt", "--student", "resnet8"]),
     ("nothing.pt: no such file", 1, ["--eval", "nothing.pt", "--student", "resnet8"]),
 ])

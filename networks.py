@@ -1,0 +1,181 @@
+"""Networks by name: models.py's, torchvision's, timm's and your own; what they take; weights to begin with.
+
+    create("resnet8x4", 10)                     # models.py's
+    create("my/nets.py:tiny", 10)               # tiny(num_classes=10), of a file
+    create("package.module:tiny", 10)           # of an installed or a nearby module
+    create("timm:resnet18", 10)                 # with timm installed
+    create("resnet18", 10, TORCHVISION)         # torchvision's first, then models.py's
+"""
+
+import functools
+import http.client
+import importlib
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import torch
+import torchvision.models
+from torch import nn
+
+from models import MODELS, create_model, guess_network
+from run import first_line
+from weights import facts_of, find_weights, preferred, read_checkpoint
+
+OTHERS = ("googlenet", "inception_v3")      # return more than logits
+TORCHVISION = [n for n in torchvision.models.list_models(module=torchvision.models) if n not in OTHERS]
+
+
+def create(name, num_classes, first=MODELS):
+    """The network, (B, 3, H, W) -> logits (B, num_classes), initialised; `model.name` can name a file.
+
+    first: whose names win, MODELS or TORCHVISION, where both have one. One's own, which may view its maps as
+    vectors, sees contiguous images; a tuple's first entry is its logits. ValueError, one line. Draws from
+    torch's global generator.
+    """
+    if ":" in name:
+        model = _own(name, num_classes)
+        model.register_forward_pre_hook(lambda module, inputs: tuple(x.contiguous() for x in inputs))
+        model.register_forward_hook(lambda module, inputs, output: _logits(output))
+    elif name in TORCHVISION and (first is TORCHVISION or name not in MODELS):
+        model = torchvision.models.get_model(name, num_classes=num_classes)
+    else:
+        model = create_model(name, num_classes)
+    model.name, model.own = label(name), ":" in name
+    return model
+
+
+def layout(model):
+    """The memory format of a network's weights and images: the faster one, for one's own the usual one."""
+    return torch.contiguous_format if model.own else torch.channels_last
+
+
+def label(name):
+    """A network's name in the names of files and folders: nets-tiny for my/nets.py:tiny."""
+    where, _, function = name.rpartition(":")
+    stem = Path(where).stem if where.endswith(".py") else where
+    return re.sub(r"[^\w.-]", "-", f"{stem}-{function}" if where else function)
+
+
+def _logits(output):
+    return output[0] if isinstance(output, (tuple, list)) and output else output
+
+
+def _own(name, num_classes):
+    where, _, function = name.rpartition(":")
+    attribute = "create_model" if where == "timm" else function
+    build = getattr(_module(where), attribute, None)
+    if build is None:
+        raise ValueError(f"{name}: {where} has no {attribute}")
+    if isinstance(build, nn.Module) or not callable(build):
+        raise ValueError(f"{name} is a {type(build).__name__}, not a function or class that takes "
+                         "num_classes and returns a network")
+    try:
+        model = build(*[function] * (where == "timm"), num_classes=num_classes)
+    except (Exception, SystemExit) as error:        # of the user's code, any
+        raise ValueError(f"{name}(num_classes={num_classes}) fails ({_reason(error)})") from None
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{name} returns a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+@functools.cache
+def _module(where):
+    """A user's module, by its file (*.py) or its name; its folder's other modules are found from it."""
+    path = Path(where).expanduser()
+    if where.endswith(".py") and not path.is_file():
+        raise ValueError(f"{where}: no such file")
+    folder = str(path.resolve().parent if where.endswith(".py") else Path.cwd())
+    sys.path.insert(0, folder)
+    try:
+        if not where.endswith(".py"):
+            return importlib.import_module(where)
+        spec = importlib.util.spec_from_file_location(f"own_{label(where)}", path)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    except (Exception, SystemExit) as error:
+        hint = "; pip install timm" if where == "timm" else ""
+        raise ValueError(f"{where} cannot be imported ({_reason(error)}){hint}") from None
+    finally:
+        sys.path.remove(folder)
+        sys.path.append(folder)     # for what it imports later
+
+
+def _reason(error):
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def check(name, num_classes, size, first=MODELS, say=print):
+    """ValueError, one line, where a network does not make logits of images of size x size, in either mode."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        model = _own(name, num_classes) if ":" in name else create(name, num_classes, first)
+        for training in (True, False):
+            try:
+                output = model.train(training)(torch.zeros(2, 3, size, size))
+            except Exception as error:      # of any network, any
+                what, todo = ((f"fails on a batch of images of {size} x {size} pixels", "")
+                              if ":" in name else
+                              (f"does not take images of {size} x {size} pixels", ": choose another --size"))
+                raise ValueError(f"{name} {what} ({_reason(error)}){todo}") from None
+            logits = _logits(output)
+            if logits is not output and training:
+                say(f"notice: {name} returns {len(output)} values; the first is taken as its logits")
+            shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+            if shape != (2, num_classes):
+                raise ValueError(f"{name} makes {shape} of 2 images and {num_classes} classes, not logits "
+                                 f"(2, {num_classes}): it has to take num_classes")
+
+
+def identify(path, name=None):
+    """(name, content, facts) of a checkpoint file: the given name, the one it says, or that its keys fit."""
+    content = read_checkpoint(path, name)
+    facts = facts_of(content)
+    name = name or facts.get("student") or guess_network(content)
+    if not isinstance(name, str) or ":" not in name and name not in MODELS and name not in TORCHVISION:
+        raise ValueError(f"{path} does not say which network it holds, and none has its keys: name it with "
+                         "--student")
+    return name, content, facts
+
+
+# ---------------------------------------------------------------- weights to begin with
+
+
+def torchvision_network(name, weights, flag):
+    """torchvision's network with its weights of that name. ValueError: there are none, no connection."""
+    known = [w.name for w in torchvision.models.get_model_weights(name)]
+    if weights not in ("DEFAULT", *known):
+        raise ValueError(f"{flag} {weights}: torchvision's {name} has {', '.join(known)}")
+    try:
+        model = torchvision.models.get_model(name, weights=weights)
+    except (OSError, RuntimeError, http.client.HTTPException) as error:     # no network, a bad download
+        raise ValueError(f"torchvision's {weights} of {name} could not be downloaded ({first_line(error)}); "
+                         "give the same command again, or name a file with --"
+                         f"{flag.strip('-').split('-')[0]}-checkpoint") from None
+    model.name, model.own = name, False
+    return model
+
+
+def begin_with(model, source, say=print):
+    """Loads what fits of a checkpoint file into a network; the rest, a head of other classes, begins anew.
+
+    source: a file of any of the field's formats (see weights.py), or the name of torchvision's weights for
+    one of its networks. ValueError where nothing fits.
+    """
+    known = not model.own and type(model).__module__.startswith("torchvision.")
+    if known and source.isidentifier() and not Path(source).exists():
+        given = torchvision_network(model.name, source, "--student-checkpoint").state_dict()
+    else:
+        fits, nearest = find_weights(read_checkpoint(source, model.name), model)
+        given = fits[preferred(fits)] if fits else nearest
+    want = model.state_dict()
+    taken = {k: v for k, v in given.items()
+             if k in want and isinstance(v, torch.Tensor) and v.shape == want[k].shape}
+    if not any(want[k].is_floating_point() for k in taken):
+        raise ValueError(f"--student-checkpoint {source}: nothing in it fits {model.name}")
+    model.load_state_dict(want | taken)
+    left = [f"{k} {tuple(v.shape)}" + (f" is {tuple(given[k].shape)} there" if k in given else "")
+            for k, v in want.items() if k not in taken and v.is_floating_point()]
+    say(f"{model.name} begins with {source}" + (f", but for {len(left)} of {len(want)} tensors, which begin "
+        f"anew: {', '.join(left[:4])}{', ...' if len(left) > 4 else ''}" if left else ""))

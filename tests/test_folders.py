@@ -1,0 +1,859 @@
+"""Folders of images in both scripts, and CIFAR-10: what is read, kept, skipped and refused."""
+
+import hashlib
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from torch import nn
+from torchvision.datasets import CIFAR10
+from torchvision.transforms import functional as per_image
+
+import cli
+import data
+import distill
+import folders
+import predict
+import recipes
+import teacher
+import train_cifar
+import train_imagenet
+import zscore_kd
+from folders import load_folders, load_small, read_images
+from models import MODELS, create_model
+
+SCRIPTS = {"cifar": (train_cifar, ["--data", "folder", "--size", "32"]),
+           "imagenet": (train_imagenet, ["--size", "32", "--workers", "0"])}
+SHORT = ["--epochs", "1", "--batch-size", "8", "--lr", "0.01", "--device", "cpu"]
+ALONE = ["--method", "none", "--student", "resnet8"]
+both = pytest.mark.parametrize("script", SCRIPTS)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """An empty working folder with images/ in it: 24 for training, 9 for evaluation, 3 classes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(teacher, "CHECKPOINTS", tmp_path / "checkpoints")
+    monkeypatch.setattr(train_cifar, "CHECKPOINTS", tmp_path / "checkpoints")
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+    monkeypatch.setenv("CIFAR10_URL", "http://127.0.0.1:9/none.tar.gz")
+    monkeypatch.setitem(train_cifar.CHUNK, "cpu", 24)       # small runs too prepare steps in several chunks
+    monkeypatch.setitem(teacher.BATCH, "cpu", 16)
+    photos(tmp_path / "images", {"train": 24, "val": 9})
+    return tmp_path
+
+
+def photos(folder, counts, classes=3):
+    """PNG files of several sizes; classes differ in colour."""
+    draw = np.random.default_rng(len(counts))
+    for part, count in counts.items():
+        for i in range(count):
+            picture(folder / part / f"class{i % classes}" / f"{i}.png", draw, i % classes % 3,
+                    (52 - i % 3 * 9, 36 + i % 5 * 7))
+
+
+def picture(path, draw=None, plane=0, size=(40, 36)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = (draw or np.random.default_rng(0)).integers(0, 128, (*size[::-1], 3), dtype=np.uint8)
+    pixels[..., plane] += 100
+    Image.fromarray(pixels).save(path)
+
+
+def call(script, *arguments, code=0, charset="utf-8"):
+    """What a command prints. The script's own flags come first, so that a test's win."""
+    module, flags = SCRIPTS[script]
+    return invoke(module, *flags, "--data-dir", "images", *SHORT, *arguments, code=code, charset=charset)
+
+
+def invoke(module, *arguments, code=0, charset="utf-8"):
+    runner = CliRunner(charset=charset)
+    result = runner.invoke(module.main, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def only(pattern):
+    found, = Path().glob(pattern)
+    return found
+
+
+def pixels_of(path, size):
+    """The image of an RGB file as documented: the shorter side `size`, Pillow's antialiased bilinear, the
+    centre; (3, size, size) uint8."""
+    image = Image.open(path).convert("RGB")
+    width, height = image.size
+    if width <= height:
+        image = image.resize((size, int(size * height / width)), Image.Resampling.BILINEAR)
+    else:
+        image = image.resize((int(size * width / height), size), Image.Resampling.BILINEAR)
+    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+    return np.asarray(image.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
+
+
+def listed(part, root="images"):
+    """[(path, target)] of a part, in the order of class and file names."""
+    classes = sorted(p.name for p in Path(root, part).iterdir())
+    return [(path, i) for i, name in enumerate(classes) for path in sorted(Path(root, part, name).iterdir())]
+
+
+# ---------------------------------------------------------------- pixels
+
+
+KINDS = {       # file: (mode, size, what save is given)
+    "wide.png": ("RGB", (90, 31), {}), "tall.png": ("RGB", (33, 64), {}), "small.png": ("RGB", (7, 9), {}),
+    "square.bmp": ("RGB", (45, 45), {}), "exact.png": ("RGB", (32, 32), {}), "grey.png": ("L", (50, 41), {}),
+    "grey-alpha.png": ("LA", (50, 41), {}), "alpha.png": ("RGBA", (50, 41), {}),
+    "bits.png": ("1", (9, 8), {}), "palette.png": ("P", (50, 41), {"transparency": 3}),
+    "print.jpg": ("CMYK", (50, 41), {}),
+    "deep.png": ("I;16", (50, 41), {}), "float.tif": ("F", (50, 41), {}),
+    "turned.jpg": ("RGB", (60, 41), {"exif": 6})}
+
+
+def make(path, mode, size, options):
+    draw = np.random.default_rng(0)
+    if mode == "I;16":
+        image = Image.fromarray(draw.integers(0, 65536, size[::-1], dtype=np.uint16))
+    elif mode == "F":
+        image = Image.fromarray(draw.random(size[::-1], dtype=np.float32))
+    else:
+        shape = (*size[::-1], len(Image.new(mode, (1, 1)).getbands()))
+        values = draw.integers(0, 256, shape, dtype=np.uint8)
+        base = {"P": "L", "1": "L"}.get(mode, mode)
+        image = Image.fromarray(values.squeeze(), base).convert(mode)
+    if "exif" in options:
+        exif = Image.Exif()
+        exif[0x0112] = options["exif"]
+        options = {"exif": exif}
+    image.save(path, **options)
+
+
+@pytest.mark.parametrize("size", [32, 45, 64])
+def test_small_images_have_the_pixels_that_predict_sees(size):
+    """Else a network learns other pixels than those that it gets on a device: modes, EXIF, rounding."""
+    for name, kind in KINDS.items():
+        make(name, *kind)
+    images = read_images([(name, 0) for name in KINDS], size)
+    assert images.dtype == torch.uint8 and images.shape == (len(KINDS), 3, size, size)
+    classifier = object.__new__(predict.Classifier)     # what it needs of a file's metadata
+    classifier.size, classifier.resize = (size, size), size
+    for name, image in zip(KINDS, images.numpy()):
+        assert np.array_equal(image, classifier.pixels(Image.open(name))), name
+        if KINDS[name][0] == "RGB" and name != "turned.jpg":
+            assert np.array_equal(image, pixels_of(name, size)), name
+    upright = np.asarray(per_image.center_crop(per_image.resize(
+        Image.open("turned.jpg").transpose(Image.Transpose.ROTATE_270), size, antialias=True), [size, size]))
+    assert np.array_equal(images[list(KINDS).index("turned.jpg")], upright.transpose(2, 0, 1))
+
+
+def test_a_folder_is_read_in_order_with_its_names_and_targets():
+    """A target that belongs to another image, or class names in another order, would be learnt silently."""
+    read = load_small("images", "cpu", 40)
+    for split, part in ((read.train, "train"), (read.test, "val")):
+        assert split.targets.tolist() == [target for _, target in listed(part)]
+        assert np.array_equal(split.images, np.stack([pixels_of(path, 40) for path, _ in listed(part)]))
+    assert read.classes == ["class0", "class1", "class2"] and read.eval is read.test
+    assert read.eval_name == "val" and read.pixels[2:] == (40, 40)
+
+
+@pytest.mark.parametrize("held, kept", [(0, None), (6, None), (6, 12)])
+def test_mean_and_deviation_are_those_of_the_training_images_and_kept(held, kept):
+    """Of images that a run may not learn from, or of other pixels than the network's, they would be wrong."""
+    call("cifar", *ALONE, "--size", 40, "--val-from-train", held, *["--train-images", kept] * bool(kept))
+    read = load_small("images", "cpu", 40, val_from_train=held, train_images=kept)
+    known = {pixels_of(path, 40).tobytes() for path, _ in listed("train")}
+    mine, other = ({image.numpy().tobytes() for image in split.images} for split in (read.train, read.eval))
+    assert len(mine) == (kept or 24 - held) and mine <= known and not mine & other
+    values = read.train.images.double() / 255
+    mean, std = values.mean((0, 2, 3)), (values.flatten(2).transpose(0, 1).flatten(1).std(1, correction=0))
+    student = torch.load(only("runs/*/student.pt"))
+    recipe = json.loads(only("runs/*/config.json").read_text())["recipe"]
+    for told in (student, recipe, read.pixels._asdict()):
+        assert torch.allclose(torch.tensor(told["mean"], dtype=torch.double), mean, rtol=0, atol=5.1e-5)
+        assert torch.allclose(torch.tensor(told["std"], dtype=torch.double), std, rtol=0, atol=5.1e-5)
+    assert (student["size"], student["resize"], student["data"]) == (40, 40, "folder")
+    assert student["classes"] == ["class0", "class1", "class2"] and recipe["size"] == 40
+
+
+# ---------------------------------------------------------------- a run
+
+
+@pytest.fixture
+def pair(folder):
+    """The flags of a distillation from a small teacher that was trained on images normalised otherwise."""
+    torch.manual_seed(5)
+    network = create_model("resnet14", 3).train()
+    with torch.no_grad():
+        for _ in range(20):         # batch norms that know images of its kind
+            network(torch.randn(8, 3, 32, 32))
+    torch.save({"model": network.state_dict(), "mean": (0.4, 0.5, 0.6), "std": (0.3, 0.2, 0.1)}, "teacher.pt")
+    return ["--teacher", "resnet14", "--teacher-checkpoint", "teacher.pt", "--student", "resnet8"]
+
+
+def on(image, mean, std):
+    """torchvision's ToTensor and Normalize of uint8 (..., 3, H, W)."""
+    return per_image.normalize(image.float() / 255, mean, std)
+
+
+def test_two_epochs_equal_a_plain_loop(pair):
+    """Written out at 40 x 40: views by torchvision, one image at a time; the teacher on pixels of its own."""
+    call("cifar", *pair, "--size", 40, "--epochs", 2, "--batch-size", 16, "--exact-teacher")
+    read = load_small("images", "cpu", 40)
+    torch.manual_seed(0)
+    student, frozen = create_model("resnet8", 3), create_model("resnet14", 3).eval()
+    frozen.load_state_dict(torch.load("teacher.pt")["model"])
+    optimizer = torch.optim.SGD(student.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 3, 4])       # of 4 steps: 2.5, 3, 3.5
+    for epoch in range(2):
+        order, views = data.epoch_draws(0, epoch, 24)
+        for part in (slice(0, 16), slice(16, 24)):
+            crops = []
+            for i, view in zip(order[part], views[part]):
+                padded = per_image.pad(read.train.images[i], 4)
+                crop = per_image.crop(padded, view // 18, view // 2 % 9, 40, 40)
+                crops.append(per_image.hflip(crop) if view % 2 else crop)
+            crops, target = torch.stack(crops), read.train.targets[order[part]]
+            z = student(on(crops, *read.pixels[:2]))
+            v = frozen(on(crops, (0.4, 0.5, 0.6), (0.3, 0.2, 0.1))).detach()
+            kd = 16 * nn.KLDivLoss(reduction="batchmean")((z / 4).log_softmax(1), (v / 4).softmax(1))
+            loss = 0.1 * nn.CrossEntropyLoss()(z, target) + 0.9 * kd
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    ours = torch.load(only("runs/*/student.pt"))["model"]
+    for key, value in student.state_dict().items():
+        torch.testing.assert_close(ours[key], value, rtol=0, atol=1e-3)
+
+
+def test_a_cached_teacher_is_the_teacher(pair):
+    """With a memory, without, and in a second run that reads the first one's answers: the same bits."""
+    for out, flags in (("first", []), ("none", ["--no-teacher-memory"])):
+        call("cifar", *pair, "--zscore", "--size", 40, "--epochs", 2, "--out", out, *flags)
+    shutil.move("first/logits", "logits")
+    os.makedirs("second")
+    shutil.move("logits", "second/logits")
+    before = [p.read_bytes() for p in Path("second/logits").iterdir()]
+    assert len(before) == 1 and len(before[0]) == 24 * 162 * (3 * 2 + 8)
+    call("cifar", *pair, "--zscore", "--size", 40, "--epochs", 2, "--out", "second")
+    assert [p.read_bytes() for p in Path("second/logits").iterdir()] == before      # nothing was computed
+    first, *others = (torch.load(only(f"{out}/*/last.pt"))["model"] for out in ("first", "none", "second"))
+    for other in others:
+        assert all(map(torch.equal, first.values(), other.values()))
+
+
+@pytest.mark.parametrize("method", ["none", "kd", "mlkd"])
+def test_a_stopped_run_goes_on_with_the_bits_of_an_unbroken_one(pair, monkeypatch, method):
+    """Else a night's run that was cut off is another run. Strong views (mlkd) at this size too."""
+    class Killed(BaseException):
+        pass
+
+    def save(run, state, real=distill.Run.save):
+        real(run, state)
+        if (state["epoch"], state["step"]) == (1, 2):
+            raise Killed
+
+    flags = [*pair, "--method", method, *["--zscore"] * (method != "none"), "--size", 40, "--epochs", 2]
+    call("cifar", *flags, "--out", "whole")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(distill.Run, "save", save)
+        call("cifar", *flags, "--save-every", "1e-9", "--out", "broken")
+    assert "going on from epoch 1, step 2" in call("cifar", *flags, "--out", "broken")
+    whole, broken = (torch.load(only(f"{out}/*/last.pt")) for out in ("whole", "broken"))
+    assert all(map(torch.equal, whole["model"].values(), broken["model"].values()))
+    assert whole["best"] == broken["best"]
+
+
+@pytest.mark.parametrize("method", ["dkd", "ctkd", "ttm", "wttm"])
+def test_the_other_methods_train_on_a_folder(pair, method):
+    call("cifar", *pair, "--method", method, "--zscore", "--size", 48)
+    row = json.loads(only("runs/*/log.jsonl").read_text())
+    assert math.isfinite(row["loss"]) and row["kd"] > 0 and 0 <= row["val_top1"] <= 100
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_every_network_takes_images_of_32_and_64(size):
+    """A network whose last map is of one size would only fail after hours of reading."""
+    torch.manual_seed(0)
+    for name in MODELS:
+        network, images = create_model(name, 7), torch.randn(2, 3, size, size)
+        for training in (True, False):
+            with torch.no_grad():
+                logits = network.train(training)(images)
+            assert logits.shape == (2, 7) and logits.isfinite().all(), name
+
+
+def test_other_images_in_the_same_folder_are_another_run():
+    """Resuming on them would mix two data sets; the same images go on."""
+    call("cifar", *ALONE)
+    assert "finished before" in call("cifar", *ALONE)
+    path = listed("train")[5][0]
+    image = Image.open(path)
+    image.putpixel((20, 18), (0, 0, 0))
+    image.save(path)
+    assert "holds a run of another recipe (images was 24 and 9 of 3 classes" in call("cifar", *ALONE, code=1)
+    assert "size was 32, now 40" in call("cifar", *ALONE, "--size", 40, code=1)
+
+
+@both
+def test_held_out_training_images_need_no_val(script):
+    shutil.rmtree("images/val")
+    output = call(script, *ALONE, "--val-from-train", 6)
+    row = json.loads(only("runs/*/log.jsonl").read_text())
+    assert "held-out_top1" in row and "val_top1" not in row and "chosen on held-out" in output
+
+
+# ---------------------------------------------------------------- evaluation, and a teacher's own pixels
+
+
+LEVELS = """
+import torch
+from torch import nn
+
+class Levels(nn.Module):
+    \"\"\"The nearest of some levels is an image's class.\"\"\"
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.level = nn.Parameter(torch.zeros(num_classes))
+
+    def forward(self, x):
+        return -20 * (x.mean((1, 2, 3))[:, None] - self.level) ** 2
+"""
+
+
+@pytest.fixture
+def levels(folder):
+    """plain/: images of levels 90, 100, 110, and levels.pt, which knows them in pixels of its own alone."""
+    for part, count in (("train", 24), ("val", 9)):
+        for i in range(count):
+            path = folder / "plain" / part / f"level{i % 3}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            values = np.random.default_rng(i).integers(-4, 5, (36, 40, 3)) + 90 + 10 * (i % 3)
+            Image.fromarray(values.astype(np.uint8)).save(path)
+    Path("levels.py").write_text(LEVELS)
+    torch.save({"model": {"level": (torch.tensor([90.0, 100, 110]) - 120) / 51},
+                "mean": [120 / 255] * 3, "std": [51 / 255] * 3}, "levels.pt")
+    return ["--data-dir", "plain", "--teacher", str(folder / "levels.py:Levels"), "--teacher-checkpoint",
+            "levels.pt", "--student", "resnet8"]
+
+
+@both
+def test_a_teacher_is_right_where_it_sees_its_own_pixels(levels, script):
+    """With the run's mean and deviation it would be wrong on nearly every image, and teach that."""
+    for facts, right in (({}, True), ({"mean": None}, False)):
+        torch.save(torch.load("levels.pt") | facts, "levels.pt")
+        output = call(script, *levels, "--out", f"runs{right}")
+        assert ("(levels.pt): 100.00 % top-1 on the val images" in output) == right
+        output = call(script, "--data-dir", "plain", "--eval", "levels.pt", "--student", levels[3])
+        assert (": 100.00 top-1" in output) == right
+
+
+@both
+@pytest.mark.parametrize("method", ["kd", "mlkd"])
+def test_a_teachers_logits_are_those_on_its_own_pixels(pair, monkeypatch, script, method):
+    """All that a student is taught in a run, computed, cached and read again, is the network's on its own."""
+    seen, module = [], SCRIPTS[script][0]
+
+    def epoch(batches, *rest, real=module.Batches.epoch):
+        for batch in real(batches, *rest):
+            seen.append(batch)
+            yield batch
+
+    monkeypatch.setattr(module.Batches, "epoch", epoch)
+    exact = ["--exact-teacher"] if script == "cifar" else []
+    run = [*pair, "--method", method, *exact]
+    call(script, *run)
+    if script == "cifar":
+        shutil.rmtree(only("runs/resnet14-*"))
+        assert only("runs/logits/*").stat().st_size == 24 * 162 * (3 * 4 + 8)
+        call(script, *run)          # from the file
+        assert len(seen) == 6
+    pixels = load_small("images", "cpu", 32).pixels if script == "cifar" else folders.imagenet_pixels(32)
+    network = create_model("resnet14", 3).double().eval()
+    network.load_state_dict(torch.load("teacher.pt")["model"])
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in pixels[:2])
+    for views, _, _, logits in seen:
+        assert len(views) == len(logits) == (2 if method == "mlkd" else 1)
+        for view, ours in zip(views, logits):
+            image = view.double() * std + mean          # in [0, 1]
+            with torch.no_grad():
+                theirs = network(per_image.normalize(image, (0.4, 0.5, 0.6), (0.3, 0.2, 0.1)))
+            assert theirs.std() > 0.01
+            torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-4)
+
+
+def test_one_teachers_weights_with_other_pixels_have_logits_of_their_own(pair):
+    """A mended file (its mean and deviation now told) must not read what was cached for the other."""
+    call("cifar", *pair, "--zscore")
+    torch.save(torch.load("teacher.pt")["model"], "teacher.pt")
+    call("cifar", *pair, "--zscore", "--out", "elsewhere")
+    shutil.copytree("runs/logits", "shared/logits")
+    call("cifar", *pair, "--zscore", "--out", "shared")
+    first, ours, fresh = (torch.load(only(f"{out}/*/student.pt"))["model"]
+                          for out in ("runs", "shared", "elsewhere"))
+    assert all(map(torch.equal, ours.values(), fresh.values())) and len(os.listdir("shared/logits")) == 2
+    assert not all(map(torch.equal, ours.values(), first.values()))
+
+
+def test_one_teachers_weights_with_other_pixels_are_another_recipe(pair):
+    """Else a run that was begun with a wrongly normalised teacher goes on, half of it with the right one."""
+    call("cifar", *pair, "--zscore")
+    torch.save(torch.load("teacher.pt")["model"], "teacher.pt")
+    assert "another recipe" in call("cifar", *pair, "--zscore", code=1)
+
+
+@pytest.mark.parametrize("count", [72, 24])
+def test_a_missing_teacher_is_trained_on_the_folder_first(folder, count):
+    """Nobody publishes one for one's own photos. Its file knows their classes and pixels."""
+    photos(folder / "images", {"train": count})
+    flags = ["--teacher", "resnet14", "--student", "resnet8", "--size", 40]
+    assert "no teacher is published for folder images; training resnet14 here first" in call("cifar", *flags)
+    told = torch.load("runs/resnet14-none-images-seed0/student.pt")
+    assert told["classes"] == ["class0", "class1", "class2"] and told["size"] == 40
+    assert told["mean"] == load_small("images", "cpu", 40).pixels.mean
+    assert not list(Path().glob("checkpoints/*"))       # which are for CIFAR-100
+    assert "finished before" in call("cifar", *flags, "--seed", 1)
+
+
+def test_a_teacher_of_another_size_is_said(pair):
+    torch.save(torch.load("teacher.pt") | {"size": 64, "resize": 64}, "teacher.pt")
+    assert ("notice: teacher.pt was trained on images of 64 x 64, and sees 32 x 32 here"
+            in call("cifar", *pair))
+
+
+@both
+def test_eval_needs_val_alone_and_the_file_says_the_rest(script):
+    """On the machine where a network is checked the training images are seldom there. Accuracy and loss are
+    those of a loop over val/, with the mean, deviation and size that the file says."""
+    call(script, *ALONE, "--size", 40, "--epochs", 2)
+    shutil.rmtree("images/train")
+    path, module = only("runs/*/student.pt"), SCRIPTS[script][0]
+    workers = ["--workers", "0"] if script == "imagenet" else []
+    output = invoke(module, "--eval", path, "--data-dir", "images", "--device", "cpu", *workers)
+    told = torch.load(path)
+    network = create_model("resnet8", 3).eval()
+    network.load_state_dict(told["model"])
+    first, loss = 0, 0.0
+    for file, target in listed("val"):
+        if script == "cifar":
+            image = torch.from_numpy(pixels_of(file, 40).copy())
+        else:       # 256 for 224: 46 for 40, then the centre
+            image = per_image.pil_to_tensor(per_image.center_crop(
+                per_image.resize(Image.open(file), 46, antialias=True), [40, 40]))
+        with torch.no_grad():
+            logits = network(on(image, told["mean"], told["std"])[None])
+        first, loss = first + (logits.argmax() == target).item(), loss + nn.functional.cross_entropy(
+            logits, torch.tensor([target])).item()
+    line = output.splitlines()[-1]
+    assert line.startswith(f"resnet8: {100 * first / 9:.2f} top-1, ") and " on the 9 val images of " in line
+    assert float(re.search(r"loss ([\d.]+)", line)[1]) == pytest.approx(loss / 9, abs=2e-4)
+
+
+@both
+def test_eval_of_other_classes_is_refused(script):
+    """Accuracies of a network on classes that it does not know, or in another order, mean nothing."""
+    call(script, *ALONE)
+    shutil.move("images/val/class1", "images/val/class9")
+    found = only("runs/*/student.pt")
+    output = call(script, "--eval", found, code=1)
+    assert (f"Error: {found} is for 3 classes, these images have 3; its class 1 is class1, theirs class2"
+            in output)
+    shutil.rmtree("images/val/class9")
+    output = call(script, "--eval", found, code=1)
+    assert f"{found} is for 3 classes" in output.splitlines()[-1] and "class -1" not in output
+
+
+# ---------------------------------------------------------------- names
+
+
+HIDDEN = ["train/.ipynb_checkpoints/a.png", "train/__MACOSX/class0/._1.png", "train/class0/._0.png",
+          "train/class1/.cache/deep/a.png", "train/class2/__MACOSX/._2.png", "val/.ipynb_checkpoints/a.png",
+          "val/class0/.hidden.png"]
+
+
+@both
+def test_what_operating_systems_and_notebooks_leave_behind_is_no_class_and_no_image(script):
+    """An empty ._1.png would end a run, and .ipynb_checkpoints would be a class that val/ lacks."""
+    call(script, *ALONE, "--out", "clean")
+    for name in HIDDEN:
+        picture(Path("images", name))
+    Path("images/train/class0/._0.png").write_bytes(b"\0\5\x16\7")
+    Path("images/train/.DS_Store").write_bytes(b"\0")
+    picture(Path("images/train/class0/nested/a.b/99.png"))      # of the class, as torchvision reads it
+    output = call(script, *ALONE)
+    assert "notice: images/train: skipped 5 whose names begin with . or are __MACOSX, for instance " in output
+    assert "notice: images/val: skipped 2 whose names begin with . or are __MACOSX, for instance " in output
+    assert "25 and 9 of 3 classes" in output
+    found = load_folders("images", say=lambda line: None)
+    assert found.classes == ["class0", "class1", "class2"]
+    assert {os.path.relpath(p, "images/train") for p, _ in found.train} == {
+        *(os.path.relpath(p, "images/train") for p in Path("images/train").rglob("[0-9]*.png"))}
+
+
+@both
+def test_a_folder_inside_a_hidden_one_is_read(script):
+    """~/.cache/photos is where some keep their images: only names below train/ and val/ are looked at."""
+    shutil.move("images", "home/.cache/images")
+    output = call(script, *ALONE, "--data-dir", "home/.cache/images")
+    assert "24 and 9 of 3 classes" in output and "skipped" not in output
+
+
+@pytest.fixture
+def odd(folder):
+    """photos\\xff/: a folder, a class and files whose names are not UTF-8, as old archives have them."""
+    root = os.fsdecode(b"photos\xff")
+    try:
+        shutil.copytree("images", root)
+        for part in ("train", "val"):
+            os.rename(f"{root}/{part}/class1", os.fsencode(f"{root}/{part}/caf") + b"\xe9")
+            for path in Path(root, part, "class2").iterdir():
+                os.rename(path, path.with_name(os.fsdecode(b"\xe9\xff" + os.fsencode(path.name))))
+    except OSError:
+        pytest.skip("this file system refuses names that are not UTF-8")
+    return root
+
+
+@both
+@pytest.mark.parametrize("charset", ["utf-8", "ascii"])
+def test_names_that_are_not_utf8_work_everywhere(odd, monkeypatch, script, charset):
+    """Trained, stopped, gone on with, evaluated, refused; the student keeps the names' bytes."""
+    class Killed(BaseException):
+        pass
+
+    def save(run, state, real=distill.Run.save):
+        real(run, state)
+        raise Killed
+
+    flags = [*ALONE, "--data-dir", odd, "--epochs", 2]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(distill.Run, "save", save)
+        call(script, *flags, "--save-every", "1e-9", charset=charset)
+    assert "going on from epoch 0, step 1" in call(script, *flags, charset=charset)
+    path = only("runs/*/student.pt")
+    told = torch.load(path)
+    assert [os.fsencode(name) for name in told["classes"]] == [b"caf\xe9", b"class0", b"class2"]
+    assert "on the 9 val images" in call(script, "--eval", path, "--data-dir", odd, charset=charset)
+    output = call(script, "--eval", path, code=1, charset=charset)
+    assert re.search(r"its class 0 is caf\S{1,6}, theirs class0", output)        # click's ? in ASCII
+    bad, = Path(odd, "val", "class2").glob("*2.png")
+    bad.write_bytes(b"no image")
+    output = call(script, *flags, "--seed", 1, code=1, charset=charset).splitlines()[-1]
+    assert "cannot be decoded, for instance " in output and r"val/class2/\xe9\xff2.png" in output
+
+
+@both
+@pytest.mark.parametrize("root", ["tiny-imagenet-200", "it's tiny; imagenet"])
+def test_tiny_imagenet_as_downloaded_comes_in_order_by_the_line_that_is_printed(script, root):
+    """Its val/ has no folders of classes; the command, pasted into a shell, makes them, wherever it lies."""
+    names = ["n01443537", "n01629819", "n01641577"]
+    rows = []
+    for i, (name, count) in enumerate(zip(names * 4, [0] * 3 + [1] * 9)):
+        if not count:
+            for j in range(8):
+                picture(Path(root, "train", name, "images", f"{name}_{j}.JPEG"), None, i, (64, 64))
+            Path(root, "train", name, f"{name}_boxes.txt").write_text(f"{name}_0.JPEG\t0\t10\t63\t58\n")
+        else:
+            picture(Path(root, "val", "images", f"val_{i}.JPEG"), np.random.default_rng(i), i % 3, (64, 64))
+            rows.append(f"val_{i}.JPEG\t{name}\t0\t32\t44\t62\n")
+    picture(Path(root, "test", "images", "test_0.JPEG"))
+    Path(root, "val", "val_annotations.txt").write_text("".join(rows))
+    Path(root, "wnids.txt").write_text("\n".join(names))
+    output = call(script, *ALONE, "--data-dir", root, code=1).splitlines()[-1]
+    assert output.startswith("Error: ") and "is Tiny-ImageNet's as it was downloaded" in output
+    command = output.split("brings it in order: ")[1]
+    subprocess.run(["sh", "-c", command], check=True)
+    assert "24 and 9 of 3 classes" in call(script, *ALONE, "--data-dir", root, "--size", 64)
+    found = load_folders(root)
+    assert found.classes == names and {os.path.basename(p): found.classes[t] for p, t in found.eval} == {
+        row.split("\t")[0]: row.split("\t")[1] for row in rows}
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+def one_class():
+    for name in ("class1", "class2"):
+        for part in ("train", "val"):
+            shutil.rmtree(f"images/{part}/{name}")
+
+
+def two_classes():
+    for part in ("train", "val"):
+        shutil.rmtree(f"images/{part}/class2")
+
+
+def empty_class():
+    for path in Path("images/val/class1").iterdir():
+        path.rename(path.with_suffix(".txt"))
+
+
+def no_classes():
+    shutil.rmtree("images/train")
+    os.makedirs("images/train/.git")
+
+
+def a_file():
+    shutil.rmtree("images/val")
+    Path("images/val").write_text("")
+
+
+def one_colour():
+    for path, _ in listed("train"):
+        Image.new("RGB", (40, 40), (9, 9, 9)).save(path)
+
+
+def damaged(part):
+    def damage():
+        path = Path(f"images/{part}/class0/0.png")
+        path.write_bytes(path.read_bytes()[:200])
+    return damage
+
+
+def page():
+    Path("images/val/class1/1.png").write_text("<html>404</html>")
+
+
+TEACHER = ["--teacher", "resnet14", "--teacher-checkpoint", "none.pt", "--student", "resnet8"]
+MISTAKES = [        # which script, exit code, what is done to images/, flags, words of the line
+    ("both", 1, one_class, ALONE, "images/train has one class, class0: a classifier needs two"),
+    ("both", 1, empty_class, ALONE,
+     "no images in 1 of the 3 classes in images/val, for instance class1: add some (.jpg, "),
+    ("both", 1, lambda: shutil.move("images/val/class2", "images/val/Class2"), ALONE,
+     "images: train/ and val/ have different classes, for instance Class2, class2"),
+    ("both", 1, lambda: shutil.rmtree("images/val/class1"), ALONE,
+     "images: train/ and val/ have different classes, for instance class1"),
+    ("both", 1, lambda: shutil.rmtree("images/val"), ALONE,
+     "no folders of images, one for each class, in images/val (No such file or directory); name the folder"),
+    ("both", 1, no_classes, ALONE,
+     "no folders of images, one for each class, in images/train (there are none)"),
+    ("both", 1, a_file, ALONE, "no folders of images, one for each class, in images/val (Not a directory)"),
+    ("both", 1, None, [*ALONE, "--data-dir", "nowhere"], "in nowhere/train (No such file or directory)"),
+    ("both", 1, None, [*ALONE, "--val-from-train", "24"],
+     "--val-from-train 24 leaves nothing of 24 training images"),
+    ("both", 2, None, [*ALONE, "--batch-size", "25"], "--batch-size 25: there are 24 training images"),
+    ("both", 2, two_classes, [*TEACHER, "--zscore"],
+     "--zscore leaves nothing to teach of two classes"),
+    ("both", 2, two_classes, [*TEACHER, "--method", "dkd"], "--method dkd needs three classes"),
+    ("both", 1, None, [*ALONE, "--eval", "none.pt", "--student", "resnet14", "--data-dir", "nowhere"],
+     "in nowhere/val (No such file or directory)"),
+    ("cifar", 1, damaged("train"), ALONE,
+     "1 of 24 images cannot be decoded, for instance images/train/class0/0.png ("),
+    ("both", 1, damaged("val"), ALONE, "cannot be decoded, for instance images/val/class0/0.png"),
+    ("both", 1, page, ALONE, "cannot be decoded, for instance images/val/class1/1.png"),
+    ("cifar", 1, one_colour, ALONE, "the training images are of one colour: nothing can be learnt"),
+    ("cifar", 1, None, [*ALONE, "--train-images", "25"], "--train-images 25: there are 24 training images"),
+    ("cifar", 2, None, [*ALONE, "--size", "7"], "'--size': 7 is not in the range x>=8"),
+    *[("cifar", 2, None, [*ALONE, "--data", name],
+       "--size is for --data folder: the other images are 32 x 32")
+      for name in ("cifar100", "cifar10", "synthetic")],
+]
+
+
+@pytest.mark.parametrize("script, code, harm, flags, words", [
+    (script, *rest) for which, *rest in MISTAKES for script in (SCRIPTS if which == "both" else [which])])
+def test_a_mistake_is_one_line(script, code, harm, flags, words):
+    """No traceback, what is wrong and where; and nothing is begun that the same command would go on with."""
+    torch.save(create_model("resnet14", 2).state_dict(), "none.pt")
+    if harm:
+        harm()
+    output = call(script, *flags, code=code).splitlines()
+    assert output[-1].startswith("Error: ") and words in output[-1]
+    assert not [line for line in output[:-1] if line.startswith(("Error", "Traceback"))]
+    if "cannot be decoded" not in words:        # train_imagenet.py reads val/ after an epoch, which it keeps
+        assert not list(Path().rglob("last.pt"))
+
+
+def test_a_folder_that_does_not_fit_is_refused_before_it_is_read(monkeypatch):
+    """The system would end the process without a word. Half is left for the rest of a run."""
+    need = 33 * 3 * 32**2
+    if os.path.exists("/proc/meminfo"):
+        assert 10e6 < folders.free_memory("cpu") < 2**50
+    monkeypatch.setattr(folders, "free_memory", lambda device: 2 * need - 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "read_images", lambda *rest: pytest.fail("it was read"))
+        line = call("cifar", *ALONE, code=1).splitlines()[-1]
+    assert "33 images of 32 x 32 take 0.0 GB, more than half of the 0.0 GB that are free (cpu)" in line
+    assert "a smaller --size, or train_imagenet.py" in line
+    monkeypatch.setattr(folders, "free_memory", lambda device: 2 * need)
+    assert len(load_small("images", "cpu", 32).train.targets) == 24
+
+
+@both
+def test_two_classes_are_taught_without_z(script):
+    """A cat-or-dog folder is the commonest; what is refused for it says what works, and that works."""
+    two_classes()
+    torch.save(create_model("resnet14", 2).state_dict(), "none.pt")
+    line = call(script, *TEACHER, "--zscore", code=2).splitlines()[-1]
+    assert "leave it out; KD's own temperature is 4" in line
+    output = call(script, *TEACHER)
+    assert "base_temp 4.0" in output or script == "imagenet"
+    assert "last epoch" in output
+
+
+# ---------------------------------------------------------------- the temperature for other class counts
+
+
+@pytest.mark.parametrize("classes", [2, 3, 7, 10, 11, 37, 100, 101, 200, 1000, 21841])
+def test_the_ceiling_is_that_of_a_one_hot_row(classes):
+    """What the line promises is what weighted_zscore does: no row of logits has a larger top probability."""
+    one_hot = torch.zeros(1, classes, dtype=torch.double)
+    one_hot[0, 0] = 1
+    for tau in (0.5, 1.0, 1.5, 2.0, 4.0):
+        top = zscore_kd.weighted_zscore(one_hot, tau).softmax(-1).max().item()
+        assert recipes.ceiling(classes, tau) == pytest.approx(top, rel=1e-9)
+        rows = torch.randn(200, classes, dtype=torch.double) ** 3
+        assert zscore_kd.weighted_zscore(rows, tau).softmax(-1).max().item() <= top + 1e-9
+    used = {"base_temp": 2.0}
+    line = cli.temperature_line(used, classes)
+    tau = float(re.search(rf"for {classes} classes, .*base temperature ([\d.]+)", line)[1])
+    tops = [zscore_kd.weighted_zscore(one_hot, t).softmax(-1).max().item() for t in (tau, 2.0)]
+    assert f"the teacher's top probability can reach {tops[0]:.2f}" in line and "\n" not in line
+    assert (f"at this run's 2 only {tops[1]:.2f} (--base-temp {tau:g})" in line) == (tau != 2)
+    assert tau == 2 or tops[1] < 0.6       # of the papers' 100 classes at 2
+
+
+def test_the_table_in_the_file_that_people_copy_is_right():
+    table = re.findall(r"^    (\d+) +([\d.]+) +([\d.]+) +([\d.]+)", zscore_kd.__doc__, re.M)
+    assert [row[0] for row in table] == ["2", "10", "100", "1000"]
+    for classes, *tops in table:
+        row = torch.eye(int(classes), dtype=torch.double)[:1]
+        for tau, top in zip((1.0, 2.0, 4.0), tops):
+            assert f"{zscore_kd.weighted_zscore(row, tau).softmax(-1).max():.3f}" == top
+
+
+@both
+def test_the_line_comes_where_no_paper_says_a_temperature(pair, script):
+    """With 3 classes the papers' temperature flattens a teacher; with a number given nothing is said."""
+    told = re.compile(r"^for 3 classes, .*top probability can reach ", re.M)
+    assert told.search(call(script, *pair, "--zscore"))
+    assert not told.search(call(script, *pair, "--zscore", "--base-temp", 1.5, "--seed", 1))
+    assert not told.search(call(script, *pair, "--seed", 2))
+
+
+# ---------------------------------------------------------------- CIFAR-10
+
+
+CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()      # batches.meta's
+
+
+def test_cifar10_is_checked_against_its_published_checksums():
+    """cs.toronto.edu/~kriz/cifar.html: cifar-10-python.tar.gz has MD5 c58f30108f718f92721af3b95e74349a."""
+    reader, classes, pixels = data.CIFAR["cifar10"]
+    assert reader is CIFAR10 and reader.tgz_md5 == "c58f30108f718f92721af3b95e74349a"
+    assert reader.filename == "cifar-10-python.tar.gz" and reader.base_folder == "cifar-10-batches-py"
+    assert dict(reader.train_list + reader.test_list) == {
+        "data_batch_1": "c99cafc152244af753f735de768cd75f",
+        "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+        "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+        "data_batch_4": "634d18415352ddfa80567beed471001a",
+        "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+        "test_batch": "40351d587109b95175f43aff81a1287e"}
+    assert list(classes) == CLASSES and pixels == (
+        (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), 32, 32)
+
+
+@pytest.fixture
+def made(folder, monkeypatch):
+    """A CIFAR-10 of 5 x 8 + 12 images in the published layout: (its folder's parent, images, labels)."""
+    draw, sums = np.random.default_rng(0), {}
+    root = folder / "made" / "cifar-10-batches-py"
+    root.mkdir(parents=True)
+    images, labels = draw.integers(0, 256, (52, 3072), dtype=np.uint8), draw.permutation(np.arange(52) % 10)
+    parts = {f"data_batch_{i + 1}": slice(8 * i, 8 * i + 8) for i in range(5)} | {"test_batch": slice(40, 52)}
+    for name, part in parts.items():
+        sums[name] = write(root / name, {b"batch_label": name.encode(), b"labels": labels[part].tolist(),
+                                         b"data": images[part], b"filenames": [b"x.png"] * len(images[part])})
+    meta = write(root / "batches.meta", {b"num_cases_per_batch": 8, b"num_vis": 3072,
+                                         b"label_names": [name.encode() for name in CLASSES]})
+    published = [(CIFAR10, name, getattr(CIFAR10, name)) for name in ("train_list", "test_list", "meta")]
+    monkeypatch.setattr(CIFAR10, "train_list", [[name, sums[name]] for name in parts if "data" in name])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": meta})
+    return root.parent, images.reshape(52, 3, 32, 32), labels, published
+
+
+class Python2(pickle._Pickler):
+    """As Python 2 pickled what is published: bytes are its strings (BINSTRING)."""
+
+    dispatch = pickle._Pickler.dispatch | {
+        bytes: lambda self, value: self.write(b"T" + len(value).to_bytes(4, "little") + value)}
+
+
+def write(path, content):
+    """Pickles to a file; its MD5."""
+    with open(path, "wb") as file:
+        Python2(file, protocol=2).dump(content)
+    assert pickle.loads(path.read_bytes(), encoding="bytes").keys() == content.keys()
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("way", ["folder", "the folder itself", "archive", "download"])
+def test_cifar10_is_read_to_the_pixel_from_wherever_it_lies(made, serve, monkeypatch, way):
+    root, images, labels, _ = made
+    packed = root / "cifar-10-python.tar.gz"
+    with tarfile.open(packed, "w:gz") as file:
+        file.add(root / "cifar-10-batches-py", "cifar-10-batches-py")
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(packed.read_bytes()).hexdigest())
+    where = {"folder": root, "the folder itself": root / "cifar-10-batches-py"}.get(way, Path("to"))
+    if way == "archive":
+        where.mkdir()
+        shutil.copy(packed, where)
+    elif way == "download":
+        shutil.copy(packed, serve[0] / "mirror.tar.gz")
+        monkeypatch.setenv("CIFAR10_URL", f"{serve[1]}/mirror.tar.gz")
+    assert data.has_cifar("cifar10", where) == (way != "download")
+    read = data.load_data("cifar10", where, "cpu")
+    assert np.array_equal(read.train.images, images[:40]) and np.array_equal(read.test.images, images[40:])
+    assert np.array_equal(read.train.targets, labels[:40]) and np.array_equal(read.test.targets, labels[40:])
+    assert read.train.images.dtype == torch.uint8 and list(read.classes) == CLASSES and read.num_classes == 10
+    assert len(serve[2].asked) == (way == "download")
+    data.read_cifar("cifar10", where, download=False)       # and stays
+
+
+def test_another_cifar10_than_the_published_is_refused_as_damaged(made, monkeypatch):
+    for thing in made[3]:
+        monkeypatch.setattr(*thing)
+    with pytest.raises(ValueError, match="^CIFAR-10 in .*made is damaged .its checksums differ.; "):
+        data.read_cifar("cifar10", made[0], download=False)
+    for where, words in (("made", "CIFAR-10 in made is damaged (its checksums differ)"),
+                         ("nothing", "no CIFAR-10 in nothing")):
+        line = invoke(train_cifar, *ALONE, *SHORT, "--data", "cifar10", "--data-dir", where, code=1)
+        line = line.splitlines()[-1]
+        assert line.startswith(f"Error: {words}, and it could not be downloaded (")
+        assert "set CIFAR10_URL to a mirror" in line
+        assert "cifar-10-python.tar.gz" in line and "cifar-10-batches-py" in line
+
+
+def test_a_run_on_cifar10_is_of_ten_classes_and_eval_knows_it(made):
+    """The flags that matter stand in the file: --eval of it needs the folder alone."""
+    flags = ["--data", "cifar10", "--data-dir", "made", *SHORT]
+    output = invoke(train_cifar, *ALONE, *flags)
+    told = torch.load("runs/resnet8-none-cifar10-seed0/student.pt")
+    assert told["classes"] == CLASSES and told["data"] == "cifar10" and told["num_classes"] == 10
+    assert (told["mean"], told["std"]) == ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+    assert "test top-1" in output and "published" not in output.splitlines()[-1]
+    output = invoke(train_cifar, "--eval", "runs/resnet8-none-cifar10-seed0/student.pt", "--data-dir", "made",
+                    "--device", "cpu")
+    network = create_model("resnet8", 10).eval()
+    network.load_state_dict(told["model"])
+    images, labels = torch.from_numpy(made[1][40:]), torch.from_numpy(made[2][40:])
+    with torch.no_grad():
+        logits = network(on(images, told["mean"], told["std"]))
+    top1 = 100 * (logits.argmax(1) == labels).double().mean()
+    assert f"resnet8: {top1:.2f} top-1, " in output and "on the 12 test images of cifar10" in output
+    # distilled: the teacher is the file; Z's temperature is not published for ten classes
+    output = invoke(train_cifar, "--teacher", "resnet8", "--teacher-checkpoint",
+                    "runs/resnet8-none-cifar10-seed0/student.pt", "--student", "resnet14", "--zscore", *flags)
+    assert re.search("^for 10 classes, .* 1: .* reach 0.76, at this run's 2 only 0.37 ", output, re.M)
+    assert f"student.pt): {top1:.2f} % top-1 on the test split\n" in output

@@ -1,0 +1,732 @@
+"""Networks by name in both scripts: models.py's, torchvision's, timm's, one's own; weights to begin with."""
+
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from click.testing import CliRunner
+from torch import nn
+from torch.nn import functional as F
+from torchvision.models import _api
+
+import cli
+import distill
+import folders
+import networks
+import teacher
+import train_cifar
+import train_imagenet
+from models import MODELS, create_model
+from test_folders import photos
+
+SCRIPTS = {"cifar": (train_cifar, ["--data", "folder"]), "imagenet": (train_imagenet, ["--workers", "0"])}
+FLAGS = ["--data-dir", "images", "--size", "32", "--epochs", "1", "--batch-size", "8", "--lr", "0.01",
+         "--device", "cpu"]
+TAUGHT = ["--teacher", "nets.py:Net", "--teacher-checkpoint", "net.pt"]
+both = pytest.mark.parametrize("script", SCRIPTS)
+
+NETS = '''
+import torch
+from torch import nn
+from parts import Body          # a module beside this one
+
+
+class Net(nn.Module):
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.body = Body()
+        self.head = nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        return self.head(self.body(x).mean((2, 3)))
+
+
+def small(num_classes):
+    return nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(4, num_classes))
+
+
+class Both(Net):
+    """Logits and features, as networks for feature distillation return them."""
+
+    def forward(self, x):
+        features = self.body(x)
+        return self.head(features.mean((2, 3))), features
+
+
+class Lists(Net):
+    """An auxiliary head in training alone, as GoogLeNet."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return [logits, logits + 1, logits] if self.training else logits
+
+
+class View(nn.Module):
+    """LeNet's way from a map to a vector: a view, which not every memory layout allows."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3, stride=8), nn.Linear(64, num_classes)
+
+    def forward(self, x):
+        x = self.conv(x).relu()
+        return self.fc(x.view(x.size(0), -1))
+
+
+class Fixed(Net):
+    """Of three classes, whatever is asked for."""
+
+    def __init__(self, num_classes):
+        super().__init__(3)
+
+
+class Few(Net):
+    def forward(self, x):
+        return super().forward(x)[:, :2]
+
+
+class Breaks(Net):
+    def forward(self, x):
+        raise RuntimeError("\\n  my own words\\nsecond line")
+
+
+class Dictionary(Net):
+    def forward(self, x):
+        return {"logits": super().forward(x)}
+
+
+class Nothing(Net):
+    def forward(self, x):
+        return ()
+
+
+def raises(num_classes):
+    raise KeyError("width")
+
+
+def leaves(num_classes):
+    raise SystemExit("usage: nets.py")
+
+
+def without():
+    return Net(3)
+
+
+def none(num_classes):
+    pass
+
+
+number, made = 3, Net(3)
+'''
+PARTS = '''
+from torch import nn
+
+
+class Body(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU())
+'''
+TIMM = '''
+from nets import Net
+
+
+def create_model(model_name, pretrained=False, num_classes=1000, **more):
+    if model_name != "tiny_net":
+        raise RuntimeError(f"Unknown model ({model_name})")
+    assert not pretrained and not more
+    return Net(num_classes)
+'''
+
+
+class Net(nn.Module):
+    """nets.py's, written out: no import, no hook."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU())
+        self.head = nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        return self.head(self.body(x).mean((2, 3)))
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """A working folder with images/ of three classes, nets.py, a teacher's net.pt; no module stays."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(teacher, "CHECKPOINTS", tmp_path / "checkpoints")
+    monkeypatch.setattr(train_cifar, "CHECKPOINTS", tmp_path / "checkpoints")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    monkeypatch.setitem(teacher.BATCH, "cpu", 16)
+    photos(tmp_path / "images", {"train": 24, "val": 9})
+    Path("nets.py").write_text(NETS)
+    Path("parts.py").write_text(PARTS)
+    torch.manual_seed(3)
+    net = Net(3).train()
+    with torch.no_grad():
+        for _ in range(9):
+            net(torch.randn(8, 3, 32, 32))
+    torch.save(net.state_dict(), "net.pt")
+    before, path = set(sys.modules), list(sys.path)
+    networks._module.cache_clear()
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if (getattr(sys.modules[name], "__file__", None) or "").startswith(str(tmp_path)):
+            del sys.modules[name]
+    sys.path[:] = path
+
+
+def call(script, *arguments, code=0):
+    module, flags = SCRIPTS[script]
+    result = CliRunner().invoke(module.main, [*flags, *FLAGS, *map(str, arguments)], catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def last_line(script, *arguments, code=1):
+    """The one line of a refused command."""
+    lines = call(script, *arguments, code=code).splitlines()
+    assert lines[-1].startswith("Error: ") and not any(
+        line.startswith(("Error", "Traceback")) for line in lines[:-1])
+    return lines[-1].removeprefix("Error: ")
+
+
+def only(pattern):
+    found, = Path().glob(pattern)
+    return found
+
+
+def measured(network, script):
+    """(top-1, mean loss) of a network on val/, by a loop of its own over what the script's images are."""
+    if script == "cifar":
+        read = folders.load_small("images", "cpu", 32)
+        images, target = read.eval.images, read.eval.targets
+        mean, std = read.pixels[:2]
+    else:
+        found = folders.load_folders("images").eval
+        images = torch.stack([folders.centre(folders.read_image(path), 32, 37) for path, _ in found])
+        target, mean, std = torch.tensor([t for _, t in found]), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    with torch.no_grad():
+        logits = network.eval()(torchvision.transforms.functional.normalize(images / 255, mean, std))
+    return 100 * (logits.argmax(1) == target).double().mean().item(), F.cross_entropy(logits, target).item()
+
+
+# ---------------------------------------------------------------- your own
+
+
+OWN = ["nets.py:Net", "nets:Net", "package.deep:Net", "timm:tiny_net", "nets.py:Both", "nets.py:Lists"]
+
+
+@both
+@pytest.mark.parametrize("name", OWN)
+def test_a_network_of_ones_own_is_teacher_and_student(script, name):
+    """By file, module and timm: taught by it, trained, gone on with, evaluated; the numbers are those of the
+    network itself, written out. A wrapper that changed a logit or a key would make all of them wrong."""
+    os.makedirs("package")
+    Path("package", "deep.py").write_text("from nets import Net")
+    Path("timm.py").write_text(TIMM)
+    flags = ["--teacher", name, "--teacher-checkpoint", "net.pt", "--student", name, "--epochs", 2]
+    output = call(script, *flags)
+    reference = Net(3)
+    reference.load_state_dict(torch.load("net.pt"))
+    top1, _ = measured(reference, script)
+    assert f"(net.pt): {top1:.2f} % top-1 on the val images" in output
+    said = [line for line in output.splitlines() if "the first is taken" in line]
+    assert (f"notice: {name} returns 2 values; the first is taken as its logits" in said) == ("Both" in name)
+    assert (f"notice: {name} returns 3 values; the first is taken as its logits" in said) == ("Lists" in name)
+    assert "finished before" in call(script, *flags)
+
+    path = only("runs/*/student.pt")
+    shown = {"nets.py:Net": "nets-Net", "package.deep:Net": "package.deep-Net", "nets:Net": "nets-Net",
+             "timm:tiny_net": "timm-tiny_net"}.get(name, name.replace(".py:", "-"))
+    assert path.parent.name == f"{shown}-{shown}-kd-images-seed0"
+    told = torch.load(path)
+    assert told["student"] == name and told["model"].keys() == reference.state_dict().keys()
+    reference.load_state_dict(told["model"])
+    top1, loss = measured(reference, script)
+    assert told["top1"] == pytest.approx(top1, abs=1e-3)
+    output = call(script, "--eval", path).splitlines()[-1]
+    assert output.startswith(f"{name}: {top1:.2f} top-1, ")
+    assert float(output.split("loss ")[1].split()[0]) == pytest.approx(loss, abs=2e-4)
+
+
+@both
+def test_a_run_with_ones_own_network_goes_on_with_its_bits(script, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def save(run, state, real=distill.Run.save):
+        real(run, state)
+        if (state["epoch"], state["step"]) == (1, 2):
+            raise Killed
+
+    flags = [*TAUGHT, "--student", "nets.py:Both", "--zscore", "--epochs", 2]
+    call(script, *flags, "--out", "whole")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(distill.Run, "save", save)
+        call(script, *flags, "--save-every", "1e-9", "--out", "broken")
+    assert "going on from epoch 1, step 2" in call(script, *flags, "--out", "broken")
+    whole, broken = (torch.load(only(f"{out}/*/last.pt"))["model"] for out in ("whole", "broken"))
+    assert all(map(torch.equal, whole.values(), broken.values()))
+
+
+@both
+def test_a_save_of_another_network_of_the_same_name_is_one_line(script, monkeypatch):
+    """The file was edited between two halves of a run."""
+    def save(run, state, real=distill.Run.save):
+        real(run, state)
+        raise KeyboardInterrupt
+
+    flags = ["--method", "none", "--student", "nets.py:Net"]
+    with monkeypatch.context() as patch:
+        patch.setattr(distill.Run, "save", save)
+        call(script, *flags, "--save-every", "1e-9", code=1)
+    Path("nets.py").write_text(NETS.replace("Linear(8", "Linear(8 + 0 * num_classes"))
+    networks._module.cache_clear()
+    Path("parts.py").write_text(PARTS.replace("stride=2", "stride=2, bias=False"))
+    del sys.modules["parts"]
+    assert "is of another nets.py:Net (" in last_line(script, *flags)
+
+
+@both
+def test_a_network_that_views_its_maps_trains(script):
+    """x.view(x.size(0), -1) after a map, as in LeNet and thousands after it, is refused by channels last; a
+    run in that layout ends with a traceback after the check has passed."""
+    call(script, "--method", "none", "--student", "nets.py:View")
+    told = torch.load(only("runs/*/student.pt"))
+    call(script, "--teacher", "nets.py:View", "--teacher-checkpoint", only("runs/*/student.pt"),
+         "--student", "nets.py:Net")
+    assert told["student"] == "nets.py:View"
+
+
+@both
+def test_a_fixed_head_of_the_right_width_is_trained_and_evaluated(script):
+    """A network that ignores num_classes is fine where it fits the images, and so is its own file."""
+    call(script, "--method", "none", "--student", "nets.py:Fixed")
+    assert "on the 9 val images" in call(script, "--eval", only("runs/*/student.pt"))
+
+
+@both
+def test_dry_run_walks_the_whole_path_with_ones_own(script):
+    before = sorted(os.listdir())
+    for more in ([], ["--teacher-checkpoint", "net.pt"]):
+        output = call(script, "--teacher", "nets.py:Both", "--student", "nets.py:small", "--zscore",
+                      "--dry-run", *more)
+        assert output.splitlines()[-1] == "dry run: all is well"
+    assert sorted(set(os.listdir()) - {"__pycache__"}) == before
+
+
+def test_two_files_of_one_name_are_two_modules(folder):
+    """a/nets.py and b/nets.py: two students of a comparison, kept in folders of their own."""
+    for name, width in (("a", 8), ("b", 16)):
+        os.makedirs(name)
+        Path(name, "nets.py").write_text(
+            f"from torch import nn\n\ndef net(num_classes):\n    return nn.Linear({width}, num_classes)\n")
+    made = [networks.create(f"{name}/nets.py:net", 5) for name in "ab"]
+    assert [m.weight.shape for m in made] == [(5, 8), (5, 16)]
+    assert made[0].name == made[1].name == "nets-net" and made[0].own
+
+
+@pytest.mark.parametrize("name", ["models.py", "data.py", "train_cifar.py", "torch.py"])
+def test_a_file_may_be_called_as_one_of_this_projects(folder, name):
+    """Half the networks of the world stand in a models.py. Its own is not taken for this one's, or torch."""
+    before = dict(sys.modules)
+    Path(name).write_text("import math\nfrom parts import Body\n\n\ndef mine(num_classes):\n"
+                          "    body = Body()\n    body.append(__import__('nets').Net(num_classes))\n"
+                          "    return body[-1]\n")
+    assert networks.create(f"{name}:mine", 4)(torch.zeros(2, 3, 32, 32)).shape == (2, 4)
+    assert all(sys.modules[k] is v for k, v in before.items())
+
+
+def test_a_file_is_found_by_home_and_whole_paths(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    for name in ("~/nets.py:Net", f"{folder}/nets.py:Net", "./nets.py:Net"):
+        network = networks.create(name, 7)
+        assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 7) and network.name == "nets-Net"
+
+
+def test_a_check_leaves_no_trace_in_the_seeded_numbers():
+    """A student's first weights are the seed's, whatever was looked at before."""
+    torch.manual_seed(4)
+    expected = create_model("resnet8", 3).state_dict()
+    torch.manual_seed(4)
+    networks.check("nets.py:Net", 3, 32)
+    networks.check("resnet20", 3, 32)
+    made = networks.create("resnet8", 3).state_dict()
+    assert all(map(torch.equal, expected.values(), made.values()))
+
+
+# ---------------------------------------------------------------- mistakes in one's own
+
+
+WRONG = [
+    ("nets.py:Few", "nets.py:Few makes (2, 2) of 2 images and 3 classes, not logits (2, 3): it has to take"),
+    ("nets.py:Breaks",
+     "nets.py:Breaks fails on a batch of images of 32 x 32 pixels (RuntimeError: my own words)"),
+    ("nets.py:Dictionary", "nets.py:Dictionary makes dict of 2 images and 3 classes, not logits (2, 3)"),
+    ("nets.py:Nothing", "nets.py:Nothing "),         # an empty tuple
+    ("nets.py:nope", "nets.py:nope: nets.py has no nope"),
+    ("nets.py:number", "nets.py:number is a int, not a function or class that takes num_classes"),
+    ("nets.py:made", "nets.py:made is a Net, not a function or class that takes num_classes"),
+    ("nets.py:raises", "nets.py:raises(num_classes=3) fails (KeyError: 'width')"),
+    ("nets.py:leaves", "nets.py:leaves(num_classes=3) fails (SystemExit: usage: nets.py)"),
+    ("nets.py:without", "nets.py:without(num_classes=3) fails (TypeError: without() got an unexpected "),
+    ("nets.py:none", "nets.py:none returns a NoneType, not a torch.nn.Module"),
+    ("syntax.py:x", "syntax.py cannot be imported (SyntaxError: "),
+    ("missing.py:x", "missing.py cannot be imported (ModuleNotFoundError: No module named 'nowhere_at_all')"),
+    ("exits.py:x", "exits.py cannot be imported (SystemExit: 3)"),
+    ("raises.py:x", "raises.py cannot be imported (ZeroDivisionError: division by zero)"),
+    ("absent.py:x", "absent.py: no such file"),
+    ("images.py:x", "images.py: no such file"),      # a folder
+    ("no_such_package.nets:x",
+     "no_such_package.nets cannot be imported (ModuleNotFoundError: No module named 'no_such_package')"),
+    ("timm:tiny_net",
+     "timm cannot be imported (ModuleNotFoundError: No module named 'timm'); pip install timm"),
+    (":x", " cannot be imported ("),
+    ("nets.py:", "nets.py has no "),
+]
+
+
+@both
+@pytest.mark.parametrize("name, words", WRONG)
+@pytest.mark.parametrize("role", ["student", "teacher", "eval"])
+def test_a_mistake_in_ones_own_is_one_line(script, role, name, words):
+    """Whose fault it is, and its own first line: not fifty lines of this project's."""
+    Path("syntax.py").write_text("def x(:\n")
+    Path("missing.py").write_text("import nowhere_at_all\n")
+    Path("exits.py").write_text("import sys\nsys.exit(3)\n")
+    Path("raises.py").write_text("1 / 0\n")
+    os.makedirs("images.py")
+    flags = {"student": ["--method", "none", "--student", name],
+             "teacher": ["--teacher", name, "--teacher-checkpoint", "net.pt", "--student", "resnet8"],
+             "eval": ["--eval", "net.pt", "--student", name]}[role]
+    line = last_line(script, *flags)
+    assert words in re.sub(r"num_classes=\d+", "num_classes=3", line)       # --eval counts the file's first
+    assert not list(Path().rglob("last.pt"))
+
+
+def test_an_unknown_name_of_timm_is_one_line():
+    Path("timm.py").write_text(TIMM)
+    assert (last_line("cifar", "--method", "none", "--student", "timm:huge_net")
+            == "timm:huge_net(num_classes=3) fails (RuntimeError: Unknown model (huge_net))")
+
+
+def test_another_timm_in_the_folder_is_one_line():
+    """A folder that is called timm is imported in its place."""
+    os.makedirs("timm")
+    assert "timm" in last_line("cifar", "--method", "none", "--student", "timm:tiny_net")
+
+
+# ---------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize("name", ["resnet8", "wrn_16_1", "MobileNetV1", "ShuffleV2", "vgg8"])
+def test_models_names_work_in_train_imagenet(name):
+    """A small network for small pictures that are too many for train_cifar.py."""
+    call("imagenet", "--method", "none", "--student", name)
+    told = torch.load(only("runs/*/student.pt"))
+    reference = create_model(name, 3)
+    reference.load_state_dict(told["model"])
+    top1, loss = measured(reference, "imagenet")
+    output = call("imagenet", "--eval", only("runs/*/student.pt"))
+    assert told["student"] == name and f"{name}: {top1:.2f} top-1" in output
+    assert float(output.split("loss ")[1].split()[0]) == pytest.approx(loss, abs=2e-4)
+
+
+@pytest.mark.parametrize("name, where", [
+    ("resnet18", "torchvision"), ("ResNet18", "models"), ("vgg11", "torchvision"), ("vgg8", "models"),
+    ("squeezenet1_1", "torchvision"), ("mobilenet_v2", "torchvision"), ("MobileNetV2", "models")])
+def test_a_name_is_torchvisions_in_train_imagenet_and_models_in_train_cifar(name, where):
+    """vgg11 is in both, and resnet18 and ResNet18 differ in case alone: another network than was meant would
+    train without a word."""
+    with torch.device("meta"):
+        ours = networks.create(name, 5, networks.TORCHVISION)
+        theirs = (torchvision.models.get_model(name, num_classes=5) if where == "torchvision"
+                  else create_model(name, 5))
+        assert ({k: v.shape for k, v in ours.state_dict().items()}
+                == {k: v.shape for k, v in theirs.state_dict().items()})
+        assert type(ours) is type(theirs) and ours.name == name and not ours.own
+        assert name not in MODELS or type(networks.create(name, 5)).__module__ == "models"
+
+
+def test_torchvisions_names_are_ones_own_in_train_cifar():
+    call("cifar", "--method", "none", "--student", "torchvision.models:squeezenet1_1")
+    path = only("runs/torchvision.models-squeezenet1_1-none-images-seed0/student.pt")
+    reference = torchvision.models.squeezenet1_1(num_classes=3)
+    reference.load_state_dict(torch.load(path)["model"])
+    assert f": {measured(reference, 'cifar')[0]:.2f} top-1" in call("cifar", "--eval", path)
+
+
+@pytest.mark.parametrize("script, name, first", [
+    ("cifar", "resnet50", "ResNet50"), ("cifar", "RESNET8X4", "resnet8x4"),
+    ("cifar", "mobilenetv2", "MobileNetV2"), ("cifar", "WRN_40_2", "wrn_40_2"),
+    ("imagenet", "ResNet-50", "resnet50"), ("imagenet", "mobilenetv1", "MobileNetV1"),
+    ("imagenet", "RESNET34", "ResNet34")])
+def test_suggestions_compare_without_case(script, name, first):
+    """Who types resnet50 in train_cifar.py means ResNet50, not resnet56."""
+    for flag, more in (("--student", ["--method", "none"]), ("--teacher", ["--student", "resnet8"])):
+        line = last_line(script, flag, name, *more, code=2)
+        assert f"{flag} {name}: no such network; known, the nearest first: " in line
+        near = line.split("nearest first: ")[1].split(", ")
+        assert near[0].casefold() == first.casefold() and first in near[:2]
+        assert "one of your own is FILE.py:NAME" in line
+
+
+@both
+def test_a_numbered_gpu_says_how_it_is_chosen(script):
+    line = last_line(script, "--method", "none", "--student", "resnet8", "--device", "cuda:1", code=2)
+    assert "CUDA_VISIBLE_DEVICES=1 before the command" in line
+    line = last_line(script, "--method", "none", "--student", "resnet8", "--device", "cuda:", code=2)
+    assert "CUDA_VISIBLE_DEVICES" not in line
+
+
+def test_nearest_first_keeps_every_name_once():
+    known = ["ResNet18", "resnet18", "vgg8", "wrn_16_2"]
+    assert sorted(cli.nearest_first("RESNET18", known).split(", ")) == sorted(known)
+    assert cli.nearest_first("zzz", known) == ", ".join(known)
+
+
+# ---------------------------------------------------------------- which network a file holds
+
+
+@pytest.mark.parametrize("name", ["ResNet50", "resnet14", "wrn_16_2", "vgg13", "ShuffleV1", "MobileNetV2"])
+def test_eval_knows_a_bare_state_dict_by_its_keys(name):
+    """Files from elsewhere seldom say which network they hold."""
+    torch.manual_seed(1)
+    network = create_model(name, 3)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in network.state_dict().items()}}, "bare.pt")
+    output = call("cifar", "--eval", "bare.pt")
+    assert f"{name}: " in output and "on the 9 val images" in output
+    assert "notice: bare.pt does not say its images' mean and deviation; taking CIFAR-100's" in output
+
+
+@both
+def test_eval_says_where_no_network_is_known(script):
+    assert (last_line(script, "--eval", "net.pt") == "net.pt does not say which network it holds, and none "
+            "has its keys: name it with --student")
+    for said in ("resnet9", 3, None, ["nets.py:Net"]):
+        torch.save({"model": torch.load("net.pt"), "student": said}, "says.pt")
+        assert "does not say which network it holds" in last_line(script, "--eval", "says.pt")
+
+
+def test_eval_takes_the_data_that_the_file_says(monkeypatch):
+    """--eval of a run on made images needs no flag; what is given wins."""
+    monkeypatch.setattr("data.SYNTHETIC_SIZES", (96, 64))
+    flags = ["--method", "none", "--student", "resnet8", "--data", "synthetic", *FLAGS[4:]]
+    assert CliRunner().invoke(train_cifar.main, flags).exit_code == 0
+    path = str(only("runs/*/student.pt"))
+    output = CliRunner().invoke(train_cifar.main, ["--eval", path, "--device", "cpu"]).output
+    assert "on the 64 test images of synthetic" in output
+    assert f"{path} is for 100 classes, these images have 3" in last_line("cifar", "--eval", path)
+
+
+# ---------------------------------------------------------------- weights to begin with
+
+
+def begun(script, *flags, network="resnet8"):
+    """(what the command says, the student's state_dict) of a run whose steps move nothing but batch norms."""
+    output = call(script, "--method", "none", "--student", network, "--lr", "1e-30", *flags)
+    return output, torch.load(only("runs/*/student.pt"))["model"]
+
+
+def parameters(state):
+    return {k: v for k, v in state.items() if "running" not in k and "tracked" not in k}
+
+
+@both
+@pytest.mark.parametrize("classes", [3, 5])
+def test_a_student_begins_with_a_file_and_a_new_head_where_classes_differ(script, classes):
+    """Fine-tuning: all that fits is the file's, the head of other classes is the seed's, and it is said."""
+    torch.manual_seed(8)
+    source = create_model("resnet8", classes).state_dict()
+    torch.save({"net": {f"module.{k}": v.half() if k == "conv1.weight" else v for k, v in source.items()}},
+               "begin.pt")
+    output, state = begun(script, "--student-checkpoint", "begin.pt")
+    torch.manual_seed(0)
+    fresh = create_model("resnet8", 3).state_dict()
+    head = ["fc.weight", "fc.bias"] if classes == 5 else []
+    for key, value in parameters(state).items():
+        expected = fresh[key] if key in head else source[key]
+        expected = expected.half().float() if key == "conv1.weight" else expected
+        torch.testing.assert_close(value, expected, rtol=0, atol=1e-6, msg=key)
+    line, = [line for line in output.splitlines() if line.startswith("resnet8 begins with begin.pt")]
+    assert line == "resnet8 begins with begin.pt" + (
+        f", but for 2 of {len(fresh)} tensors, which begin anew: fc.weight (3, 64) is (5, 64) there, "
+        "fc.bias (3,) is (5,) there" if head else "")
+
+
+def test_running_statistics_are_taken_too():
+    """A network whose batch norms began anew would throw its first epochs away."""
+    torch.manual_seed(8)
+    source = create_model("resnet8", 5)
+    for key, value in source.state_dict().items():
+        if "running" in key:
+            value.uniform_(1, 2)
+    torch.save(source.state_dict(), "begin.pt")
+    student = networks.create("resnet8", 3)
+    networks.begin_with(student, "begin.pt", lambda line: None)
+    for key, value in student.state_dict().items():
+        assert key.startswith("fc.") or torch.equal(value, source.state_dict()[key]), key
+
+
+def test_of_another_network_what_fits_is_taken_and_the_rest_counted():
+    """resnet14's stem and first blocks for a resnet8."""
+    torch.manual_seed(8)
+    source = create_model("resnet14", 3).state_dict()
+    torch.save({"model": source}, "begin.pt")
+    output, state = begun("cifar", "--student-checkpoint", "begin.pt")
+    line, = [line for line in output.splitlines() if line.startswith("resnet8 begins with begin.pt")]
+    fits = {k for k, v in state.items() if k in source and source[k].shape == v.shape}
+    anew = [k for k, v in state.items() if k not in fits and v.is_floating_point()]
+    assert (f"but for {len(anew)} of {len(state)} tensors" in line) == bool(anew)
+    for key, value in parameters(state).items():
+        assert key not in fits or torch.allclose(value, source[key], rtol=0, atol=1e-6), key
+
+
+@both
+def test_ones_own_network_begins_with_its_file(script):
+    output, state = begun(script, "--student-checkpoint", "net.pt", network="nets.py:Both")
+    assert "nets-Both begins with net.pt\n" in output
+    source = torch.load("net.pt")
+    for key, value in parameters(state).items():
+        torch.testing.assert_close(value, source[key], rtol=0, atol=1e-6)
+
+
+@both
+@pytest.mark.parametrize("name, words", [
+    ("net.pt", "--student-checkpoint net.pt: nothing in it fits resnet8"),
+    ("empty.pt", "--student-checkpoint empty.pt: nothing in it fits resnet8"),
+    ("absent.pt", "absent.pt: no such file"), ("text.pt", "text.pt is not a PyTorch checkpoint"),
+    ("images", "images is a folder, not a checkpoint file"), ("DEFAULT", "DEFAULT: no such file")])
+def test_a_file_to_begin_with_that_has_nothing_is_one_line(script, name, words):
+    """Else a run of days would begin from chance."""
+    Path("text.pt").write_text("hello")
+    torch.save({"epoch": 3}, "empty.pt")
+    flags = ["--method", "none", "--student", "resnet8", "--student-checkpoint", name]
+    assert words in last_line(script, *flags)
+    assert not list(Path().rglob("last.pt"))
+
+
+@both
+def test_another_file_or_none_on_resuming_is_another_recipe(script):
+    for i, name in enumerate(("begin.pt", "other.pt")):
+        torch.manual_seed(i)
+        torch.save(create_model("resnet8", 5).state_dict(), name)
+    flags = ["--method", "none", "--student", "resnet8", "--student-checkpoint"]
+    call(script, *flags, "begin.pt")
+    before = only("runs/*/last.pt").read_bytes()
+    shutil.copy("begin.pt", "copy.pt")
+    assert "finished before" in call(script, *flags, "copy.pt")
+    for arguments in ([*flags, "other.pt"], flags[:-1]):
+        line = last_line(script, *arguments)
+        assert "holds a run of another recipe (student_sha256 was " in line
+    assert only("runs/*/last.pt").read_bytes() == before
+
+
+@both
+def test_a_distilled_student_begins_with_a_file_too(script):
+    torch.manual_seed(8)
+    source = create_model("resnet8", 3).state_dict()
+    torch.save(source, "begin.pt")
+    output = call(script, *TAUGHT, "--student", "resnet8", "--student-checkpoint", "begin.pt", "--zscore",
+                  "--lr", "1e-30")
+    assert "resnet8 begins with begin.pt\n" in output
+    state = torch.load(only("runs/*/student.pt"))["model"]
+    for key, value in parameters(state).items():
+        torch.testing.assert_close(value, source[key], rtol=0, atol=1e-6)
+
+
+@pytest.fixture
+def published(monkeypatch):
+    """torchvision's weights of squeezenet1_1, 1000 classes, from a stub of its download; what was asked."""
+    torch.manual_seed(8)
+    state, asked = torchvision.models.squeezenet1_1().state_dict(), []
+
+    def download(url, *rest, **more):
+        asked.append(url)
+        return dict(state)
+
+    monkeypatch.setattr(_api, "load_state_dict_from_url", download)
+    return state, asked
+
+
+@pytest.mark.parametrize("weights", ["IMAGENET1K_V1", "DEFAULT"])
+def test_torchvisions_weights_by_name_begin_a_student_of_other_classes(published, weights):
+    """The usual fine-tuning: ImageNet's weights, a new head."""
+    state, asked = published
+    output, student = begun("imagenet", "--student-checkpoint", weights, "--size", 64,
+                            network="squeezenet1_1")
+    torch.manual_seed(0)
+    fresh = torchvision.models.squeezenet1_1(num_classes=3).state_dict()
+    for key, value in student.items():
+        torch.testing.assert_close(value, (fresh if key.startswith("classifier") else state)[key], rtol=0,
+                                   atol=1e-6)
+    assert (f"squeezenet1_1 begins with {weights}, but for 2 of {len(fresh)} tensors, which begin anew: "
+            "classifier.1.weight (3, 512, 1, 1) is (1000, 512, 1, 1) there, ") in output
+    assert asked and set(asked) == {"https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth"}
+    call("imagenet", "--method", "none", "--student", "squeezenet1_1", "--lr", "1e-30", "--size", 64,
+         "--student-checkpoint", weights)       # finished before
+    torch.save(state, "same.pth")               # the same weights by file are the same recipe
+    assert "finished before" in call("imagenet", "--method", "none", "--student", "squeezenet1_1", "--lr",
+                                     "1e-30", "--size", 64, "--student-checkpoint", "same.pth")
+
+
+@pytest.mark.parametrize("weights, error, words", [
+    ("NOPE", None, "--student-checkpoint NOPE: torchvision's squeezenet1_1 has IMAGENET1K_V1"),
+    ("DEFAULT", OSError("no route"), "torchvision's DEFAULT of squeezenet1_1 could not be downloaded (no "
+     "route); give the same command again, or name a file with --student-checkpoint"),
+    ("DEFAULT", RuntimeError("invalid hash value\nmore"), "could not be downloaded (invalid hash value)")])
+def test_torchvisions_weights_that_do_not_come_are_one_line(monkeypatch, weights, error, words):
+    def fails(*rest, **more):
+        raise error
+
+    monkeypatch.setattr(_api, "load_state_dict_from_url", fails)
+    assert words in last_line("imagenet", "--method", "none", "--student", "squeezenet1_1", "--size", 64,
+                              "--student-checkpoint", weights)
+
+
+@pytest.mark.parametrize("script, name", [
+    ("imagenet", "squeezenet1_1"), ("imagenet", "torchvision.models:squeezenet1_1"),
+    ("cifar", "torchvision.models:squeezenet1_1")])
+def test_a_file_without_a_suffix_is_a_file(script, name):
+    """It could be a name of weights, but it is there; where nothing is, the line names what was given."""
+    torch.manual_seed(8)
+    torch.save(torchvision.models.squeezenet1_1(num_classes=3).state_dict(), "weights")
+    flags = ["--method", "none", "--student", name, "--student-checkpoint"]
+    assert re.search("--student-checkpoint NOPE|NOPE: no such file", last_line(script, *flags, "NOPE"))
+    assert "begins with weights\n" in call(script, *flags, "weights")
+
+
+def test_a_teacher_of_ones_own_without_weights_is_trained_or_refused(folder):
+    """train_cifar.py trains it; in train_imagenet.py nobody publishes it."""
+    photos(folder / "images", {"train": 72})
+    output = call("cifar", "--teacher", "nets.py:Net", "--student", "nets.py:small")
+    assert "training nets.py:Net here first" in output
+    assert torch.load("runs/nets-Net-none-images-seed0/student.pt")["student"] == "nets.py:Net"
+    line = last_line("imagenet", "--teacher", "nets.py:Net", "--student", "nets.py:small")
+    assert "nobody publishes a nets.py:Net as a teacher: name its weights with --teacher-checkpoint" in line
+
+
+def test_a_teacher_of_ones_own_is_not_fused():
+    """fx would trace a module that branches on its input wrongly, or fold what it does not know."""
+    frozen = teacher.load_teacher(networks.create("nets.py:Both", 3), "net.pt", "cpu")
+    assert not isinstance(frozen.network, torch.fx.GraphModule)
+    reference = Net(3).eval()
+    reference.load_state_dict(torch.load("net.pt"))
+    images = torch.randn(5, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(frozen.logits(images), reference(images), rtol=0, atol=1e-5)
+
+
+def test_the_recipe_names_the_network_as_it_was_given():
+    """So that the same command goes on, and --eval finds it."""
+    call("cifar", "--method", "none", "--student", "nets.py:small")
+    recipe = json.loads(only("runs/*/config.json").read_text())["recipe"]
+    assert recipe["student"] == "nets.py:small" and recipe["teacher"] is None
