@@ -11,6 +11,7 @@ import functools
 import http.client
 import importlib
 import importlib.util
+import os
 import re
 import sys
 from pathlib import Path
@@ -87,6 +88,7 @@ def _module(where):
     if where.endswith(".py") and not path.is_file():
         raise ValueError(f"{where}: no such file")
     folder = str(path.resolve().parent if where.endswith(".py") else Path.cwd())
+    before = set(sys.modules)
     sys.path.insert(0, folder)
     try:
         if not where.endswith(".py"):
@@ -94,9 +96,14 @@ def _module(where):
         spec = importlib.util.spec_from_file_location(f"own_{label(where)}", path)
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        for name in set(sys.modules) - before - {spec.name}:     # another file's helper may have its name
+            if (getattr(sys.modules[name], "__file__", None) or "").startswith(folder + os.sep):
+                del sys.modules[name]
         return module
     except (Exception, SystemExit) as error:
         hint = "; pip install timm" if where == "timm" else ""
+        if "is not a package" in str(error):
+            hint = ", which is a file of this project too: name the FILE.py that has it"
         raise ValueError(f"{where} cannot be imported ({_reason(error)}){hint}") from None
     finally:
         sys.path.remove(folder)
@@ -132,7 +139,10 @@ def identify(path, name=None):
     """(name, content, facts) of a checkpoint file: the given name, the one it says, or that its keys fit."""
     content = read_checkpoint(path, name)
     facts = facts_of(content)
-    name = name or facts.get("student") or guess_network(content)
+    said = facts.get("student")
+    if not name and isinstance(said, str) and ":" in said:
+        print(f"notice: {path} says that its network is {said}, which is imported")
+    name = name or said or guess_network(content)
     if not isinstance(name, str) or ":" not in name and name not in MODELS and name not in TORCHVISION:
         raise ValueError(f"{path} does not say which network it holds, and none has its keys: name it with "
                          "--student")

@@ -214,9 +214,9 @@ def check_flags(flags):
     cli.check_method(flags, MODELS)
     if flags["data"] is None and flags["eval_file"] is None:
         flags["data"] = "cifar100"
-    if flags["size"] is None:
+    if flags["size"] is None and flags["eval_file"] is None:
         flags["size"] = 32
-    elif flags["data"] != "folder" and not flags["dry_run"]:
+    elif flags["size"] and flags["data"] != "folder" and not flags["dry_run"]:
         raise click.UsageError("--size is for --data folder: the other images are 32 x 32")
 
 
@@ -320,14 +320,16 @@ def seeds_table(results):
 def evaluate_file(flags, world, data=None):
     """--eval: prints loss, top-1 and top-5 of a checkpoint on a data set, by default the one of the flags."""
     name, content, facts = identify(flags["eval_file"], flags["student"])
-    pixels = Pixels.of(facts) or Pixels(size=flags["size"], resize=flags["size"])
+    pixels = Pixels.of(facts) or Pixels()
+    size = flags["size"] or pixels.size
+    pixels = pixels._replace(size=size, resize=size)
     count = facts.get("num_classes") or class_count(content, create(name, 100)) or 100
     check(name, count, pixels.size, say=lambda line: None)
     network = load_teacher(create(name, count), flags["eval_file"], world.device, pixels=pixels,
                            precision=flags["precision"] or "fp32", prefer="student")
     if data is None:
         said = facts.get("data") if facts.get("data") in (*CIFAR, "folder", "synthetic") else "cifar100"
-        flags = flags | {"train_images": None, "size": pixels.size, "data": flags["data"] or said}
+        flags = flags | {"train_images": None, "size": size, "data": flags["data"] or said}
         data = read_data(flags, world.device, **({"parts": ("val",)} if flags["data"] == "folder" else {}))
         if flags["data"] == "folder" and not Pixels.of(facts):
             click.echo(f"notice: {flags['eval_file']} does not say its images' mean and deviation; taking "

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchvision.datasets import CIFAR100
+from torchvision.datasets import CIFAR10, CIFAR100
 
 import teacher
 
@@ -49,7 +49,8 @@ def generator():
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     """Nothing that a test leaves out is downloaded from the real places."""
-    monkeypatch.setattr(CIFAR100, "url", "http://127.0.0.1:9/cifar-100-python.tar.gz")
+    for reader in (CIFAR10, CIFAR100):
+        monkeypatch.setattr(reader, "url", f"http://127.0.0.1:9/{reader.filename}")
     monkeypatch.setattr(teacher, "PYTORCH_CIFAR_MODELS_URL", "http://127.0.0.1:9/")
 
 

@@ -406,6 +406,17 @@ def test_one_teachers_weights_with_other_pixels_have_logits_of_their_own(pair):
     assert not all(map(torch.equal, ours.values(), first.values()))
 
 
+def test_other_images_have_logits_of_their_own(pair):
+    """One image was exchanged: what was cached of the others' order is not read for it."""
+    call("cifar", *pair)
+    picture(listed("train")[-1][0], np.random.default_rng(7))
+    shutil.copytree("runs/logits", "shared/logits")
+    for out in ("shared", "fresh"):
+        call("cifar", *pair, "--out", out)
+    ours, fresh = (torch.load(only(f"{out}/*/student.pt"))["model"] for out in ("shared", "fresh"))
+    assert all(map(torch.equal, ours.values(), fresh.values())) and len(os.listdir("shared/logits")) == 2
+
+
 def test_one_teachers_weights_with_other_pixels_are_another_recipe(pair):
     """Else a run that was begun with a wrongly normalised teacher goes on, half of it with the right one."""
     call("cifar", *pair, "--zscore")
@@ -720,7 +731,8 @@ def test_the_ceiling_is_that_of_a_one_hot_row(classes):
     tops = [zscore_kd.weighted_zscore(one_hot, t).softmax(-1).max().item() for t in (tau, 2.0)]
     assert f"the teacher's top probability can reach {tops[0]:.2f}" in line and "\n" not in line
     assert (f"at this run's 2 only {tops[1]:.2f} (--base-temp {tau:g})" in line) == (tau != 2)
-    assert tau == 2 or tops[1] < 0.6       # of the papers' 100 classes at 2
+    allowed = [t for t in (2.0, 1.5, 1.0) if zscore_kd.weighted_zscore(one_hot, t).softmax(-1).max() >= 0.6]
+    assert tau == (allowed or [1.0])[0]         # 0.6: the papers' 100 classes at 2
 
 
 def test_the_table_in_the_file_that_people_copy_is_right():

@@ -291,7 +291,7 @@ def test_a_save_of_another_network_of_the_same_name_is_one_line(script, monkeypa
     Path("nets.py").write_text(NETS.replace("Linear(8", "Linear(8 + 0 * num_classes"))
     networks._module.cache_clear()
     Path("parts.py").write_text(PARTS.replace("stride=2", "stride=2, bias=False"))
-    del sys.modules["parts"]
+    sys.modules.pop("parts", None)
     assert "is of another nets.py:Net (" in last_line(script, *flags)
 
 
@@ -730,3 +730,18 @@ def test_the_recipe_names_the_network_as_it_was_given():
     call("cifar", "--method", "none", "--student", "nets.py:small")
     recipe = json.loads(only("runs/*/config.json").read_text())["recipe"]
     assert recipe["student"] == "nets.py:small" and recipe["teacher"] is None
+
+
+def test_two_files_find_each_its_own_helper(tmp_path):
+    """A teacher and a student of two cloned repositories, which both have a parts.py."""
+    for i, folder in enumerate((tmp_path / "a", tmp_path / "b"), 1):
+        folder.mkdir()
+        (folder / "parts.py").write_text(f"width = {i}\n")
+        (folder / "nets.py").write_text("from torch import nn\nfrom parts import width\n\n\n"
+                                        "def net(num_classes):\n    return nn.Linear(width, num_classes)\n")
+    assert [networks.create(f"{tmp_path}/{x}/nets.py:net", 3).in_features for x in "ab"] == [1, 2]
+
+
+def test_a_package_with_a_name_of_this_project_says_what_to_do():
+    with pytest.raises(ValueError, match="a file of this project too: name the FILE.py that has it"):
+        networks.create("models.resnet:tiny", 3)
