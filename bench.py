@@ -34,7 +34,7 @@ import cli
 import train_cifar
 import train_imagenet
 from data import IMAGENET_MEAN, IMAGENET_STD, MEAN, STD, VIEWS, Data, Split, synthetic
-from distill import Distiller, make_optimizer, make_step
+from distill import Distiller, Tally, make_optimizer, make_step, top_k_hits
 from folders import Folders, folder_keys
 from models import create_model
 from networks import TORCHVISION, create
@@ -93,13 +93,18 @@ def build(network, recipe, world, plain=False):
     if not plain:
         teacher = Teacher(teacher, device, recipe["precision"], compile=recipe["compile"])
     logits = teacher.to(device).eval().requires_grad_(False) if plain else teacher.logits
+    tally = Tally(device)
 
     def ask(views, *_):
+        torch.backends.cudnn.allow_tf32 = plain         # PyTorch's default on CUDA
         return [logits(x) for x in views]
 
     def learn(views, target, index=None, teacher_logits=None):
-        sums, _ = step(views, target, target, teacher_logits or ask(views))     # no loss here reads the index
-        return sums.tolist() if plain else sums
+        torch.backends.cudnn.allow_tf32 = plain
+        sums, z = step(views, target, target, teacher_logits or ask(views))     # no loss here reads the index
+        if plain:
+            return sums.tolist(), top_k_hits(z, target).tolist()
+        tally.add(sums, z, target, 1)
     return teacher, ask, learn
 
 
@@ -155,7 +160,8 @@ def parts_of(name, column, world, folder):
 
 def peak(name, column, device):
     """Peak memory (MiB) of a column's whole steps; to be run in a process of its own. device: its name."""
-    world = train_cifar.prepared({"device": device, "deterministic": False, "compile": False})
+    world = train_cifar.prepared({"device": device, "deterministic": False, "compile": False,
+                                  "precision": None})
     with tempfile.TemporaryDirectory() as folder:
         measure({FIRST: {column: parts_of(name, column, world, folder)[FIRST]}}, 0, world.device)
     return cli.peak_memory(world.device)
@@ -299,12 +305,13 @@ def table(result):
               help="Holds train/CLASS/.  [default: JPEG files are made]")
 @click.option("--imagenet-batch", type=cli.COUNT, help="Images a step.  [default: 512 on cuda, else 16]")
 def main(only, rounds, compile, device, file, image_dir, imagenet_batch):
-    world, results = train_cifar.prepared({"device": device, "deterministic": False, "compile": compile}), []
+    world, results = train_cifar.prepared({"device": device, "deterministic": False, "compile": compile,
+                                           "precision": None}), []
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     facts, cuda = collect_facts(world.device) | {"rounds": rounds}, world.device.type == "cuda"
     click.echo(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, "
                f"Python {facts['python']}\n{rounds} rounds; x: ratios to the baselines and the roofline")
-    if cuda and torch.cuda.get_device_capability() >= (8, 0) and torch.backends.cudnn.allow_tf32:
+    if cuda and torch.cuda.get_device_capability() >= (8, 0):
         click.echo("the baseline's float32 convolutions are TF32, PyTorch's default")
     for name in only or [*EXPERIMENTS, "imagenet"]:
         if name != "imagenet":

@@ -92,14 +92,28 @@ def resolve(flags, found, doubts, device):
 
 @contextmanager
 def one_line():
-    """A ValueError of this project's modules, and a full device, as one line."""
+    """As one line: a ValueError of this project's modules, a full device, what has no deterministic form."""
     try:
         yield
     except ValueError as error:
         raise RunError(str(error)) from None
     except torch.OutOfMemoryError:
-        raise RunError("the device's memory is full: take smaller batches (--batch-size, --at-once N where "
-                       "there is one), or see what else is on the device") from None
+        raise RunError(f"the device's memory is full{on_the_card()}: take smaller batches (--batch-size, "
+                       "--at-once N where there is one), or see what else is on the device") from None
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        raise RunError(f"--deterministic: {first_line(error).split(',')[0]}: leave the flag out, or take a "
+                       "network without that operation") from None
+
+
+def on_the_card():
+    """What a full GPU's memory is used for, in brackets; "" where there is none."""
+    if not torch.cuda.is_available():
+        return ""
+    (free, total), ours = torch.cuda.mem_get_info(), torch.cuda.memory_reserved()
+    return (f" ({total / 2**30:.1f} GiB, of which this process holds {ours / 2**30:.1f} and others "
+            f"{(total - free - ours) / 2**30:.1f})")
 
 
 def check_classes(recipe, count):
@@ -149,19 +163,23 @@ class Command(click.Command):
                 stream.reconfigure(errors="backslashreplace")
         try:
             code = super().main(*args, standalone_mode=False, **more)
-        except click.UsageError as error:
-            click.echo(f"Error: {error.format_message().replace(os.linesep, ' ')} (--help shows all flags)",
-                       err=True)
-            code = error.exit_code
-        except click.ClickException as error:
-            error.show()
-            code = error.exit_code
-        except click.Abort:         # Ctrl-C where there is nothing to save
-            click.echo("interrupted", err=True)
-            code = 1
+        except (click.ClickException, click.Abort) as error:
+            code = show(error)
         if standalone_mode:
             sys.exit(code)
         return code
+
+
+def show(error):
+    """Prints a click exception's one line on stderr; returns its exit code."""
+    if isinstance(error, click.UsageError):
+        text = error.format_message().replace(os.linesep, " ")
+        click.echo(f"Error: {text} (--help shows all flags)", err=True)
+    elif isinstance(error, click.ClickException):
+        error.show()
+    elif isinstance(error, click.Abort):        # Ctrl-C where there is nothing to save
+        click.echo("interrupted", err=True)
+    return getattr(error, "exit_code", 1)
 
 
 class Finite(click.FloatRange):
@@ -209,8 +227,9 @@ SHARED = [
     click.option("--out", metavar="DIR", default="runs", show_default=True,
                  help="Folder for the runs' folders."),
     click.option("--device", type=Device(["cuda", "mps", "cpu"]), help="[default: the best there is]"),
-    click.option("--precision", type=Choice(["fp32", "bf16"]),
-                 help="bf16 is autocast, losses in float32.  [default: bf16 on cuda, else fp32]"),
+    click.option("--precision", type=Choice(["fp32", "tf32", "bf16"]),
+                 help="bf16 is autocast, last layer and losses in float32; tf32 rounds convolutions, which "
+                      "is PyTorch's default on CUDA.  [default: bf16 on cuda, else fp32]"),
     click.option("--deterministic", is_flag=True, help="Deterministic CUDA kernels; slower."),
     click.option("--compile/--no-compile", default=False,
                  help="torch.compile: faster steps after a minute of preparation.  [default: off]"),
@@ -244,18 +263,26 @@ def pick_device(name=None):
 
 
 def pick_precision(name, device):
-    """"fp32" or "bf16": the one that was asked for, else bf16 where a CUDA device has it in hardware."""
+    """"fp32", "tf32" or "bf16": what was asked for, else bf16 where a CUDA device has it in hardware."""
+    if name == "tf32" and device.type != "cuda":
+        raise click.UsageError("--precision tf32 is for CUDA: elsewhere give fp32 or bf16")
     if name is None:
         name = ("bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
                 else "fp32")
     return name
 
 
-def pick_kernels(deterministic):
-    """Deterministic algorithms only, or the fastest. To be called before the first CUDA operation."""
+def pick_kernels(deterministic, precision="fp32"):
+    """Deterministic algorithms only, or the fastest. To be called before the first CUDA operation.
+
+    float32 is float32, unless "tf32" is asked for: PyTorch's default rounds convolutions on newer GPUs.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False     # nothing here reads such memory
     torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def keep_memory():

@@ -10,7 +10,7 @@ import itertools
 import math
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import click
 import torch
@@ -20,10 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from cli import Progress, duration, peak_memory
+from models import float32_head
 from recipes import key, recipe_epoch, schedule
 from run import Run, RunError, Stop, Stopped, collect_facts, first_line
 from zscore_kd import CurriculumTemperature, distillation_loss
 
+HELD = 16       # steps
 KEPT = "the last checkpoint in {} is kept. Try a smaller --lr or --kd-weight, in another --out"
 SHOWN = ("lr", "epochs", "batch_size", "weight_decay", "ce_weight", "kd_weight", "base_temp", "alpha", "beta",
          "span", "zscore_relations", "precision", "compile", "exact_teacher", "size", "images",
@@ -38,10 +40,32 @@ class Distiller(nn.Module):
     def __init__(self, student, recipe):
         super().__init__()
         self.student, self.recipe = student, recipe
+        if recipe["precision"] == "bf16":
+            float32_head(student)
         ctkd = recipe["method"] == "ctkd"
         self.temperature = CurriculumTemperature(recipe["base_temp"], recipe["span"]) if ctkd else None
         for name in ("kd_weight", "reversal"):      # tensors: a captured or compiled step reads their values
             self.register_buffer(name, torch.zeros(()), persistent=False)
+        self.norms = tuple(m for m in student.modules()         # (a tuple: they are the student's)
+                           if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.momentum is not None
+                           and m.num_batches_tracked is not None)
+
+    @contextmanager
+    def uncounted(self):
+        """Batch norms count nothing in here: it would be an operation a layer and step. See `count`."""
+        counters = [m.num_batches_tracked for m in self.norms]
+        for m in self.norms:
+            m.num_batches_tracked = None
+        try:
+            yield
+        finally:
+            for m, counter in zip(self.norms, counters):
+                m.num_batches_tracked = counter
+
+    def count(self, passes):
+        """Adds what `uncounted` left out, which no computation reads: one for each pass in training."""
+        if passes and self.norms:
+            torch._foreach_add_([m.num_batches_tracked for m in self.norms], passes)
 
     def predict(self, images):
         """float32 logits (B, K) of normalised images (B, 3, H, W)."""
@@ -86,8 +110,8 @@ def make_step(distiller, optimizer, batch_size, world, micro_batch=None, compile
 
     batch_size: of all processes together. micro_batch: images that the device takes at once, gradients add
     up; None: all. seed: of dropout's masks, plus an image's place in the share, so that they are the images'
-    own. Returns the share's sums of loss, L_CE, L_KD and top-1 and top-5 hits, (5,), and the student's logits
-    of the last micro-batch's first view.
+    own. Returns the share's sums of loss, L_CE and L_KD, (3,), and the student's logits of the first view;
+    the next step overwrites both where it is a CUDA graph.
     """
     model = torch.compile(distiller, dynamic=False) if compile else distiller
     if world.size > 1:
@@ -97,7 +121,7 @@ def make_step(distiller, optimizer, batch_size, world, micro_batch=None, compile
     parts = micro_batches(batch_size, world.size, micro_batch)
 
     def step(views, target, index, teacher_logits, seed=0):
-        n, sums = len(target), torch.zeros(5, device=target.device)
+        n, sums, seen = len(target), torch.zeros(3, device=target.device), []
         whole = batch_size if world.size > 1 else n         # the last batch of an epoch may be smaller
         optimizer.zero_grad()
         bounds = (n * i // min(parts, n) for i in range(min(parts, n) + 1))
@@ -105,15 +129,14 @@ def make_step(distiller, optimizer, batch_size, world, micro_batch=None, compile
             if first:
                 torch.manual_seed((seed + first) % 2**63)
             now = slice(first, last)
-            with nullcontext() if world.size == 1 or last == n else model.no_sync():
+            with (nullcontext() if world.size == 1 or last == n else model.no_sync()), distiller.uncounted():
                 loss, ce, kd, logits = model([x[now] for x in views], target[now], index[now],
                                              [v[now] for v in teacher_logits])
                 (loss * ((last - first) * world.size / whole)).backward()       # averaged over processes
-            logits = logits.detach()
-            losses = torch.stack([loss.detach(), ce.detach(), kd.detach()])
-            sums += torch.cat([(last - first) * losses, top_k_hits(logits, target[now])])
+            seen.append(logits.detach())
+            sums += (last - first) * torch.stack([loss.detach(), ce.detach(), kd.detach()])
         optimizer.step()
-        return sums, logits
+        return sums, torch.cat(seen) if len(seen) > 1 else seen[0]
 
     if world.device.type == "cuda" and world.size == 1 and parts == 1 and capture:
         momentum = [s["momentum_buffer"] for s in optimizer.state.values()]
@@ -139,14 +162,16 @@ class Captured:
     def __call__(self, *arguments, seed=0):
         given, form = tree_flatten(arguments)
         size = len(arguments[1])
-        if self.graphs is not None and size not in self.graphs:
+        if size not in self.graphs:
             try:
                 self.graphs[size] = self._capture(given, form)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
-                click.echo(f"notice: no CUDA graph of the step ({first_line(error)}); "
+                click.echo(f"notice: no CUDA graph of the step of {size} images ({first_line(error)}); "
                            "going on without, slower")
-                self.graphs = None
-        if self.graphs is None:
+                self.graphs[size] = None
+        if self.graphs[size] is None:
             return self.step(*arguments, seed=seed)
         graph, inputs, outputs = self.graphs[size]
         for held, new in zip(inputs, given):
@@ -159,24 +184,68 @@ class Captured:
         inputs = [x.clone() for x in given]
         arguments = tree_unflatten(inputs, form)
         before = [x.detach().clone() for x in self.state]
+        here, stream = torch.cuda.current_stream(), torch.cuda.Stream()
         try:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
+            stream.wait_stream(here)
             with torch.cuda.stream(stream):
                 for _ in range(3):          # kernels are chosen, workspaces made
                     self.step(*arguments)
-            torch.cuda.current_stream().wait_stream(stream)
+            here.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            pool = next((g.pool() for g, _, _ in self.graphs.values()), None)
+            pool = next((held[0].pool() for held in self.graphs.values() if held), None)
             with torch.cuda.graph(graph, pool=pool):
                 outputs = self.step(*arguments)
             return graph, inputs, outputs
         finally:
-            for now, then in zip(self.state, before):       # the warm-up steps are undone
+            torch.cuda.set_stream(here)         # a failed capture stays on its own
+            torch.cuda.synchronize()            # nor does it wait for the steps that are undone here
+            for now, then in zip(self.state, before):
                 now.detach().copy_(then)
 
 
 # ---------------------------------------------------------------- evaluation
+
+
+class Tally:
+    """What one process's steps add up to, on the device: loss, L_CE, L_KD, hits, undecodable images.
+
+    Its small operations are done for HELD steps at once; looking at the sums waits for a GPU.
+    """
+
+    def __init__(self, device):
+        self.sums = torch.zeros(6, dtype=torch.float32 if device.type == "mps" else torch.float64,
+                                device=device)
+        self.held, self.losses, self.passes = [], [], 0
+
+    def add(self, losses, logits, target, passes):
+        """A step's sums (3,), logits, which a CUDA graph will overwrite, targets, and forward passes."""
+        self.held.append((losses.clone(), logits.clone(), target))
+        self.passes += passes
+        if len(self.held) == HELD:
+            self._count()
+
+    def _count(self):
+        if self.held:
+            losses, logits, targets = zip(*self.held)
+            losses = torch.stack(losses)
+            self.sums[:3] += losses.to(self.sums.dtype).sum(0)
+            self.sums[3:5] += top_k_hits(torch.cat(logits), torch.cat(targets))
+            self.losses.append(losses[:, 0])
+            self.held.clear()
+
+    def unchecked(self):
+        """The losses of the steps since the last call, (n,)."""
+        self._count()
+        losses, self.losses = torch.cat(self.losses), []
+        return losses
+
+    def take(self):
+        """The sums, which begin anew."""
+        self._count()
+        sums = self.sums.clone()
+        self.sums.zero_()
+        self.passes = 0
+        return sums
 
 
 def top_k_hits(logits, target):
@@ -224,8 +293,9 @@ def check_teacher(teacher, batches, images, world, published=None):
 def train(recipe, data, distiller, run, state, world, stop, *, save_every=60, stop_after=None, **how):
     """Trains `distiller` on `data`; returns the result, a dict.
 
-    data: a script's Batches: eval_name, images (an epoch's), train_images, steps, undecodable, check, place,
-    epoch, evaluation, long_evaluation, facts (for student.pt), advice and chunk (see cli.Progress). state:
+    data: a script's Batches: eval_name, images (an epoch's), train_images, steps, undecodable, check,
+    check_teacher, place, epoch, evaluation, long_evaluation, facts (for student.pt), advice and chunk (see
+    cli.Progress). state:
     the checkpoint to go on from, or None. stop: a Stop. save_every: seconds; a run also saves when it is
     stopped, at its end, and around an evaluation that takes long. stop_after: leave after so many epochs, as
     a kill would, and return None. how: see `make_step`.
@@ -250,9 +320,8 @@ def train(recipe, data, distiller, run, state, world, stop, *, save_every=60, st
         for held, kept in zip(optimizer.state.values(), state["momentum"]):
             held["momentum_buffer"].copy_(kept)             # in place: a captured step reads it there
         world.print(f"going on from epoch {state['epoch']}, step {state['step']} ({run.folder})")
-    exact = torch.float32 if device.type == "mps" else torch.float64
-    sums = state["sums"].to(device, exact)      # of all processes: loss, L_CE, L_KD, hits, undecodable images
-    mine = torch.zeros_like(sums)               # of this process, since the last save
+    tally = Tally(device)                               # of this process, since the last save
+    sums = state["sums"].to(tally.sums)                 # of all processes
     best, row, first_step, saved = state["best"], state["row"], state["step"], time.monotonic()
     begun = saved - state["seconds"]            # the time of earlier sessions counts
 
@@ -264,16 +333,17 @@ def train(recipe, data, distiller, run, state, world, stop, *, save_every=60, st
                 raise RunError(f"the student's weights became infinite in epoch {epoch}; "
                                f"{KEPT.format(run.folder)}")
             run.save({"epoch": epoch, "step": step, "seconds": time.monotonic() - begun, "sums": sums.cpu(),
-                      "best": best, "row": row, "model": distiller.state_dict(),
-                      "momentum": [s["momentum_buffer"] for s in optimizer.state.values()]})
+                      "best": best, "row": row,
+                      "model": {k: v.cpu() for k, v in distiller.state_dict().items()},
+                      "momentum": [s["momentum_buffer"].cpu() for s in optimizer.state.values()]})
         world.on_main(write)
         saved = time.monotonic()
 
     def collect():
         """Adds all processes' sums since the last time."""
-        mine[5], data.undecodable = data.undecodable, 0
-        sums.add_(world.sum(mine))
-        mine.zero_()
+        tally.sums[5], data.undecodable = data.undecodable, 0
+        distiller.count(tally.passes)
+        sums.add_(world.sum(tally.take()))
         return data.check(int(sums[5]))
 
     def leave_if_asked(asked=None):
@@ -287,11 +357,12 @@ def train(recipe, data, distiller, run, state, world, stop, *, save_every=60, st
         return world.any(stop.asked or time.monotonic() - saved >= save_every, stop.asked)
 
     step = make_step(distiller, optimizer, recipe["batch_size"], world, **how)
+    parts = micro_batches(recipe["batch_size"], world.size, how.get("micro_batch"))
     done = state["epoch"] * data.images + first_step * recipe["batch_size"]
     progress = Progress(data.images, recipe["epochs"], done, device, data.advice, data.chunk)
     shown = None
     for epoch in range(state["epoch"], recipe["epochs"]):
-        epoch_begun, seen = time.monotonic(), data.images - first_step * recipe["batch_size"]
+        epoch_begun, images = time.monotonic(), data.images - first_step * recipe["batch_size"]
         distiller.train()
         # line 1: the loop over batches
         for i, (views, target, index, teacher_logits) in enumerate(data.epoch(epoch, first_step), first_step):
@@ -305,12 +376,13 @@ def train(recipe, data, distiller, run, state, world, stop, *, save_every=60, st
             seed = recipe["seed"] * 2**40 + data.place(epoch, i)
             torch.manual_seed(seed % 2**63)
             losses, logits = step(views, target, index, teacher_logits, seed=seed)      # lines 2 to 6
-            mine[:5] += losses
+            tally.add(losses, logits, target, len(views) * min(parts, len(target)))
             if world.rank == 0:
                 progress.step(epoch, recipe["batch_size"] if world.size > 1 else len(target))
             save_now, asked = due() if i < data.steps - 1 else (False, False)
             if save_now or device.type == "cpu" or i == data.steps - 1:     # on a GPU looking waits for it
-                check_finite(mine, losses, epoch, i, logits, teacher_logits, run, world)
+                data.check_teacher()
+                check_finite(tally, epoch, i, logits, teacher_logits, run, world)
             if save_now:
                 collect()
                 save(epoch, i + 1)
@@ -329,7 +401,7 @@ def train(recipe, data, distiller, run, state, world, stop, *, save_every=60, st
         row = epoch_row(epoch, lr, sums / data.images, scores, name)
         if distiller.temperature:
             row["temperature"] = distiller.temperature(0.0).item()
-        row |= {"img_s": seen / spent, "seconds": time.monotonic() - epoch_begun, **extra}
+        row |= {"img_s": images / spent, "seconds": time.monotonic() - epoch_begun, **extra}
         if scores["top1"] > best["top1"]:
             best = {"top1": scores["top1"], "top5": scores["top5"], "epoch": epoch + 1}
         first_step = 0
@@ -361,17 +433,23 @@ def finish(recipe, data, distiller, run, row, best, minutes, world):
     return result
 
 
-def check_finite(sums, losses, epoch, step, student_logits, teacher_logits, run, world):
-    """RunError, in all processes, when a sum of losses is not finite; the checkpoint made before is kept."""
-    broken = not torch.isfinite(sums[0])
-    if not world.any(broken)[0]:
+def check_finite(tally, epoch, step, student_logits, teacher_logits, run, world):
+    """RunError, in all processes, when a loss was not finite; the checkpoint made before is kept.
+
+    step: the last one; the first bad one is named, and the logits' ranges of the last.
+    """
+    losses = tally.unchecked()
+    bad = (~losses.isfinite()).nonzero().flatten().tolist()
+    if not world.any(bool(bad))[0]:
         return
-    if not broken:
+    if not bad:
         raise click.exceptions.Exit(1)      # another process says why
     ranges = [f"{name} logits in [{x.min():.4g}, {x.max():.4g}]"
               for name, x in (("student", student_logits), *(("teacher", x) for x in teacher_logits[:1]))]
-    raise RunError(f"the loss became {losses[0].item()} in epoch {epoch + 1}, step {step + 1} "
-                   f"({', '.join(ranges)}); " + KEPT.format(run.folder))
+    raise RunError(f"the loss became {losses[bad[0]].item()} in epoch {epoch + 1}, step "
+                   f"{step + 2 - len(losses) + bad[0]} ({', '.join(ranges)}"
+                   + f" {len(losses) - 1 - bad[0]} steps later" * (bad[0] < len(losses) - 1)
+                   + "); " + KEPT.format(run.folder))
 
 
 def epoch_row(epoch, lr, means, scores, eval_name):

@@ -1,12 +1,15 @@
 """The processes of one job under torchrun; without it, one process, and nothing here costs anything."""
 
+import multiprocessing
 import os
+import sys
+import traceback
 
 import click
 import torch
 import torch.distributed as dist
 
-from cli import pick_device
+from cli import pick_device, show
 from run import RunError
 
 
@@ -18,6 +21,8 @@ class World:
         launched = dist.is_torchelastic_launched()      # not by RANK, which clusters set for other reasons
         if self.device.type == "cuda":
             local, there = int(os.environ["LOCAL_RANK"]) if launched else 0, torch.cuda.device_count()
+            if there == 1 and os.environ.get("CUDA_VISIBLE_DEVICES"):      # some show each process its own
+                local = 0
             if local >= there:
                 raise RunError(f"process {local + 1} on this machine finds {there} GPUs: "
                                f"give torchrun --nproc-per-node {there}")
@@ -72,6 +77,26 @@ class World:
         for tensor in tensors if self.group is not None else ():
             dist.broadcast(tensor, 0)
 
-    def close(self):
-        if self.group is not None:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        """Leaves the others in peace at the end; with an error at once, as they may wait for this process.
+
+        NCCL's destroy_process_group would wait for them: the reason never printed, nothing ever restarted.
+        """
+        if self.group is None:
+            return
+        if error is None:
             dist.destroy_process_group()
+            return
+        if isinstance(error, (click.ClickException, click.Abort, click.exceptions.Exit)):
+            code = show(error)
+        else:
+            traceback.print_exception(error)
+            code = 1
+        for child in multiprocessing.active_children():     # loading processes
+            child.kill()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

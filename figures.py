@@ -176,6 +176,7 @@ def logits_of(flags):
     """{"teacher", "plain", "zscore"} to logits (N, K), float32 on the CPU, and to titles; targets (N,)."""
     teacher, student = flags["pair"].split("-")
     device = cli.pick_device(flags["device"])
+    cli.pick_kernels(deterministic=False)
     split = load_data("cifar100", flags["data_dir"], device).test
     logits, titles = {}, {}
     for who in ("teacher", "plain", "zscore"):

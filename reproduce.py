@@ -268,6 +268,7 @@ def keep(row, record, folder, data, device):
     weights = read_checkpoint(folder / "student.pt")["model"]
     half = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
     partial, top1 = CHECKPOINTS / f"{name}.{os.getpid()}.part", []
+    cli.pick_kernels(deterministic=False)       # in float32, whatever the row's own precision was
     with runs.explained(CHECKPOINTS):
         CHECKPOINTS.mkdir(exist_ok=True)
         runs.write_checkpoint(partial, {"model": half, "student": row.student})

@@ -27,7 +27,7 @@ from torch.fx.experimental.optimization import fuse
 from torch.fx.proxy import TraceError
 
 from data import VIEWS, Pixels, crop_and_flip
-from models import load_weights, weights_sha256
+from models import float32_head, load_weights, weights_sha256
 from weights import network_of
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
@@ -48,7 +48,7 @@ RESERVE = 2**30         # bytes of a disk that they leave free for what matters 
 class Teacher:
     """A frozen network in evaluation mode, and its logits.
 
-    network: a module, (B, 3, H, W) -> (B, K), with a `name`. precision: "fp32" or "bf16" (autocast). source:
+    network: a module, (B, 3, H, W) -> (B, K), with a `name`. precision: "bf16" is autocast. source:
     where it comes from. compile: by torch.compile, which needs a C++ compiler on a CPU. pixels: those of the
     images that it gets. own: those that it was trained on, where known; where their mean and deviation differ
     it sees its own.
@@ -69,6 +69,8 @@ class Teacher:
         network = network.to(device).eval().requires_grad_(False)
         if not getattr(network, "own", False):      # who knows what that does
             network = fold(network).to(memory_format=torch.channels_last)
+        if precision == "bf16":
+            float32_head(network)
         self.network = torch.compile(network, dynamic=False) if compile else network
         self.batch = BATCH[self.device.type]
         self.images = self.cache = None
@@ -98,15 +100,22 @@ class Teacher:
         """
         self.images, self.dtype = split.images, torch.float32 if exact else torch.float16
         self.cache = self.pending = None
+        self.largest = torch.zeros((), device=self.device)      # of all logits, without their signs
         self.classes = self.logits(self.pixels.normalise(split.images[:1])).shape[1]
         if folder is None:
             return
         shape = len(split.images) * VIEWS, self.classes, self.dtype, self.device
-        if self.device.type == "cuda":
+        cuda = self.device.type == "cuda"
+        if cuda:
             torch.cuda.empty_cache()
-            if torch.cuda.mem_get_info(self.device)[0] > math.prod(shape[:2]) * self.dtype.itemsize + SPARE:
+            needed = math.prod(shape[:2]) * self.dtype.itemsize
+            if torch.cuda.mem_get_info(self.device)[0] > needed + SPARE:
                 self.cache = Cache(*shape)
                 return
+        if self.device.type != "cpu":
+            print(f"notice: the teacher's logits are cached in {folder}, not on the {self.device.type} device"
+                  + (f", which has no room for {needed / 2**30:.1f} GiB beside the run" if cuda else "")
+                  + "; reading and writing them takes about 0.1 s for 8,192 images")
         images = hashlib.sha256(split.images.cpu().numpy()).hexdigest()
         key = (f"2 {self.sha256} {images} {self.device.type} {self.precision} {self.dtype} {self.compiled} "
                f"{torch.__version__} {torch.get_num_threads()}")        # all that may change their last bits
@@ -127,7 +136,7 @@ class Teacher:
         """Logits (n, K), float32 on the device, of views (n,) of images `indices` (n,); int64 on the CPU.
 
         Always the rounded value, cached or not; what is not cached is computed. images: the normalised views
-        (n, 3, H, W), where the caller has them. ValueError for logits that float16 cannot hold.
+        (n, 3, H, W), where the caller has them. What float16 cannot hold is infinite: see `check_range`.
         """
         slots = indices * VIEWS + views
         if self.pending:
@@ -147,13 +156,18 @@ class Teacher:
                 batch = images[where]
             exact = self.logits(batch)
             new = exact.to(self.dtype)
-            if self.device.type == "cpu" and new.isinf().any() and exact.isfinite().all():
-                raise ValueError(f"the teacher's logits, up to {exact.abs().max():.3g}, do not fit float16: "
-                                 "give --exact-teacher")
             logits[where] = new
             if self.cache:
                 self.cache.write(slots[chosen], new)
-        return logits.float()
+        logits = logits.float()
+        self.largest = torch.maximum(self.largest, logits.abs().max())      # rows of an earlier run too
+        return logits
+
+    def check_range(self):
+        """ValueError where logits that were to be cached are too large for float16. Waits for the device."""
+        if self.dtype == torch.float16 and self.largest.isinf():
+            raise ValueError("the teacher's logits do not fit float16, which ends at 65504: give "
+                             "--exact-teacher")
 
 
 def fold(network):

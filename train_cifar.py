@@ -63,6 +63,11 @@ class Batches:
         """What a row of the log says beside the usual."""
         return {}
 
+    def check_teacher(self):
+        """ValueError where the cached logits are out of range."""
+        if self.teacher:
+            self.teacher.check_range()
+
     def place(self, epoch, step):
         """Where in the run a step's first image is."""
         return epoch * self.images + step * self.recipe["batch_size"]
@@ -192,6 +197,9 @@ def execute(flags, world, shared):
         asked = (*wanted, recipe["teacher"], flags["teacher_checkpoint"], recipe["precision"],
                  recipe["compile"], recipe["exact_teacher"])
         if asked not in shared:
+            if world.device.type == "cuda":     # which has room for one teacher's logits at a time
+                for other in [k for k, v in shared.items() if isinstance(v, Teacher)]:
+                    del shared[other]
             teacher = get_teacher(recipe, data, flags, world)
             known = recipes.published(None, teacher.name, "none") if recipe["data"] == "cifar100" else None
             split = "test split" if data.eval_name == "test" or recipe["data"] != "folder" else (
@@ -238,7 +246,7 @@ def prepared(flags):
     if torch.distributed.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1:
         raise click.UsageError("train_cifar.py is one process: start it without torchrun")
     world = World(flags["device"])
-    cli.pick_kernels(flags["deterministic"])
+    cli.pick_kernels(flags["deterministic"], flags["precision"])
     cli.keep_memory()
     if flags["compile"]:
         cli.check_compiler(world.device)

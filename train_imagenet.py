@@ -68,6 +68,9 @@ class Batches:
                            "mend or remove them")
         return {"undecodable": undecodable}
 
+    def check_teacher(self):
+        """Its logits are float32 here, whatever their size."""
+
     def place(self, epoch, step):
         """Where in the run the first image of this process's share of a step is."""
         batch = self.recipe["batch_size"]
@@ -305,27 +308,25 @@ def main(**flags):
     cli.check_method(flags, [*TORCHVISION, *(name for name in MODELS if name not in TORCHVISION)])
     if flags["seeds"] != 1:
         raise click.UsageError("--seeds is for train_cifar.py; here, give one --seed at a time")
-    world = World(flags["device"])
-    try:
-        with cli.one_line():
-            execute(flags, world)
-    except RuntimeError as error:
-        if "DataLoader" in str(error):
-            for child in multiprocessing.active_children():
-                child.kill()        # a hung one hears nothing else, and the end of this process waits for it
-            raise RunError(f"a loading process was lost ({first_line(error)}): memory is full, or the shared "
-                           "memory is small (in a container, --shm-size); give fewer --workers, or "
-                           "--workers 0") from None
-        if world.size == 1 or not any(words in str(error)
-                                      for words in ("Connection closed", "Connection reset")):
-            raise
-        raise RunError(f"process {world.rank} lost another one, whose own lines say why") from None
-    finally:
-        world.close()
+    with World(flags["device"]) as world:
+        try:
+            with cli.one_line():
+                execute(flags, world)
+        except RuntimeError as error:
+            if "DataLoader" in str(error):
+                for child in multiprocessing.active_children():
+                    child.kill()    # a hung one hears nothing else, and the end of this process waits for it
+                raise RunError(f"a loading process was lost ({first_line(error)}): memory is full, or the "
+                               "shared memory is small (in a container, --shm-size); give fewer --workers, "
+                               "or --workers 0") from None
+            if world.size == 1 or not any(words in str(error)
+                                          for words in ("Connection closed", "Connection reset")):
+                raise
+            raise RunError(f"process {world.rank} lost another one, whose own lines say why") from None
 
 
 def execute(flags, world):
-    cli.pick_kernels(flags["deterministic"])
+    cli.pick_kernels(flags["deterministic"], flags["precision"])
     cli.keep_memory()
     if flags["compile"]:
         cli.check_compiler(world.device)

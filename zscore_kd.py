@@ -87,8 +87,9 @@ def dkd_loss(student_logits, teacher_logits, target, base_temp=2.0, *, alpha=1.0
     """tau^2 (alpha TCKD + beta NCKD), batch mean: decoupled KD (Zhao et al., CVPR 2022, eq. 7), in log space.
 
     TCKD is the KL of (p_y, 1 - p_y), target class against the rest; NCKD the KL among the other K - 1
-    classes, where KL = TCKD + (1 - p_y) NCKD. target: (B,) class numbers in [0, K). With Z the paper's
-    lambda_KD multiplies both alpha and beta. The rest as in `kd_loss`; K of at least 3.
+    classes, where KL = TCKD + (1 - p_y) NCKD. target: (B,) class numbers in [0, K); with any other the loss
+    is NaN. With Z the paper's lambda_KD multiplies both alpha and beta. The rest as in `kd_loss`; K of at
+    least 3.
     """
     z, v, base_temp = _pair(student_logits, teacher_logits, base_temp, min_classes=3)
     if target.shape != z.shape[:1] or target.is_floating_point():
@@ -102,7 +103,8 @@ def dkd_loss(student_logits, teacher_logits, target, base_temp=2.0, *, alpha=1.0
             """log p of the target (B,), of all others together (B,), and of each other among these (B, K)."""
             x = x - x.detach().amax(-1, keepdim=True)       # the same p; +inf becomes NaN, and shows
             others = x.masked_fill(is_target, -torch.inf)
-            gap = x.gather(1, target[:, None].long()).squeeze(1) - others.logsumexp(-1)
+            own = x.masked_fill(~is_target, 0.0).sum(-1)        # gather's backward pass scatters
+            gap = torch.where(is_target.any(-1), own, torch.nan) - others.logsumexp(-1)
             return (F.logsigmoid(gap), F.logsigmoid(-gap),
                     F.log_softmax(others, -1).masked_fill(is_target, 0.0))
 

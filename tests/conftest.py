@@ -54,6 +54,14 @@ def no_network(monkeypatch):
     monkeypatch.setattr(teacher, "PYTORCH_CIFAR_MODELS_URL", "http://127.0.0.1:9/")
 
 
+@pytest.fixture(autouse=True)
+def no_gpu(request, monkeypatch):
+    """Numbers are a CPU's, on every machine, but for tests that are marked `gpu`."""
+    if not request.node.get_closest_marker("gpu"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
 class Handler(http.server.SimpleHTTPRequestHandler):
     """Serves files with ETag, Range, If-Range, as the public hosts do; breaks off once after `cut` bytes."""
 

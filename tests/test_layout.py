@@ -24,7 +24,7 @@ ROOMS = {       # ground first: each imports from those above it alone
     "cli": {"torch", "click", "recipes", "run"},
     "distributed": {"torch", "click", "cli", "run"},
     "networks": {"torch", "torchvision", "weights", "models", "run"},
-    "distill": {"torch", "click", "zscore_kd", "recipes", "run", "cli"},
+    "distill": {"torch", "click", "zscore_kd", "models", "recipes", "run", "cli"},
     "teacher": {"torch", "weights", "models", "data"},
     "train_cifar": {"torch", "click", "zscore_kd", "models", "data", "folders", "randaugment", "recipes",
                     "cli", "distributed", "networks", "distill", "teacher"},

@@ -277,8 +277,8 @@ def test_two_epochs_equal_a_plain_loop(pair, tmp_path, monkeypatch):
         torch.testing.assert_close(ours[key], value, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a CUDA GPU"))])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA GPU")])])
 @pytest.mark.parametrize("method", ["kd", "ctkd", "mlkd"])
 def test_ten_fast_steps_equal_a_plain_loop(device, method, tmp_path):
     """Folded teacher in large batches, its cached logits, images in chunks, channels last, fused optimizer,
@@ -341,6 +341,7 @@ def test_ten_fast_steps_equal_a_plain_loop(device, method, tmp_path):
                 group["lr"] = learning_rate(now, recipe)
             reference.step()
             assert sums[0].item() / len(y) == pytest.approx(loss.item(), rel=1e-3), (epoch, i)
+    distiller.count(10 * len(images))
     for read in (dict.values, lambda d: [v for k, v in d.items() if "running" in k]):
         ours, theirs, before = (torch.cat([v.flatten().double() for v in read(dict(m.state_dict()))])
                                 for m in (student, plain, start))
