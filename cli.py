@@ -125,6 +125,13 @@ def check_classes(recipe, count):
         raise click.UsageError("--method dkd needs three classes: there is nothing beside the target's part")
 
 
+def check_batch(recipe, images):
+    """A usage error where an epoch has no whole batch."""
+    if recipe["batch_size"] > images:
+        raise click.UsageError(f"--batch-size {recipe['batch_size']}: there are {images} training images; "
+                               "give a smaller one, and a --lr that is smaller in proportion")
+
+
 def temperature_line(recipe, count):
     """Which temperature the ceiling of Z (see zscore_kd.py) suggests for `count` classes, and why."""
     tau, used = suggested_temperature(count), recipe["base_temp"]

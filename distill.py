@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from cli import Progress, duration, peak_memory
+from cli import Progress, check_batch, duration, peak_memory
 from models import float32_head
 from recipes import key, recipe_epoch, schedule
 from run import Run, RunError, Stop, Stopped, collect_facts, first_line
@@ -484,9 +484,7 @@ def distil(recipe, data, student, folder, world, *, published=None, logged=None,
     run = Run(folder, recipe, collect_facts(world.device) | {"processes": world.size})
     values = ", ".join(f"{k} {recipe[k]}" for k in SHOWN if recipe.get(k) not in (None, False))
     world.print(f"{run.folder}: {key(recipe['method'], recipe['zscore'])}, {values}")
-    if recipe["batch_size"] > data.train_images:
-        raise click.UsageError(f"--batch-size {recipe['batch_size']}: "
-                               f"there are {data.train_images} training images")
+    check_batch(recipe, data.train_images)
     try:
         # rank 0 alone touches the folder
         state, result = world.on_main(lambda: (run.open(), run.finished()))

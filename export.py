@@ -36,8 +36,8 @@ import cli
 import run as runs
 from data import CIFAR, HELD_OUT_KEY, PAD, Pixels, Split, epoch_draws, has_cifar, load_data, synthetic
 from folders import FolderImages, collate, imagenet_pixels, load_folders, read_images, shown
-from models import MODELS, class_count, load_weights, weights_sha256
-from networks import TORCHVISION, check, create, identify, label
+from models import MODELS, load_weights, weights_sha256
+from networks import TORCHVISION, check, create, fitting, identify, label, pixels_of
 
 CENTRE = ((2 * PAD + 1) ** 2 // 2) * 2          # the view that is the image itself
 OPSETS = 13, 23         # the oldest that quantizes by channel, and the newest that was tried
@@ -85,11 +85,14 @@ def load_student(path, name=None, float_input=False, *, classes=None, mean=None,
     classes (a file), mean and std ("R,G,B"), size: in place of what the checkpoint says.
     """
     name, content, facts = identify(path, name)
-    count, first = classes_of(path, name, content, facts)
+    count, first = fitting(name, content, facts)
     network = create(name, count, first)
     load_weights(network, path)
-    pixels, known = pixels_of(name, facts, first, count, mean, std, size)
-    if not known:
+    pixels, known = pixels_of(name, facts, first, size)
+    if mean or std:
+        pixels = with_statistics(pixels, mean, std)
+    papers = ":" not in name and count == (100 if pixels.size == pixels.resize else 1000)
+    if not (known or mean and std or "data" in facts or papers):
         click.echo(f"{path} does not say its images' mean and deviation: where --mean and --std do not, "
                    f"{'CIFAR-100' if pixels.size == pixels.resize else 'ImageNet'}'s are taken, at "
                    f"{pixels.size} pixels (--size); --classes names the classes")
@@ -100,36 +103,13 @@ def load_student(path, name=None, float_input=False, *, classes=None, mean=None,
     return Student(network.eval(), facts, count, names, float_input, pixels)
 
 
-def classes_of(path, name, content, facts):
-    """(number of classes, whose names go first) of a checkpoint's network: of vgg13's two its keys decide."""
-    said = facts["num_classes"] if isinstance(facts.get("num_classes"), int) else 100
-    for first in (MODELS, TORCHVISION):
-        if name in first or ":" in name:
-            try:
-                count = class_count(content, create(name, said, first), said)
-            except ValueError as error:
-                raise ValueError(f"{error}: name the network of {path} with --student") from None
-            if count:
-                return count, first
-    return said, MODELS if name in MODELS else TORCHVISION     # load_weights says what is wrong
-
-
-def pixels_of(name, facts, first, count, mean, std, size):
-    """(Pixels of a checkpoint's images, whether that is certain): what is given, what it says, the usual."""
-    side = facts["size"] if isinstance(facts.get("size"), int) else None
-    large = side or first is TORCHVISION or name == "MobileNetV1" or name.startswith("timm:")
-    usual = imagenet_pixels(side or 224) if large else Pixels()
-    said = Pixels.of(facts, usual.size, usual.resize)
-    pixels = said or usual
-    if size:
-        resize = size if pixels.size == pixels.resize else imagenet_pixels(size).resize
-        pixels = pixels._replace(size=size, resize=resize)
-    given = {"mean": mean.split(",") if mean else pixels.mean, "std": std.split(",") if std else pixels.std}
+def with_statistics(pixels, mean, std):
+    """The Pixels with another mean and deviation, "R,G,B"."""
+    given = {k: v.split(",") for k, v in (("mean", mean), ("std", std)) if v}
     pixels = Pixels.of(pixels._asdict() | given)
     if not pixels or not all(0 <= x <= 1 for x in pixels.mean + pixels.std):
         raise ValueError("--mean and --std take three numbers in [0, 1], of pixels in [0, 1], as 0.5,0.5,0.4")
-    papers = ":" not in name and count == (1000 if large else 100)
-    return pixels, bool(said or mean and std or "data" in facts or papers)
+    return pixels
 
 
 def read_classes(path, count):
@@ -190,7 +170,7 @@ def set_images(student, name, root, count):
     facts = student.facts
     data = load_data(name, root, "cpu", train_images=facts.get("train_images"),
                      val_from_train=facts.get("val_from_train", 0), download=False)
-    check_classes(student, root, list(data.classes))
+    check_images(student, root, list(data.classes))
     order = torch.from_numpy(epoch_draws(0, 0, len(data.train.targets))[0])
     fit, what = data.eval, HELD_OUT
     if data.eval_name == "test":
@@ -204,7 +184,7 @@ def folder_images(student, root, count):
     facts, (*_, size, resize), parts = student.facts, student.pixels, parts_of(root)
     held = facts.get("val_from_train", 0) if "train" in parts else 0
     folders = load_folders(root, held, parts or ("train", "val"))
-    check_classes(student, root, folders.classes)
+    check_images(student, root, folders.classes)
     chosen = epoch_draws(HELD_OUT_KEY, 0, len(folders.train))[0][:facts.get("train_images")]
     train = [folders.train[i] for i in sorted(chosen.tolist())]
     order = epoch_draws(0, 0, len(train))[0].tolist()
@@ -215,7 +195,7 @@ def folder_images(student, root, count):
 
     def read(samples):
         if not samples or size == resize:
-            return Split(read_images(samples, size), torch.tensor([t for _, t in samples]))
+            return Split(read_images(samples, size, resize), torch.tensor([t for _, t in samples]))
         files = FolderImages(samples, size)
         (images,), _, targets, bad = collate([files[i, 0] for i in range(len(samples))])
         if bad:
@@ -256,7 +236,7 @@ def report(train, fit, what, test, classes):
     return Images(train, fit, test, f"{len(fit.targets)} {what}" if fit else "", list(classes))
 
 
-def check_classes(student, root, classes):
+def check_images(student, root, classes):
     """ValueError where the images have other classes. Readable names may stand for the folders' own."""
     own, said = student.classes, student.facts.get("classes", classes)
     if (len(classes) != student.num_classes or said != classes

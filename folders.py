@@ -13,6 +13,7 @@ import shlex
 import signal
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +40,7 @@ class Folders(NamedTuple):
     classes: list               # their names, sorted; a target is a place in it
 
 
-def load_folders(data_dir, val_from_train=0, parts=("train", "val"), say=print):
+def load_folders(data_dir, val_from_train=0, parts=("train", "val"), say=partial(print, flush=True)):
     """The images under data_dir/train/CLASS/ and val/CLASS/, as Folders; of one of them where `parts` says.
 
     val_from_train: hold so many training images out, in one fixed shuffle, and evaluate on them, not on val/.
@@ -68,9 +69,16 @@ def _read(folder, say):
     try:
         found = _Reader(str(folder))
     except OSError as error:
+        hint = "name the folder that holds train/ and val/ with --data-dir"
+        if folder.name == "val" and (folder.parent / "train").is_dir():
+            hint += ", or give --val-from-train N, which holds N training images out"
+        elif folder.parent.name in ("train", "val"):
+            hint = f"--data-dir {shown(folder.parent.parent)} holds it"
         raise ValueError(f"no folders of images, one for each class, in {shown(folder)} "
-                         f"({error.strerror or error}); name the folder that holds train/ and val/ with "
-                         "--data-dir") from None
+                         f"({error.strerror or error}); {hint}") from None
+    if found.others:
+        say(f"notice: {shown(folder)}: skipped {len(found.others)} files whose endings are not "
+            f"{', '.join(IMG_EXTENSIONS)}, for instance {shown(found.others[0])}")
     if found.skipped:
         say(f"notice: {shown(folder)}: skipped {len(found.skipped)} whose names begin with . or are "
             f"__MACOSX, for instance {shown(found.skipped[0])}")
@@ -87,7 +95,7 @@ class _Reader(ImageFolder):
     """torchvision's, without names that begin with "." and __MACOSX, which operating systems leave behind."""
 
     def __init__(self, folder):
-        self.skipped = []
+        self.skipped, self.others = [], []
         super().__init__(folder, is_valid_file=self._is_image, allow_empty=True)
 
     def find_classes(self, directory):
@@ -103,7 +111,10 @@ class _Reader(ImageFolder):
         if any(map(_hidden, names)):
             self.skipped.append(path)
             return False
-        return path.lower().endswith(IMG_EXTENSIONS)
+        if not path.lower().endswith(IMG_EXTENSIONS):
+            self.others.append(path)
+            return False
+        return True
 
 
 def _hidden(name):
@@ -118,34 +129,35 @@ def shown(path):
 # ---------------------------------------------------------------- one image
 
 
-def read_image(path, upright=False):
-    """The Pillow image of a file, RGB. upright: turned as its EXIF says. Raises any of Pillow's errors."""
-    with Image.open(path) as image:
-        if upright:
-            try:
-                image = ImageOps.exif_transpose(image)
-            except Exception:       # a damaged orientation, for which Pillow has several errors: as it is
-                pass
+def read_image(path):
+    """The Pillow image of a file, RGB, upright as its EXIF says. Raises any of Pillow's errors."""
+    with warnings.catch_warnings(action="ignore"), Image.open(path) as image:       # of odd EXIF
+        try:
+            image = ImageOps.exif_transpose(image)
+        except Exception:       # a damaged orientation, for which Pillow has several errors: as it is
+            pass
         return to_rgb(image)
 
 
 def to_rgb(image):
-    """A Pillow image of any mode in RGB: 16-bit grey and floats scaled, what is transparent on white."""
-    if image.mode.startswith("I"):              # 16-bit grey, which Pillow would clip
-        image = image.convert("I")
-        low, high = image.getextrema()
-        if not 0 <= low <= high <= 65535:
-            raise ValueError(f"grey values in [{low}, {high}], not of 16 bits")
-        image = image.point(lambda level: level / 256).convert("L")
+    """A Pillow image in RGB: floats and 16-bit grey scaled, transparency on white. ValueError: odd values.
+
+    As in predict.py, which stands alone.
+    """
     if image.mode == "F":
         values = np.asarray(image)
         low, high = values.min(), values.max()
-        if not 0 <= low <= high <= 255 or 1 < high < 2:     # just above 1: 0 to 1, overshot
-            raise ValueError(f"float values in [{low:g}, {high:g}], neither 0 to 1 nor 0 to 255")
-        image = Image.fromarray((values * (255 if high <= 1 else 1)).round().astype(np.uint8))
+        if not 0 <= low <= high <= 255 or 1 < high < 2:     # NaN; just above 1: 0 to 1, overshot
+            raise ValueError(f"float values in [{low:.6g}, {high:.6g}], neither 0 to 1 nor 0 to 255")
+        image = Image.fromarray(np.rint(values * 255 if high <= 1 else values).astype(np.uint8))
+    elif image.mode.startswith("I"):                # 16-bit grey, which Pillow would clip; "I" has 32 bits
+        wide, image = image.mode != "I", image.convert("I")
+        low, high = image.getextrema()
+        if not 0 <= low <= high <= 65535:
+            raise ValueError(f"integer values in [{low}, {high}], not 0 to 65535")
+        image = (image.point(lambda level: level / 256) if wide or high > 255 else image).convert("L")
     if "transparency" in image.info or "A" in image.getbands():
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 
@@ -154,21 +166,21 @@ def centre(image, size, resize):
     return pil.pil_to_tensor(pil.center_crop(pil.resize(image, resize), [size, size]))
 
 
-def read_images(samples, size):
+def read_images(samples, size, resize=None):
     """uint8 (N, 3, size, size) of all images of [(path, target)], with predict.py's pixels.
 
-    Upright, the shorter side becomes `size`, the centre is cut out. ValueError, one line, for images that
-    cannot be decoded.
+    Upright, the shorter side becomes `resize` (None: size), the centre is cut out. ValueError, one line, for
+    images that cannot be decoded.
     """
     images = torch.empty(len(samples), 3, size, size, dtype=torch.uint8)
 
     def read(i):
         try:
-            images[i] = centre(read_image(samples[i][0], upright=True), size, size)
+            images[i] = centre(read_image(samples[i][0]), size, resize or size)
         except Exception as error:      # Pillow raises a dozen types for damaged files
             return f"{shown(samples[i][0])} ({error or type(error).__name__})"
 
-    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:      # of odd EXIF
+    with ThreadPoolExecutor() as pool:
         bad = [line for line in pool.map(read, range(len(samples))) if line]
     if bad:
         raise ValueError(f"{len(bad)} of {len(samples)} images cannot be decoded, for instance {bad[0]}; "
@@ -179,11 +191,14 @@ def read_images(samples, size):
 # ---------------------------------------------------------------- small images, all at once
 
 
-def load_small(data_dir, device, size, *, train_images=None, val_from_train=0, parts=("train", "val")):
+def load_small(data_dir, device, size, resize=None, *, train_images=None, val_from_train=0,
+               parts=("train", "val")):
     """The images of folders as Data on `device`, size x size, for train_cifar.py; see `load_folders`.
 
-    Their mean and deviation are the training images'. train_images: train on so many, by a fixed shuffle.
+    Their mean and deviation are the training images'. resize: of the shorter side, by default `size`.
+    train_images: train on so many, by a fixed shuffle.
     """
+    resize = resize or size
     folders = load_folders(data_dir, val_from_train, parts)
     check_train_images(train_images, len(folders.train))
     chosen = epoch_draws(HELD_OUT_KEY, 0, len(folders.train))[0][:train_images].tolist()
@@ -193,11 +208,12 @@ def load_small(data_dir, device, size, *, train_images=None, val_from_train=0, p
         raise ValueError(f"{count} images of {size} x {size} take {count * 3 * size**2 / 1e9:.1f} GB, more "
                          f"than half of the {free / 1e9:.1f} GB that are free ({device}): take a smaller "
                          "--size, or train_imagenet.py, which reads them as it goes")
-    splits = [Split(read_images(samples, size).to(device), torch.tensor([t for _, t in samples]).to(device))
+    splits = [Split(read_images(samples, size, resize).to(device),
+                    torch.tensor([target for _, target in samples]).to(device))
               for samples in (train, folders.eval)]
     mean, std = statistics(splits[0].images) if train else Pixels()[:2]
     return Data(splits[0], splits[1], splits[1], folders.eval_name, folders.classes,
-                Pixels(mean, std, size, size))
+                Pixels(mean, std, size, resize))
 
 
 def statistics(images):
@@ -209,9 +225,10 @@ def statistics(images):
             count += torch.bincount(part.flatten(), minlength=256).cpu()
         mean = (count @ levels / count.sum()).item()
         found.append((round(mean, 4), round((count @ (levels - mean)**2 / count.sum()).sqrt().item(), 4)))
-    if not all(std for _, std in found):
+    if not any(std for _, std in found):
         raise ValueError("the training images are of one colour: nothing can be learnt")
-    return tuple(zip(*found))
+    mean, std = zip(*found)
+    return mean, tuple(s or 1.0 for s in std)       # of a plane that is constant nothing is left
 
 
 def free_memory(device):
@@ -249,8 +266,9 @@ class FolderImages(Dataset):
     be decoded; in training the next one stands in, in evaluation black does.
     """
 
-    def __init__(self, samples, size, views=0):
+    def __init__(self, samples, size, views=0, resize=None):
         self.samples, self.size, self.views = samples, size, views
+        self.resize = resize or imagenet_pixels(size).resize
 
     def __len__(self):
         return len(self.samples)
@@ -260,8 +278,7 @@ class FolderImages(Dataset):
         while True:
             path, target = self.samples[index]
             try:
-                with warnings.catch_warnings(action="ignore"):      # of odd EXIF, which is not read
-                    image = read_image(path)
+                image = read_image(path)
                 break
             except Exception:       # Pillow raises a dozen types for damaged files
                 bad.append(index)
@@ -270,7 +287,7 @@ class FolderImages(Dataset):
                     return [black] * count, [False] * count, target, bad
                 index = (index + 1) % len(self.samples)
         if not self.views:
-            return [centre(image, self.size, imagenet_pixels(self.size).resize)], [False], target, bad
+            return [centre(image, self.size, self.resize)], [False], target, bad
         draw, square = random.Random(seed), [self.size, self.size]
         images, flips = [], []
         for _ in range(self.views):

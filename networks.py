@@ -8,10 +8,10 @@
 """
 
 import functools
+import hashlib
 import http.client
 import importlib
 import importlib.util
-import os
 import re
 import sys
 from pathlib import Path
@@ -20,10 +20,13 @@ import torch
 import torchvision.models
 from torch import nn
 
-from models import MODELS, create_model, guess_network
+from data import Pixels
+from folders import imagenet_pixels
+from models import MODELS, class_count, create_model, guess_network
 from run import first_line
 from weights import facts_of, find_weights, preferred, read_checkpoint
 
+ROOT = Path(__file__).resolve().parent
 OTHERS = ("googlenet", "inception_v3")      # return more than logits
 TORCHVISION = [n for n in torchvision.models.list_models(module=torchvision.models) if n not in OTHERS]
 
@@ -37,13 +40,21 @@ def create(name, num_classes, first=MODELS):
     """
     if ":" in name:
         model = _own(name, num_classes)
-        model.register_forward_pre_hook(lambda module, inputs: tuple(x.contiguous() for x in inputs))
-        model.register_forward_hook(lambda module, inputs, output: _logits(output))
-    elif name in TORCHVISION and (first is TORCHVISION or name not in MODELS):
+        try:
+            model.register_forward_pre_hook(lambda module, inputs: tuple(x.contiguous() for x in inputs))
+            model.register_forward_hook(lambda module, inputs, output: _logits(output))
+            model.name, model.own, model.code = label(name), True, _code(name)
+        except (AttributeError, TypeError, RuntimeError) as error:      # a property, a layer, a ScriptModule
+            raise ValueError(f"{name} takes no hooks, or has something called name or own "
+                             f"({_reason(error)})") from None
+        if any(isinstance(p, nn.UninitializedParameter) for p in model.parameters()):
+            raise ValueError(f"{name} has lazy layers: give them their sizes")
+        return model
+    if name in TORCHVISION and (first is TORCHVISION or name not in MODELS):
         model = torchvision.models.get_model(name, num_classes=num_classes)
     else:
         model = create_model(name, num_classes)
-    model.name, model.own = label(name), ":" in name
+    model.name, model.own = name, False
     return model
 
 
@@ -65,6 +76,8 @@ def _logits(output):
 
 def _own(name, num_classes):
     where, _, function = name.rpartition(":")
+    if not where or not function:
+        raise ValueError(f"{name}: a network of your own is FILE.py:NAME, package.module:NAME or timm:NAME")
     attribute = "create_model" if where == "timm" else function
     build = getattr(_module(where), attribute, None)
     if build is None:
@@ -83,45 +96,66 @@ def _own(name, num_classes):
 
 @functools.cache
 def _module(where):
-    """A user's module, by its file (*.py) or its name; its folder's other modules are found from it."""
+    """A user's module, by its file (*.py) or its name; its folder's other modules are found from it.
+
+    Where that folder has a module of the name of one of ours, or of another file's helper, it gets its own.
+    """
     path = Path(where).expanduser()
     if where.endswith(".py") and not path.is_file():
         raise ValueError(f"{where}: no such file")
-    folder = str(path.resolve().parent if where.endswith(".py") else Path.cwd())
-    before = set(sys.modules)
-    sys.path.insert(0, folder)
+    folder, before = path.resolve().parent if where.endswith(".py") else Path.cwd(), dict(sys.modules)
+    ours = {n: m for n, m in before.items() if folder != ROOT and _file(m).parent == ROOT
+            and any((folder / f"{n}{end}").exists() for end in (".py", "/"))}
+    for name in ours:
+        del sys.modules[name]
+    sys.path.insert(0, str(folder))
     try:
         if not where.endswith(".py"):
             return importlib.import_module(where)
         spec = importlib.util.spec_from_file_location(f"own_{label(where)}", path)
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        for name in set(sys.modules) - before - {spec.name}:     # another file's helper may have its name
-            if (getattr(sys.modules[name], "__file__", None) or "").startswith(folder + os.sep):
-                del sys.modules[name]
         return module
     except (Exception, SystemExit) as error:
         hint = "; pip install timm" if where == "timm" else ""
-        if "is not a package" in str(error):
-            hint = ", which is a file of this project too: name the FILE.py that has it"
         raise ValueError(f"{where} cannot be imported ({_reason(error)}){hint}") from None
     finally:
-        sys.path.remove(folder)
-        sys.path.append(folder)     # for what it imports later
+        sys.path.remove(str(folder))
+        sys.path.append(str(folder))        # for what it imports later
+        for name in set(sys.modules) - set(before):
+            file = _file(sys.modules[name])
+            if file.is_relative_to(folder) and "site-packages" not in file.parts and folder != ROOT:
+                del sys.modules[name]       # another file's helper may have its name
+        sys.modules.update(ours)
+
+
+def _code(name):
+    """A hash of the file that has a user's network: cached logits of other code are others."""
+    file = _file(_module(name.rpartition(":")[0]))
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else ""
+
+
+def _file(module):
+    return Path(getattr(module, "__file__", None) or "/")
 
 
 def _reason(error):
     return f"{type(error).__name__}: {first_line(error)}"
 
 
-def check(name, num_classes, size, first=MODELS, say=print):
-    """ValueError, one line, where a network does not make logits of images of size x size, in either mode."""
+def check(name, num_classes, size, first=MODELS, say=print, learns=False):
+    """ValueError, one line, where a network does not make logits of images of size x size, in either mode.
+
+    learns: it needs something to learn.
+    """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         model = _own(name, num_classes) if ":" in name else create(name, num_classes, first)
+        if learns and not any(p.requires_grad for p in model.parameters()):
+            raise ValueError(f"{name} has no parameter that learns")
         for training in (True, False):
             try:
                 output = model.train(training)(torch.zeros(2, 3, size, size))
-            except Exception as error:      # of any network, any
+            except (Exception, SystemExit) as error:        # of any network, any
                 what, todo = ((f"fails on a batch of images of {size} x {size} pixels", "")
                               if ":" in name else
                               (f"does not take images of {size} x {size} pixels", ": choose another --size"))
@@ -141,7 +175,11 @@ def identify(path, name=None):
     facts = facts_of(content)
     said = facts.get("student")
     if not name and isinstance(said, str) and ":" in said:
-        print(f"notice: {path} says that its network is {said}, which is imported")
+        file = said.rpartition(":")[0]
+        if file.endswith(".py") and not Path(file).is_file():
+            raise ValueError(f"{path} says that its network is {said}, and there is no {file} here: name it "
+                             "with --student")
+        print(f"notice: {path} says that its network is {said}, which is imported", flush=True)
     name = name or said or guess_network(content)
     if not isinstance(name, str) or ":" not in name and name not in MODELS and name not in TORCHVISION:
         raise ValueError(f"{path} does not say which network it holds, and none has its keys: name it with "
@@ -149,13 +187,42 @@ def identify(path, name=None):
     return name, content, facts
 
 
+def fitting(name, content, facts):
+    """(number of classes, whose names go first) of a checkpoint's network: of vgg13's two its keys decide."""
+    said = facts["num_classes"] if isinstance(facts.get("num_classes"), int) else 100
+    for first in (MODELS, TORCHVISION):
+        if name in first or ":" in name:
+            if count := class_count(content, create(name, said, first), said):
+                return count, first
+    return said, MODELS if name in MODELS else TORCHVISION     # load_weights says what is wrong
+
+
+def pixels_of(name, facts, first, size=None):
+    """(Pixels of a checkpoint's images, whether it says them): else the usual ones of such a network."""
+    side = facts["size"] if isinstance(facts.get("size"), int) else None
+    large = side or first is TORCHVISION or name == "MobileNetV1" or name.startswith("timm:")
+    usual = imagenet_pixels(side or 224) if large else Pixels()
+    said = Pixels.of(facts, usual.size, usual.resize)
+    pixels = said or usual
+    if size:
+        pixels = pixels._replace(size=size, resize=size if pixels.size == pixels.resize else
+                                 imagenet_pixels(size).resize)
+    return pixels, said is not None
+
+
 # ---------------------------------------------------------------- weights to begin with
+
+
+def known_weights(name):
+    """torchvision's names of weights for a network."""
+    weights = torchvision.models.get_model_weights(name) if name in TORCHVISION else []
+    return [*(w.name for w in weights), "DEFAULT"]
 
 
 def torchvision_network(name, weights, flag):
     """torchvision's network with its weights of that name. ValueError: there are none, no connection."""
-    known = [w.name for w in torchvision.models.get_model_weights(name)]
-    if weights not in ("DEFAULT", *known):
+    known = known_weights(name)
+    if weights not in known:
         raise ValueError(f"{flag} {weights}: torchvision's {name} has {', '.join(known)}")
     try:
         model = torchvision.models.get_model(name, weights=weights)

@@ -16,22 +16,26 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 def to_rgb(image):
-    """A Pillow image in RGB: floats and 16-bit grey scaled, transparency on white. ValueError: odd values."""
+    """A Pillow image in RGB: floats and 16-bit grey scaled, transparency on white. ValueError: odd values.
+
+    As in folders.py, whose images training sees.
+    """
     if image.mode == "F":
         values = np.asarray(image)
         low, high = values.min(), values.max()
         if not 0 <= low <= high <= 255 or 1 < high < 2:     # NaN; just above 1: 0 to 1, overshot
             raise ValueError(f"float values in [{low:.6g}, {high:.6g}], neither 0 to 1 nor 0 to 255")
         image = Image.fromarray(np.rint(values * 255 if high <= 1 else values).astype(np.uint8))
-    elif image.mode.startswith("I"):                # 16-bit grey, which Pillow would clip
-        low, high = (image := image.convert("I")).getextrema()      # which big-endian lacks
+    elif image.mode.startswith("I"):                # 16-bit grey, which Pillow would clip; "I" has 32 bits
+        wide, image = image.mode != "I", image.convert("I")
+        low, high = image.getextrema()
         if not 0 <= low <= high <= 65535:
             raise ValueError(f"integer values in [{low}, {high}], not 0 to 65535")
-        image = image.point(lambda level: level / 256).convert("L")
+        image = (image.point(lambda level: level / 256) if wide or high > 255 else image).convert("L")
     if "transparency" in image.info or "A" in image.getbands():
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
@@ -141,4 +145,8 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BrokenPipeError:     # of `| head`; the interpreter would say so once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -58,6 +58,7 @@ class Teacher:
                  own=None):
         self.name, self.source, self.sha256 = network.name, source, weights_sha256(network)
         self.device, self.precision, self.compiled = torch.device(device), precision, compile
+        self.code = getattr(network, "code", "")
         self.pixels, self.own = pixels, own or pixels
         self.scale = self.shift = None
         if self.own[:2] != pixels[:2]:      # (x std + mean - own mean) / own std
@@ -119,6 +120,7 @@ class Teacher:
         images = hashlib.sha256(split.images.cpu().numpy()).hexdigest()
         key = (f"2 {self.sha256} {images} {self.device.type} {self.precision} {self.dtype} {self.compiled} "
                f"{torch.__version__} {torch.get_num_threads()}")        # all that may change their last bits
+        key += self.code
         if self.pixels[:2] != Pixels()[:2]:
             key += f" {self.pixels[:2]}"
         path = Path(folder) / f"{self.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.logits"
@@ -259,7 +261,7 @@ def load_teacher(network, path, device, source="", precision="fp32", compile=Fal
     ValueError as in `models.load_weights`, and for a file that names other classes.
     """
     facts = load_weights(network, path, prefer=prefer)
-    check_classes(path, facts, classes)
+    check_names(path, facts, classes)
     own = Pixels.of(facts, pixels.size, pixels.resize)
     if own and own.size != pixels.size:
         print(f"notice: {path} was trained on images of {own.size} x {own.size}, and sees {pixels.size} x "
@@ -267,7 +269,7 @@ def load_teacher(network, path, device, source="", precision="fp32", compile=Fal
     return Teacher(network, device, precision, source, compile, pixels, own)
 
 
-def check_classes(path, facts, classes):
+def check_names(path, facts, classes):
     """ValueError, one line, where a checkpoint's facts say other classes than those of the images."""
     said = list(facts.get("classes") or classes or ())
     if classes and said != list(classes):

@@ -34,9 +34,10 @@ from distill import check_teacher, distil, evaluate
 from distributed import World
 from folders import load_small
 from models import MODELS, class_count, load_weights, weights_sha256
-from networks import begin_with, check, create, identify, label, layout
+from networks import begin_with, check, create, fitting, identify, label, layout, pixels_of
 from randaugment import strong_draws, strong_view
-from teacher import ARCHIVE_URL, CHECKPOINTS, Teacher, check_classes, find_teacher, load_teacher
+from run import RunError
+from teacher import ARCHIVE_URL, CHECKPOINTS, Teacher, check_names, find_teacher, load_teacher
 from zscore_kd import METHODS
 
 # images that are augmented, and the teacher is asked about, at once
@@ -148,8 +149,9 @@ def about(data):
 def check_networks(recipe, data):
     """A usage error, or a ValueError, where the method or a network does not go with the data."""
     cli.check_classes(recipe, data.num_classes)
+    cli.check_batch(recipe, len(data.train.targets))
     for name in filter(None, (recipe["teacher"], recipe["student"])):
-        check(name, data.num_classes, data.pixels.size, say=click.echo)
+        check(name, data.num_classes, data.pixels.size, MODELS, click.echo, name == recipe["student"])
 
 
 def run_one(recipe, data, teacher, flags, world, stop_after=None):
@@ -222,9 +224,9 @@ def check_flags(flags):
     cli.check_method(flags, MODELS)
     if flags["data"] is None and flags["eval_file"] is None:
         flags["data"] = "cifar100"
-    if flags["size"] is None and flags["eval_file"] is None:
-        flags["size"] = 32
-    elif flags["size"] and flags["data"] != "folder" and not flags["dry_run"]:
+    if flags["size"] is None:
+        flags["size"] = None if flags["eval_file"] else 32
+    elif flags["data"] != "folder" and not (flags["dry_run"] or flags["eval_file"]):
         raise click.UsageError("--size is for --data folder: the other images are 32 x 32")
 
 
@@ -262,8 +264,9 @@ def get_teacher(recipe, data, flags, world):
     network = create(name, data.num_classes)
     if flags["dry_run"] and flags["teacher_checkpoint"] is None:
         return caching(Teacher(network, world.device, *how, pixels=data.pixels), data, flags)
-    if recipe["data"] != "cifar100" and flags["teacher_checkpoint"] is None:
-        path, source = None, f"no teacher is published for {recipe['data']} images"
+    if (recipe["data"] != "cifar100" or network.own) and flags["teacher_checkpoint"] is None:
+        path, source = None, (f"{name} is your own" if network.own else
+                              f"no teacher is published for {recipe['data']} images")
     else:
         path, source = find_teacher(network.name, flags["teacher_checkpoint"], flags["teacher_url"],
                                     click.echo)
@@ -294,10 +297,13 @@ def train_teacher(recipe, flags, world):
              "precision": recipe["precision"]}
     if own:
         alone |= {k: flags[k] for k in ("epochs", "batch_size", "train_images", "val_from_train")}
-    folder = execute(alone, world, {})[2]
-    if recipe["data"] != "cifar100":
+    try:
+        folder = execute(alone, world, {})[2]
+    except RunError as error:
+        raise RunError(f"{error.message}; or name a teacher's file with --teacher-checkpoint") from None
+    if recipe["data"] != "cifar100" or ":" in recipe["teacher"]:
         return folder / "student.pt"
-    kept = CHECKPOINTS / f"{label(recipe['teacher'])}.pt"
+    kept = CHECKPOINTS / f"{recipe['teacher']}.pt"
     partial = kept.with_name(f"{kept.name}.{os.getpid()}.part")
     try:
         CHECKPOINTS.mkdir(exist_ok=True)
@@ -327,28 +333,39 @@ def seeds_table(results):
 
 def evaluate_file(flags, world, data=None):
     """--eval: prints loss, top-1 and top-5 of a checkpoint on a data set, by default the one of the flags."""
-    name, content, facts = identify(flags["eval_file"], flags["student"])
-    pixels = Pixels.of(facts) or Pixels()
-    size = flags["size"] or pixels.size
-    pixels = pixels._replace(size=size, resize=size)
-    count = facts.get("num_classes") or class_count(content, create(name, 100)) or 100
-    check(name, count, pixels.size, say=lambda line: None)
-    network = load_teacher(create(name, count), flags["eval_file"], world.device, pixels=pixels,
+    path = flags["eval_file"]
+    name, content, facts = identify(path, flags["student"])
+    count, first = fitting(name, content, facts)
+    pixels, known = pixels_of(name, facts, first, flags["size"])
+    check(name, count, pixels.size, first, lambda line: None)
+    network = load_teacher(create(name, count, first), path, world.device, pixels=pixels,
                            precision=flags["precision"] or "fp32", prefer="student")
     if data is None:
-        said = facts.get("data") if facts.get("data") in (*CIFAR, "folder", "synthetic") else "cifar100"
-        flags = flags | {"train_images": None, "size": size, "data": flags["data"] or said}
-        data = read_data(flags, world.device, **({"parts": ("val",)} if flags["data"] == "folder" else {}))
-        if flags["data"] == "folder" and not Pixels.of(facts):
-            click.echo(f"notice: {flags['eval_file']} does not say its images' mean and deviation; taking "
-                       "CIFAR-100's")
+        flags = flags | {"data": flags["data"] or usual_data(facts, pixels, flags["data_dir"])}
+        if flags["data"] == "folder":
+            data = load_small(flags["data_dir"], world.device, *pixels[2:], parts=("val",),
+                              val_from_train=flags["val_from_train"])
+        else:
+            data = read_data(flags | {"train_images": None}, world.device)
+        if flags["data"] == "folder" and not known:
+            whose = "CIFAR-100" if pixels[:2] == Pixels()[:2] else "ImageNet"
+            click.echo(f"notice: {path} does not say its images' mean and deviation; taking {whose}'s")
     if count != data.num_classes:
-        raise ValueError(f"{flags['eval_file']} is for {count} classes, these images have {data.num_classes}")
-    check_classes(flags["eval_file"], facts, data.classes)
+        raise ValueError(f"{path} is for {count} classes, these images have {data.num_classes}")
+    check_names(path, facts, data.classes)
     scores = evaluate(network.logits, evaluation(data.eval, pixels), world)
     click.echo(f"{name}: {scores['top1']:.2f} top-1, {scores['top5']:.2f} top-5 (%), "
                f"loss {scores['loss']:.4f} on the {len(data.eval.targets)} {data.eval_name} images of "
-               f"{flags['data_dir'] if flags['data'] == 'folder' else flags['data']} ({flags['eval_file']})")
+               f"{flags['data_dir'] if flags['data'] == 'folder' else flags['data']} ({path})")
+
+
+def usual_data(facts, pixels, data_dir):
+    """Whose images a checkpoint is evaluated on: those that it says, else what --data-dir has."""
+    said = facts.get("data")
+    if said in (*CIFAR, "synthetic", "folder") and pixels.size == pixels.resize:
+        return said
+    folder = Path(data_dir).expanduser()
+    return "folder" if any((folder / part).is_dir() for part in ("train", "val")) else "cifar100"
 
 
 def dry_run(flags, world):
@@ -376,7 +393,7 @@ def dry_run(flags, world):
         run_one(recipe, data, teacher, flags, world, stop_after=1)
         run_one(recipe, data, teacher, flags, world)
         student = str(Path(folder, run_name(recipe), "student.pt"))
-        evaluate_file(flags | {"eval_file": student, "student": None, "data": "synthetic"}, world, data)
+        evaluate_file(flags | {"eval_file": student, "data": "synthetic", "size": None}, world, data)
     click.echo("dry run: all is well")
 
 

@@ -30,7 +30,8 @@ from distributed import World
 from folders import (FolderImages, folder_batches, folder_keys, imagenet_pixels, load_folders,
                      normalise_folder, shown)
 from models import MODELS, class_count, weights_sha256
-from networks import TORCHVISION, begin_with, check, create, identify, label, layout, torchvision_network
+from networks import (TORCHVISION, begin_with, check, create, fitting, identify, known_weights, label, layout,
+                      pixels_of, torchvision_network)
 from randaugment import StrongDraws, strong_draws, strong_operations
 from run import RunError, first_line
 from teacher import Teacher, load_teacher
@@ -113,10 +114,10 @@ class Batches:
 class Evaluation:
     """One process's share of the evaluation images, `batch` at once, as `distill.evaluate` takes them."""
 
-    def __init__(self, folders, size, world, workers, batch):
+    def __init__(self, folders, size, world, workers, batch, resize=None):
         mine = range(world.rank, len(folders.eval), world.size)
         self.keys = [[(i, 0) for i in mine[first:first + batch]] for first in range(0, len(mine), batch)]
-        self.loader = folder_batches(FolderImages(folders.eval, size), self.keys, workers,
+        self.loader = folder_batches(FolderImages(folders.eval, size, 0, resize), self.keys, workers,
                                      world.device.type == "cuda")
         self.samples, self.world, self.rounds = (
             folders.eval, world, -(-len(folders.eval) // (world.size * batch)))
@@ -197,7 +198,7 @@ def check_networks(recipe, classes, say):
     """A usage error, or a ValueError, where the method or a network does not go with the images."""
     cli.check_classes(recipe, classes)
     for name in filter(None, (recipe["teacher"], recipe["student"])):
-        check(name, classes, recipe["size"], TORCHVISION, say)
+        check(name, classes, recipe["size"], TORCHVISION, say, name == recipe["student"])
 
 
 def run_one(recipe, folders, teacher, flags, world, stop_after=None):
@@ -255,30 +256,31 @@ def dry_run(recipe, flags, world):
         folders = load_folders(folder)._replace(classes=classes)
         check_networks(recipe, len(classes), world.print)
         flags = flags | {"out": str(Path(folder, "runs")), "workers": 0, "at_once": None, "data_dir": folder}
-        if flags["student_checkpoint"] and not Path(flags["student_checkpoint"]).exists():
+        if flags["student_checkpoint"] in known_weights(recipe["student"]):
             flags["student_checkpoint"] = None          # no download
         teacher = get_teacher(recipe, folders, flags, world) if recipe["teacher"] else None
         run_one(recipe, folders, teacher, flags, world, stop_after=1)
         run_one(recipe, folders, teacher, flags, world)
         if world.size == 1:      # the file is rank 0's
-            evaluate_file(flags | {"eval_file": Path(folder, "runs", run_name(recipe), "student.pt")},
-                          world, folders)
+            student = Path(folder, "runs", run_name(recipe), "student.pt")
+            evaluate_file(flags | {"eval_file": student, "size": None}, world, folders)
         world.any(False)         # none removes its folder before the others are done
     world.print("dry run: all is well")
 
 
 def evaluate_file(flags, world, folders=None):
     """--eval: loss, top-1 and top-5 of a checkpoint on evaluation images, by default those of the flags."""
-    name, _, facts = identify(flags["eval_file"], flags["student"])
+    name, content, facts = identify(flags["eval_file"], flags["student"])
     folders = folders or load_folders(flags["data_dir"], flags["val_from_train"], ("val",), world.print)
-    size = facts.get("size", flags["size"])
-    check(name, len(folders.classes), size, TORCHVISION, lambda line: None)
-    teacher = load_teacher(create(name, len(folders.classes), TORCHVISION), flags["eval_file"], world.device,
-                           precision=flags["precision"] or "fp32", pixels=imagenet_pixels(size),
+    _, first = fitting(name, content, facts)
+    pixels, _ = pixels_of(name, facts, first, flags["size"])
+    check(name, len(folders.classes), pixels.size, first, lambda line: None)
+    teacher = load_teacher(create(name, len(folders.classes), first), flags["eval_file"], world.device,
+                           precision=flags["precision"] or "fp32", pixels=imagenet_pixels(pixels.size),
                            classes=folders.classes, prefer="student")
     teacher.batch = flags["at_once"] or 64
-    scores = evaluate(teacher.logits,
-                      Evaluation(folders, size, world, flags["workers"], teacher.batch), world)
+    images = Evaluation(folders, pixels.size, world, flags["workers"], teacher.batch, pixels.resize)
+    scores = evaluate(teacher.logits, images, world)
     world.print(f"{name}: {scores['top1']:.2f} top-1, {scores['top5']:.2f} top-5 (%), "
                 f"loss {scores['loss']:.4f} on the {len(folders.eval)} {folders.eval_name} images of "
                 f"{flags['data_dir']} ({flags['eval_file']})")
@@ -292,8 +294,7 @@ def evaluate_file(flags, world, folders=None):
               help="Folder that holds train/ and val/.")
 @click.option("--teacher-weights", default="IMAGENET1K_V1", show_default=True, metavar="NAME",
               help="torchvision's name of the teacher's weights.")
-@click.option("--size", type=click.IntRange(min=32), default=224, show_default=True,
-              help="Pixels of an image's side.")
+@click.option("--size", type=click.IntRange(min=32), help="Pixels of an image's side.  [default: 224]")
 @click.option("--workers", type=click.IntRange(min=0), default=min(8, os.cpu_count() or 1),
               show_default="8 or the cores", help="Loading processes, for each process.")
 @click.option("--at-once", type=cli.COUNT, metavar="N",
@@ -306,6 +307,8 @@ def main(**flags):
         click.echo(recipes.table("imagenet"))
         return
     cli.check_method(flags, [*TORCHVISION, *(name for name in MODELS if name not in TORCHVISION)])
+    if flags["size"] is None and not flags["eval_file"]:
+        flags["size"] = 224
     if flags["seeds"] != 1:
         raise click.UsageError("--seeds is for train_cifar.py; here, give one --seed at a time")
     with World(flags["device"]) as world:

@@ -562,19 +562,20 @@ def test_damaged_exif_hinders_neither_the_evaluation_nor_predict(tmp_path, exif)
     assert not bad and np.array_equal(pixels_seen(tmp_path / "x.jpg"), evaluated.numpy())
 
 
-def test_predict_turns_photographs_upright_and_the_evaluation_does_not(tmp_path):
-    """The evaluation is torchvision's, and its numbers are compared; predict.py meets what cameras write."""
+def test_photographs_are_upright_in_training_evaluation_and_on_the_device(tmp_path):
+    """A student that learnt from photographs as cameras store them would see others on the device."""
     upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 73, 3), dtype=np.uint8))
     exif = Image.Exif()
     exif[0x0112] = 6        # stored turned, to be shown turned back
     upright.save(tmp_path / "upright.png")
     turned = upright.transpose(Image.Transpose.ROTATE_90)
     turned.save(tmp_path / "turned.png", exif=exif)
-    turned.save(tmp_path / "silent.png")
-    assert np.array_equal(pixels_seen(tmp_path / "turned.png"), pixels_seen(tmp_path / "upright.png"))
-    evaluated = [folders.FolderImages([(tmp_path / f"{name}.png", 0)], 64)[0, 0][0][0]
-                 for name in ("turned", "silent")]
-    assert torch.equal(*evaluated)
+    seen = pixels_seen(tmp_path / "upright.png")
+    for name in ("turned", "upright"):
+        images = folders.FolderImages([(tmp_path / f"{name}.png", 0)], 64)
+        assert np.array_equal(pixels_seen(tmp_path / f"{name}.png"), seen)
+        assert np.array_equal(images[0, 0][0][0], seen)
+        assert folders.read_image(tmp_path / f"{name}.png").size == (73, 90)
 
 
 def pixels_seen(path):

@@ -166,7 +166,8 @@ def test_a_network_whose_file_is_gone_is_named_anew(folder):
     os.rename("nets.py", "code/mine.py")
     networks._module.cache_clear()      # another process
     assert refused("--checkpoint", "student.pt") == (
-        "Error: nets.py: no such file: name the network of student.pt with --student")
+        ("Error: student.pt says that its network is nets.py:tiny, and there is no nets.py "
+                    "here: name it with --student"))
     call("--checkpoint", "student.pt", "--student", "code/mine.py:tiny", "--no-int8")
     assert facts_of("mine-tiny.onnx")["classes"] == CLASSES
     assert "mine.py has no other" in refused("--checkpoint", "student.pt", "--student", "code/mine.py:other")
@@ -308,7 +309,8 @@ def test_of_very_many_images_an_even_choice_is_read(size, counts, monkeypatch):
     many = [(f"{i}", i * 3 // 12_345) for i in range(12_345)]
     found = folders.Folders(many[:9000:2] + many[9000:], many, "val", CLASSES)
     monkeypatch.setattr(export, "load_folders", lambda *rest: found)
-    monkeypatch.setattr(export, "read_images", lambda samples, size: torch.zeros(len(samples), 3, 1, 1))
+    monkeypatch.setattr(export, "read_images",
+                        lambda samples, size, resize: torch.zeros(len(samples), 3, 1, 1))
     monkeypatch.setattr(export, "FolderImages", lambda samples, size: {
         (i, 0): ([torch.zeros(3, 1, 1)], [False], target, []) for i, (_, target) in enumerate(samples)})
     pixels = data.Pixels(size=64, resize=64) if size == 64 else folders.imagenet_pixels(size)

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ import networks
 import teacher
 import train_cifar
 import train_imagenet
+from data import synthetic
 from models import MODELS, create_model
 from test_folders import photos
 
@@ -389,8 +391,8 @@ WRONG = [
      "no_such_package.nets cannot be imported (ModuleNotFoundError: No module named 'no_such_package')"),
     ("timm:tiny_net",
      "timm cannot be imported (ModuleNotFoundError: No module named 'timm'); pip install timm"),
-    (":x", " cannot be imported ("),
-    ("nets.py:", "nets.py has no "),
+    (":x", ":x: a network of your own is FILE.py:NAME, package.module:NAME or timm:NAME"),
+    ("nets.py:", "nets.py:: a network of your own is FILE.py:NAME"),
 ]
 
 
@@ -742,6 +744,103 @@ def test_two_files_find_each_its_own_helper(tmp_path):
     assert [networks.create(f"{tmp_path}/{x}/nets.py:net", 3).in_features for x in "ab"] == [1, 2]
 
 
-def test_a_package_with_a_name_of_this_project_says_what_to_do():
-    with pytest.raises(ValueError, match="a file of this project too: name the FILE.py that has it"):
-        networks.create("models.resnet:tiny", 3)
+def written(path, text):
+    """A Python file, under `import torch` and `from torch import nn`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("import torch\nfrom torch import nn\n\n\n" + textwrap.dedent(text))
+
+
+def test_a_repositorys_own_modules_win_over_this_projects(tmp_path, monkeypatch):
+    """A models/ package and a data.py are what most repositories have; ours are as before afterwards."""
+    written(tmp_path / "models" / "__init__.py", "")
+    written(tmp_path / "models" / "resnet.py", "width = 7")
+    written(tmp_path / "data.py", "deep = 2")
+    written(tmp_path / "nets.py", """
+        from data import deep
+        from models.resnet import width
+
+        def net(num_classes):
+            return nn.Linear(width * deep, num_classes)""")
+    written(tmp_path / "models" / "tiny.py", """
+        from models.resnet import width
+
+        def net(num_classes):
+            return nn.Linear(width, num_classes)""")
+    monkeypatch.chdir(tmp_path)
+    before = {name: sys.modules[name] for name in ("models", "data")}
+    assert networks.create("nets.py:net", 3).in_features == 14
+    assert networks.create("models.tiny:net", 3).in_features == 7
+    assert all(sys.modules[name] is module for name, module in before.items())
+    assert "models.resnet" not in sys.modules and networks.create("resnet8", 3).name == "resnet8"
+
+
+def test_what_a_file_imports_from_an_environment_beside_it_stays(tmp_path, monkeypatch):
+    """.venv/ in the folder of nets.py: a second import would give second classes."""
+    package = tmp_path / ".venv" / "lib" / "site-packages"
+    written(package / "heavy_thing.py", "")
+    written(tmp_path / "nets.py", """
+        import heavy_thing
+
+        def net(num_classes):
+            return nn.Linear(1, num_classes)""")
+    monkeypatch.syspath_prepend(package)
+    networks.create(f"{tmp_path}/nets.py:net", 3)
+    assert sys.modules.pop("heavy_thing", None)
+
+
+@pytest.mark.parametrize("words, code", [
+    ("has something called name or own", """
+        class Net(Base):
+            @property
+            def name(self):
+                return 'x'"""),
+    ("has something called name or own", """
+        class Net(Base):
+            def __init__(self, num_classes):
+                super().__init__(num_classes)
+                self.own = nn.Linear(1, 1)"""),
+    ("takes no hooks", """
+        def Net(num_classes):
+            return torch.jit.script(Base(num_classes))"""),
+    ("has lazy layers", """
+        def Net(num_classes):
+            return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))"""),
+    ("no parameter that learns", """
+        def Net(num_classes):
+            return Base(num_classes).requires_grad_(False)"""),
+    ("fails on a batch", """
+        class Net(Base):
+            def forward(self, x):
+                raise SystemExit(3)""")])
+def test_odd_networks_are_one_line(tmp_path, words, code):
+    written(tmp_path / "odd.py", """
+        class Base(nn.Module):
+            def __init__(self, num_classes: int):
+                super().__init__()
+                self.layer = nn.Linear(3 * 32 * 32, num_classes)
+
+            def forward(self, x):
+                return self.layer(x.flatten(1))
+        """ + code)
+    with pytest.raises(ValueError, match=words):
+        networks.create(f"{tmp_path}/odd.py:Net", 3)
+        networks.check(f"{tmp_path}/odd.py:Net", 3, 32, learns=True)
+
+
+def test_cached_logits_of_other_code_are_others(tmp_path):
+    """The weights of a corrected nets.py are the same, its logits are not."""
+    made = []
+    for sign in "+-":
+        written(tmp_path / "nets.py", f"""
+            class Net(nn.Linear):
+                def __init__(self, num_classes):
+                    super().__init__(3 * 32 * 32, num_classes)
+
+                def forward(self, x):
+                    return {sign}super().forward(x.flatten(1))""")
+        networks._module.cache_clear()
+        torch.manual_seed(0)
+        one = teacher.Teacher(networks.create(f"{tmp_path}/nets.py:Net", 100), "cpu")
+        one.cache_logits(synthetic(10, 1), tmp_path / "logits")
+        made.append(one.cached_logits(torch.arange(10), torch.zeros(10, dtype=torch.long)))
+    assert torch.equal(made[0], -made[1])

@@ -142,7 +142,7 @@ def test_what_is_named_is_read_hidden_or_not():
     assert errors == b""
     _, errors = run("x.onnx", ".", code=1)
     assert errors.decode().splitlines()[0].startswith("notice: skipped 2 images")
-    assert "Error: no images (.png, .jpg, .jpeg, .webp, .bmp, .tif, .tiff) in ." in errors.decode()
+    assert "Error: no images (.png, .jpg, .jpeg, .webp, .bmp, .tif, .tiff, .ppm, .pgm) in ." in str(errors)
 
 
 # ---------------------------------------------------------------- pixels
