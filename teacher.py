@@ -101,7 +101,7 @@ class Teacher:
         """
         self.images, self.dtype = split.images, torch.float32 if exact else torch.float16
         self.cache = self.pending = None
-        self.largest = torch.zeros((), device=self.device)      # of all logits, without their signs
+        self.largest = split.images.new_zeros((), dtype=torch.float32)      # of all logits, without signs
         self.classes = self.logits(self.pixels.normalise(split.images[:1])).shape[1]
         if folder is None:
             return

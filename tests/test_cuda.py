@@ -447,6 +447,19 @@ def test_launchers_may_show_each_process_its_own_gpu(monkeypatch, visible, there
             distributed.World()
 
 
+@pytest.mark.parametrize("kind, words", [("cuda", "which has no room for 0.0 GiB"), ("mps", "mps device;")])
+def test_logits_that_are_not_cached_on_the_device_are_said_to_be(monkeypatch, tmp_path, capsys, kind, words):
+    """A run that reads them from the disk is slower, and its user may make room."""
+    frozen, split = teacher.Teacher(create_model("resnet8"), "cpu"), synthetic(4, 1)
+    frozen.device = torch.device(kind)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**32, 2**33))
+    frozen.cache_logits(split, tmp_path)
+    assert frozen.cache is None and frozen.pending
+    said = capsys.readouterr().out
+    assert f"cached in {tmp_path}, not on the {kind} device" in said and words in said
+
+
 def test_a_card_holds_one_teachers_logits_at_a_time(monkeypatch):
     """Those of ten teachers are 16 GB, and the second pair of a table would go to the disk."""
     frozen = [teacher.Teacher(create_model("resnet8"), "cpu") for _ in range(2)]
