@@ -47,8 +47,8 @@ class Distiller(nn.Module):
         for name in ("kd_weight", "reversal"):      # tensors: a captured or compiled step reads their values
             self.register_buffer(name, torch.zeros(()), persistent=False)
         self.norms = tuple(m for m in student.modules()         # (a tuple: they are the student's)
-                           if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.momentum is not None
-                           and m.num_batches_tracked is not None)
+                           if type(m) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+                           and m.momentum is not None and m.num_batches_tracked is not None)
 
     @contextmanager
     def uncounted(self):
@@ -163,14 +163,8 @@ class Captured:
         given, form = tree_flatten(arguments)
         size = len(arguments[1])
         if size not in self.graphs:
-            try:
-                self.graphs[size] = self._capture(given, form)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                click.echo(f"notice: no CUDA graph of the step of {size} images ({first_line(error)}); "
-                           "going on without, slower")
-                self.graphs[size] = None
+            self.graphs[size] = self._capture(given, form)
+            torch.manual_seed(seed % 2**63)     # the rehearsals have drawn dropout's masks
         if self.graphs[size] is None:
             return self.step(*arguments, seed=seed)
         graph, inputs, outputs = self.graphs[size]
@@ -180,7 +174,7 @@ class Captured:
         return outputs
 
     def _capture(self, given, form):
-        """(graph, the tensors it reads, those it writes); RuntimeError where a step cannot be captured."""
+        """(graph, the tensors it reads, those it writes); None, with a line, where none can be made."""
         inputs = [x.clone() for x in given]
         arguments = tree_unflatten(inputs, form)
         before = [x.detach().clone() for x in self.state]
@@ -193,8 +187,15 @@ class Captured:
             here.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             pool = next((held[0].pool() for held in self.graphs.values() if held), None)
-            with torch.cuda.graph(graph, pool=pool):
-                outputs = self.step(*arguments)
+            try:
+                with torch.cuda.graph(graph, pool=pool):
+                    outputs = self.step(*arguments)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                click.echo(f"notice: no CUDA graph of the step of {len(arguments[1])} images "
+                           f"({first_line(error)}); going on without, slower")
+                return None
             return graph, inputs, outputs
         finally:
             torch.cuda.set_stream(here)         # a failed capture stays on its own
@@ -295,10 +296,9 @@ def train(recipe, data, distiller, run, state, world, stop, *, save_every=60, st
 
     data: a script's Batches: eval_name, images (an epoch's), train_images, steps, undecodable, check,
     check_teacher, place, epoch, evaluation, long_evaluation, facts (for student.pt), advice and chunk (see
-    cli.Progress). state:
-    the checkpoint to go on from, or None. stop: a Stop. save_every: seconds; a run also saves when it is
-    stopped, at its end, and around an evaluation that takes long. stop_after: leave after so many epochs, as
-    a kill would, and return None. how: see `make_step`.
+    cli.Progress). state: the checkpoint to go on from, or None. stop: a Stop. save_every: seconds; a run also
+    saves when it is stopped, at its end, and around an evaluation that takes long. stop_after: leave after so
+    many epochs, as a kill would, and return None. how: see `make_step`.
     """
     device, name = world.device, data.eval_name
     optimizer = make_optimizer(distiller, recipe)
@@ -307,18 +307,7 @@ def train(recipe, data, distiller, run, state, world, stop, *, save_every=60, st
     state = state or {"epoch": 0, "step": 0, "seconds": 0.0, "sums": torch.zeros(6), "best": {"top1": -1.0},
                       "row": {}}
     if "model" in state:
-        if "optimizer" in state:        # saved by version 0.5
-            temperature = {f"temperature.{k}": v for k, v in state["curriculum"].items()}
-            state["model"] = {f"student.{k}": v for k, v in state["model"].items()} | temperature
-            state["momentum"] = [s["momentum_buffer"] for s in state["optimizer"]["state"].values()]
-            state["sums"] = F.pad(state["sums"], (0, 1))
-        try:
-            distiller.load_state_dict(state["model"])
-        except RuntimeError as error:       # a network of the user's own
-            raise RunError(f"the save in {run.folder} is of another {recipe['student']} "
-                           f"({first_line(error).rstrip(':')}); choose another --out") from None
-        for held, kept in zip(optimizer.state.values(), state["momentum"]):
-            held["momentum_buffer"].copy_(kept)             # in place: a captured step reads it there
+        restore(state, distiller, optimizer, run)
         world.print(f"going on from epoch {state['epoch']}, step {state['step']} ({run.folder})")
     tally = Tally(device)                               # of this process, since the last save
     sums = state["sums"].to(tally.sums)                 # of all processes
@@ -419,6 +408,22 @@ def train(recipe, data, distiller, run, state, world, stop, *, save_every=60, st
             leave_if_asked(asked)
 
     return finish(recipe, data, distiller, run, row, best, (time.monotonic() - begun) / 60, world)
+
+
+def restore(state, distiller, optimizer, run):
+    """What a save holds, back in its places: a captured step reads it there. RunError: of another network."""
+    if "optimizer" in state:        # saved by version 0.5
+        temperature = {f"temperature.{k}": v for k, v in state["curriculum"].items()}
+        state["model"] = {f"student.{k}": v for k, v in state["model"].items()} | temperature
+        state["momentum"] = [s["momentum_buffer"] for s in state["optimizer"]["state"].values()]
+        state["sums"] = F.pad(state["sums"], (0, 1))
+    try:
+        distiller.load_state_dict(state["model"])
+    except RuntimeError as error:       # a file of the user's own was edited
+        raise RunError(f"the save in {run.folder} is of another {distiller.recipe['student']} "
+                       f"({first_line(error).rstrip(':')}); choose another --out") from None
+    for held, kept in zip(optimizer.state.values(), state["momentum"]):
+        held["momentum_buffer"].copy_(kept)
 
 
 def finish(recipe, data, distiller, run, row, best, minutes, world):

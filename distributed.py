@@ -90,6 +90,8 @@ class World:
         if error is None:
             dist.destroy_process_group()
             return
+        if isinstance(error, KeyboardInterrupt):
+            error = click.Abort()
         if isinstance(error, (click.ClickException, click.Abort, click.exceptions.Exit)):
             code = show(error)
         else:

@@ -118,7 +118,7 @@ class Teacher:
                   + (f", which has no room for {needed / 2**30:.1f} GiB beside the run" if cuda else "")
                   + "; reading and writing them takes about 0.1 s for 8,192 images")
         images = hashlib.sha256(split.images.cpu().numpy()).hexdigest()
-        key = (f"2 {self.sha256} {images} {self.device.type} {self.precision} {self.dtype} {self.compiled} "
+        key = (f"3 {self.sha256} {images} {self.device.type} {self.precision} {self.dtype} {self.compiled} "
                f"{torch.__version__} {torch.get_num_threads()}")        # all that may change their last bits
         key += self.code
         if self.pixels[:2] != Pixels()[:2]:

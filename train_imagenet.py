@@ -176,7 +176,7 @@ def resolve(flags, world):
     if recipe["batch_size"] < world.size:
         raise click.UsageError(f"--batch-size {recipe['batch_size']} is the total: "
                                f"too few images for {world.size} processes")
-    return recipe | {"data": Path(flags["data_dir"]).resolve().name, "size": flags["size"]}, lines
+    return recipe | {"data": Path(flags["data_dir"]).resolve().name, "size": flags["size"] or 224}, lines
 
 
 def run_name(recipe):
@@ -239,7 +239,7 @@ def dry_run(recipe, flags, world):
         size = 64
         check_networks(recipe | {"size": size}, 3, lambda line: None)
     except ValueError:      # for larger images only
-        size = flags["size"]
+        size = recipe["size"]
     recipe |= {"batch_size": 8 * world.size, "epochs": 2, "size": size, "data": "made", "val_from_train": 0}
     classes, generator = [f"class {i}" for i in range(3)], torch.Generator().manual_seed(0)
     if flags["teacher_checkpoint"]:         # whose classes are the file's
@@ -307,8 +307,6 @@ def main(**flags):
         click.echo(recipes.table("imagenet"))
         return
     cli.check_method(flags, [*TORCHVISION, *(name for name in MODELS if name not in TORCHVISION)])
-    if flags["size"] is None and not flags["eval_file"]:
-        flags["size"] = 224
     if flags["seeds"] != 1:
         raise click.UsageError("--seeds is for train_cifar.py; here, give one --seed at a time")
     with World(flags["device"]) as world:
