@@ -478,7 +478,7 @@ def test_what_is_too_large_or_loses_accuracy_leaves_its_card_alone(small, monkey
 
 
 def test_the_readmes_rows_are_the_results():
-    """Last and best epoch, the paper's and the log's number, and the command of each row in its first table."""
+    """Last and best epoch, the paper's number, the log's, and the command of each row in its first table."""
     rows = [line.split(" | ") for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
             if line.startswith("| ") and "`python train_cifar.py" in line]
     records = {r["command"]: r for r in reproduce.load_records(ROOT / "results")}
