@@ -35,7 +35,7 @@ from onnxruntime.transformers import float16
 import cli
 import run as runs
 from data import CIFAR, HELD_OUT_KEY, PAD, Pixels, Split, epoch_draws, has_cifar, load_data, synthetic
-from folders import FolderImages, collate, imagenet_pixels, load_folders, read_images, shown
+from folders import FolderImages, collate, load_folders, read_images, shown
 from models import MODELS, load_weights, weights_sha256
 from networks import TORCHVISION, check, create, fitting, identify, label, pixels_of
 

@@ -23,7 +23,7 @@ import torch
 import cli
 import run as runs
 from data import CIFAR100_CLASSES, load_data, normalise
-from models import MODELS, create_model, load_weights
+from models import MODELS, create_model
 from run import RunError
 from teacher import load_teacher
 from weights import facts_of, read_checkpoint

@@ -33,7 +33,7 @@ from data import CIFAR, Data, Pixels, Split, crop_and_flip, epoch_draws, load_da
 from distill import check_teacher, distil, evaluate
 from distributed import World
 from folders import load_small
-from models import MODELS, class_count, load_weights, weights_sha256
+from models import MODELS, class_count, weights_sha256
 from networks import begin_with, check, create, fitting, identify, label, layout, pixels_of
 from randaugment import strong_draws, strong_view
 from run import RunError

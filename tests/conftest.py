@@ -55,6 +55,12 @@ def no_network(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def own_path(monkeypatch):
+    """No test finds the modules of another one's folder."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+
+@pytest.fixture(autouse=True)
 def no_gpu(request, monkeypatch):
     """Numbers are a CPU's, on every machine, but for tests that are marked `gpu`."""
     if not request.node.get_closest_marker("gpu"):

@@ -21,15 +21,12 @@ import torchvision
 from click.testing import CliRunner
 from PIL import Image
 
-import data
 import distill
 import folders
 import networks
 import randaugment
-import train_imagenet
 import zscore_kd
 from models import create_model
-from run import RunError
 from train_imagenet import main
 
 ROOT = Path(__file__).resolve().parent.parent
