@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 import torch
 
-from recipes import ceiling, suggested_temperature
+from recipes import FEATURES, ceiling, suggested_temperature
 from run import RunError, first_line
 
 
@@ -42,7 +42,10 @@ def check_method(flags, networks):
         if flags["zscore"]:
             raise click.UsageError("--zscore needs a method that distils: "
                                    "--method none has no teacher's logits to standardize")
-        flags["teacher"] = flags["teacher_checkpoint"] = None
+        if not flags["feature"]:
+            flags["teacher"] = flags["teacher_checkpoint"] = None
+    if flags["feature_weight"] is not None and not flags["feature"]:
+        raise click.UsageError("--feature-weight is for --feature NAME, which is not given")
     for flag, method in (("alpha", "dkd"), ("beta", "dkd"), ("zscore_relations", "mlkd")):
         if flags[flag] is not None and flags["method"] != method:
             raise click.UsageError(f"--{flag.replace('_', '-')} is for --method {method}, "
@@ -56,15 +59,16 @@ def check_method(flags, networks):
     for flag in ("teacher", "student"):
         if flags[flag] is not None:
             check_name(f"--{flag}", flags[flag], networks)
+    taught = flags["method"] != "none" or flags["feature"]
     if flags["eval_file"] is None and flags["student"] is None:
-        raise click.UsageError("name a --student" + ("" if flags["method"] == "none" else " and a --teacher")
+        raise click.UsageError("name a --student" + " and a --teacher" * bool(taught)
                                + "; --list shows the pairs")
-    if flags["eval_file"] is None and flags["method"] != "none" and flags["teacher"] is None:
-        raise click.UsageError("name a --teacher (or train the student alone: --method none)")
+    if flags["eval_file"] is None and taught and flags["teacher"] is None:
+        raise click.UsageError("name a --teacher (or train the student alone: --method none, no --feature)")
 
 
-GIVEN = ("base_temp", "kd_weight", "ce_weight", "alpha", "beta", "zscore_relations", "epochs", "batch_size",
-         "lr", "weight_decay")
+GIVEN = ("base_temp", "kd_weight", "ce_weight", "alpha", "beta", "zscore_relations", "feature_weight",
+         "epochs", "batch_size", "lr", "weight_decay")
 
 
 def resolve(flags, found, doubts, device):
@@ -78,7 +82,8 @@ def resolve(flags, found, doubts, device):
                 else f"{names['student']} alone")
         lines.append(f"no published recipe for {pair}: taking learning rate {found['lr']:g}"
                      + (f", base temperature {found['base_temp']:g}, weight {found['kd_weight']:g}"
-                        if names["teacher"] else ""))
+                        if found["base_temp"] else "")
+                     + (f", feature weight {found['feature_weight']:g}" if flags["feature"] else ""))
     given = {k: flags[k] for k in GIVEN if flags[k] is not None}
     usual, batch = found["batch_size"], given.get("batch_size", found["batch_size"])
     if batch != usual and "lr" not in given:
@@ -125,11 +130,18 @@ def check_classes(recipe, count):
         raise click.UsageError("--method dkd needs three classes: there is nothing beside the target's part")
 
 
-def check_batch(recipe, images):
-    """A usage error where an epoch has no whole batch."""
-    if recipe["batch_size"] > images:
-        raise click.UsageError(f"--batch-size {recipe['batch_size']}: there are {images} training images; "
+def check_batch(recipe, images, used):
+    """A usage error where an epoch has no whole batch, or a method compares images and the last is alone.
+
+    used: how many of the images an epoch takes.
+    """
+    batch = recipe["batch_size"]
+    if batch > images:
+        raise click.UsageError(f"--batch-size {batch}: there are {images} training images; "
                                "give a smaller one, and a --lr that is smaller in proportion")
+    if recipe.get("feature") in ("rkd", "reviewkd") and 1 in (batch, used % batch):
+        raise click.UsageError(f"--feature {recipe['feature']} compares a batch's images, and the last of "
+                               f"{used} in batches of {batch} is alone: give another --batch-size")
 
 
 def temperature_line(recipe, count):
@@ -208,6 +220,9 @@ SHARED = [
                       "FILE.py:NAME, package.module:NAME (called with num_classes) or timm:NAME."),
     click.option("--zscore/--no-zscore", default=False,
                  help="Standardize the logits of both sides.  [default: off]"),
+    click.option("--feature", type=Choice(FEATURES),
+                 help="Feature method beside --method; alone with --method none."),
+    click.option("--feature-weight", type=WEIGHT, metavar="W", help="Its weight.  [default: recipe]"),
     click.option("--base-temp", type=POSITIVE, metavar="TAU",
                  help="Temperature of the method.  [default: recipe]"),
     click.option("--kd-weight", type=WEIGHT, metavar="W", help="lambda_KD.  [default: recipe]"),

@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.flop_counter import FlopCounterMode
 
 from cli import Progress, check_batch, duration, peak_memory
 from models import float32_head
+from networks import feature_method
 from recipes import key, recipe_epoch, schedule
 from run import Run, RunError, Stop, Stopped, collect_facts, first_line
 from zscore_kd import CurriculumTemperature, distillation_loss
@@ -28,24 +30,32 @@ from zscore_kd import CurriculumTemperature, distillation_loss
 HELD = 16       # steps
 KEPT = "the last checkpoint in {} is kept. Try a smaller --lr or --kd-weight, in another --out"
 SHOWN = ("lr", "epochs", "batch_size", "weight_decay", "ce_weight", "kd_weight", "base_temp", "alpha", "beta",
-         "span", "zscore_relations", "precision", "compile", "exact_teacher", "size", "images",
-         "train_images", "val_from_train")
-FACTS = ("student", "teacher", "method", "zscore", "base_temp", "epochs", "seed", "data", "size",
+         "span", "zscore_relations", "feature_weight", "feature_ramp", "resolution", "normalize", "factor",
+         "precision", "compile", "exact_teacher", "size", "images", "train_images", "val_from_train")
+FACTS = ("student", "teacher", "method", "zscore", "feature", "base_temp", "epochs", "seed", "data", "size",
          "train_images", "val_from_train")      # of the recipe, kept in student.pt
 
 
 class Distiller(nn.Module):
-    """All that learns: the student, and CTKD's temperature. Its forward is lines 2 to 6 of Algorithm 2."""
+    """All that learns: the student, CTKD's temperature, a feature method's connectors.
 
-    def __init__(self, student, recipe):
+    Its forward is lines 2 to 6 of Algorithm 2. feature: a feature_kd.Method, with the Teacher whose features
+    it reads.
+    """
+
+    def __init__(self, student, recipe, feature=None, teacher=None):
         super().__init__()
-        self.student, self.recipe = student, recipe
+        self.student, self.recipe, self.feature = student, recipe, feature
+        # tuples: neither learnt nor saved. deployed: what answers at test time; the student, but for SimKD
+        self.teacher, self.deployed = (teacher,), (feature.deploy(student) if feature else student,)
         if recipe["precision"] == "bf16":
-            float32_head(student)
+            for network in {student, *self.deployed}:
+                float32_head(network)
         ctkd = recipe["method"] == "ctkd"
         self.temperature = CurriculumTemperature(recipe["base_temp"], recipe["span"]) if ctkd else None
-        for name in ("kd_weight", "reversal"):      # tensors: a captured or compiled step reads their values
+        for name in ("kd_weight", "reversal", "feature_weight"):    # a captured or compiled step reads them
             self.register_buffer(name, torch.zeros(()), persistent=False)
+        self.losses = 4 if feature else 3           # loss, L_CE, L_KD, the feature method's
         self.norms = tuple(m for m in student.modules()         # (a tuple: they are the student's)
                            if type(m) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
                            and m.momentum is not None and m.num_batches_tracked is not None)
@@ -70,16 +80,27 @@ class Distiller(nn.Module):
     def predict(self, images):
         """float32 logits (B, K) of normalised images (B, 3, H, W)."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.recipe["precision"] == "bf16"):
-            return self.student(images).float()
+            return self.deployed[0](images).float()
+
+    def compare(self, images, target, index):
+        """Logits as of `predict`, and the feature method's loss, of one forward pass of each network."""
+        t = self.teacher[0].features(images)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.recipe["precision"] == "bf16"):
+            logits, s = self.student(images, features=True)
+            loss, logits = self.feature.answered(logits, s, t, target, index)
+        return logits.float(), loss
 
     def forward(self, views, target, index, teacher_logits):
-        """Loss, L_CE, L_KD (scalars), and the student's logits of the first view.
+        """Loss, its parts [L_CE, L_KD, and a feature method's], the student's logits of the first view.
 
         views: [weak], for MLKD [weak, strong], each (B, 3, H, W). target, index: (B,) classes, and places in
         the data set. teacher_logits: one (B, K) a view, or [].
         """
-        r = self.recipe
-        z, v = [self.predict(view) for view in views], teacher_logits               # line 2: z_n, v_n
+        r, v, z, more = self.recipe, teacher_logits, [], []
+        if self.feature:
+            logits, loss = self.compare(views[0], target, index)
+            z, more = [logits], [loss]
+        z += [self.predict(view) for view in views[len(z):]]                        # line 2: z_n, v_n
         ce = sum(F.cross_entropy(logits, target) for logits in z)                   # line 5
         kd = torch.zeros_like(ce)
         if v:
@@ -88,7 +109,10 @@ class Distiller(nn.Module):
             kd = distillation_loss(r["method"], z[0], v[0], target, tau,            # lines 3, 4: tau^2 L_KD
                                    zscore=r["zscore"], student_strong=z[-1], teacher_strong=v[-1],
                                    **options)
-        return r["ce_weight"] * ce + self.kd_weight * kd, ce, kd, z[0]              # line 6
+        loss = r["ce_weight"] * ce + self.kd_weight * kd                            # line 6
+        for term in more:
+            loss = loss + self.feature_weight * term
+        return loss, [ce, kd, *more], z[0]
 
 
 # ---------------------------------------------------------------- one step
@@ -110,8 +134,8 @@ def make_step(distiller, optimizer, batch_size, world, micro_batch=None, compile
 
     batch_size: of all processes together. micro_batch: images that the device takes at once, gradients add
     up; None: all. seed: of dropout's masks, plus an image's place in the share, so that they are the images'
-    own. Returns the share's sums of loss, L_CE and L_KD, (3,), and the student's logits of the first view;
-    the next step overwrites both where it is a CUDA graph.
+    own. Returns the share's sums of the loss and of its parts, (3,) or (4,), and the student's logits of the
+    first view; the next step overwrites both where it is a CUDA graph.
     """
     model = torch.compile(distiller, dynamic=False) if compile else distiller
     if world.size > 1:
@@ -121,7 +145,7 @@ def make_step(distiller, optimizer, batch_size, world, micro_batch=None, compile
     parts = micro_batches(batch_size, world.size, micro_batch)
 
     def step(views, target, index, teacher_logits, seed=0):
-        n, sums, seen = len(target), torch.zeros(3, device=target.device), []
+        n, sums, seen = len(target), torch.zeros(distiller.losses, device=target.device), []
         whole = batch_size if world.size > 1 else n         # the last batch of an epoch may be smaller
         optimizer.zero_grad()
         bounds = (n * i // min(parts, n) for i in range(min(parts, n) + 1))
@@ -130,11 +154,11 @@ def make_step(distiller, optimizer, batch_size, world, micro_batch=None, compile
                 torch.manual_seed((seed + first) % 2**63)
             now = slice(first, last)
             with (nullcontext() if world.size == 1 or last == n else model.no_sync()), distiller.uncounted():
-                loss, ce, kd, logits = model([x[now] for x in views], target[now], index[now],
+                loss, terms, logits = model([x[now] for x in views], target[now], index[now],
                                              [v[now] for v in teacher_logits])
                 (loss * ((last - first) * world.size / whole)).backward()       # averaged over processes
             seen.append(logits.detach())
-            sums += (last - first) * torch.stack([loss.detach(), ce.detach(), kd.detach()])
+            sums += (last - first) * torch.stack([x.detach() for x in (loss, *terms)])
         optimizer.step()
         return sums, torch.cat(seen) if len(seen) > 1 else seen[0]
 
@@ -208,18 +232,18 @@ class Captured:
 
 
 class Tally:
-    """What one process's steps add up to, on the device: loss, L_CE, L_KD, hits, undecodable images.
+    """What one process's steps add up to, on the device: `losses` losses, hits (2), undecodable images.
 
     Its small operations are done for HELD steps at once; looking at the sums waits for a GPU.
     """
 
-    def __init__(self, device):
-        self.sums = torch.zeros(6, dtype=torch.float32 if device.type == "mps" else torch.float64,
+    def __init__(self, device, losses=3):
+        self.sums = torch.zeros(losses + 3, dtype=torch.float32 if device.type == "mps" else torch.float64,
                                 device=device)
         self.held, self.losses, self.passes = [], [], 0
 
     def add(self, losses, logits, target, passes):
-        """A step's sums (3,), logits, which a CUDA graph will overwrite, targets, and forward passes."""
+        """A step's sums (losses,), logits, which a CUDA graph will overwrite, targets, and forward passes."""
         self.held.append((losses.clone(), logits.clone(), target))
         self.passes += passes
         if len(self.held) == HELD:
@@ -229,8 +253,8 @@ class Tally:
         if self.held:
             losses, logits, targets = zip(*self.held)
             losses = torch.stack(losses)
-            self.sums[:3] += losses.to(self.sums.dtype).sum(0)
-            self.sums[3:5] += top_k_hits(torch.cat(logits), torch.cat(targets))
+            self.sums[:-3] += losses.to(self.sums.dtype).sum(0)
+            self.sums[-3:-1] += top_k_hits(torch.cat(logits), torch.cat(targets))
             self.losses.append(losses[:, 0])
             self.held.clear()
 
@@ -304,12 +328,12 @@ def train(recipe, data, distiller, run, state, world, stop, *, save_every=60, st
     optimizer = make_optimizer(distiller, recipe)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    state = state or {"epoch": 0, "step": 0, "seconds": 0.0, "sums": torch.zeros(6), "best": {"top1": -1.0},
+    tally = Tally(device, distiller.losses)             # of this process, since the last save
+    state = state or {"epoch": 0, "step": 0, "seconds": 0.0, "sums": tally.take(), "best": {"top1": -1.0},
                       "row": {}}
     if "model" in state:
         restore(state, distiller, optimizer, run)
         world.print(f"going on from epoch {state['epoch']}, step {state['step']} ({run.folder})")
-    tally = Tally(device)                               # of this process, since the last save
     sums = state["sums"].to(tally.sums)                 # of all processes
     best, row, first_step, saved = state["best"], state["row"], state["step"], time.monotonic()
     begun = saved - state["seconds"]            # the time of earlier sessions counts
@@ -330,10 +354,10 @@ def train(recipe, data, distiller, run, state, world, stop, *, save_every=60, st
 
     def collect():
         """Adds all processes' sums since the last time."""
-        tally.sums[5], data.undecodable = data.undecodable, 0
+        tally.sums[-1], data.undecodable = data.undecodable, 0
         distiller.count(tally.passes)
         sums.add_(world.sum(tally.take()))
-        return data.check(int(sums[5]))
+        return data.check(int(sums[-1]))
 
     def leave_if_asked(asked=None):
         asked = world.any(stop.asked)[0] if asked is None else asked
@@ -361,6 +385,7 @@ def train(recipe, data, distiller, run, state, world, stop, *, save_every=60, st
                 optimizer.param_groups[0]["lr"].fill_(lr)
                 distiller.kd_weight.fill_(weights[0])
                 distiller.reversal.fill_(weights[1])
+                distiller.feature_weight.fill_(weights[2])
                 shown = now
             seed = recipe["seed"] * 2**40 + data.place(epoch, i)
             torch.manual_seed(seed % 2**63)
@@ -432,10 +457,21 @@ def finish(recipe, data, distiller, run, row, best, minutes, world):
     result = {"last": last, "best": best, "best_chosen_on": data.eval_name, "epochs": recipe["epochs"],
               "minutes": minutes, "img_s": data.images * recipe["epochs"] / (60 * minutes),
               "peak_memory_mib": peak_memory(world.device), "processes": world.size}
-    weights = {k: v.cpu().contiguous() for k, v in distiller.student.state_dict().items()}
-    facts = {k: recipe[k] for k in FACTS if k in recipe} | data.facts
+    network, form = distiller.deployed[0], getattr(distiller.feature, "form", None)
+    result |= cost(network, data.facts["size"], world.device)
+    weights = {k: v.cpu().contiguous() for k, v in network.state_dict().items()}
+    facts = {k: recipe[k] for k in FACTS if k in recipe} | data.facts | ({"simkd": [*form]} if form else {})
     world.on_main(lambda: run.finish(result, {"model": weights, **facts, **last}))
     return result
+
+
+@torch.no_grad()
+def cost(network, size, device):
+    """Parameters of a network in evaluation mode, and multiply-accumulates of one image of size x size."""
+    with FlopCounterMode(display=False) as counter:
+        network(torch.zeros(2, 3, size, size, device=device))
+    return {"parameters": sum(p.numel() for p in network.parameters()),
+            "macs": counter.get_total_flops() // 4}
 
 
 def check_finite(tally, epoch, step, student_logits, teacher_logits, run, world):
@@ -462,9 +498,10 @@ def epoch_row(epoch, lr, means, scores, eval_name):
 
     With MLKD ce is the sum over its two views, as it is in the loss, and the accuracy the weak view's.
     """
-    loss, ce, kd, top1, top5 = means[:5].tolist()
-    return {"epoch": epoch + 1, "lr": lr, "loss": loss, "ce": ce,
-            "kd": kd, "train_top1": 100 * top1, "train_top5": 100 * top5,
+    loss, ce, kd, *feature, top1, top5, _ = means.tolist()
+    return {"epoch": epoch + 1, "lr": lr, "loss": loss, "ce": ce, "kd": kd,
+            **({"feature": feature[0]} if feature else {}),
+            "train_top1": 100 * top1, "train_top5": 100 * top5,
             **{f"{eval_name}_{k}": v for k, v in scores.items()}}
 
 
@@ -478,18 +515,19 @@ def epoch_line(row, best, name, epochs):
 # ---------------------------------------------------------------- one run
 
 
-def distil(recipe, data, student, folder, world, *, published=None, logged=None, before=lambda: None,
-           more=False, **how):
+def distil(recipe, data, student, folder, world, *, teacher=None, published=None, logged=None,
+           before=lambda: None, more=False, **how):
     """One run in its folder: printed, trained or found finished. Returns its result; None at `stop_after`.
 
-    data: a script's Batches; student: a network on the device. published, logged: top-1 (%) of the paper, and
-    of the last epoch of the authors' log, to print beside the result. before: called before a new run begins.
-    more: other runs come after this one. how: see `train`.
+    data: a script's Batches; student: a network on the device. teacher: the Teacher, for a feature method.
+    published, logged: top-1 (%) of the paper, and of the last epoch of the authors' log, to print beside the
+    result. before: called before a new run begins. more: other runs come after this one. how: see `train`.
     """
     run = Run(folder, recipe, collect_facts(world.device) | {"processes": world.size})
     values = ", ".join(f"{k} {recipe[k]}" for k in SHOWN if recipe.get(k) not in (None, False))
-    world.print(f"{run.folder}: {key(recipe['method'], recipe['zscore'])}, {values}")
-    check_batch(recipe, data.train_images)
+    feature = recipe.get("feature")
+    world.print(f"{run.folder}: {key(recipe['method'], recipe['zscore'], feature)}, {values}")
+    check_batch(recipe, data.train_images, data.images)
     try:
         # rank 0 alone touches the folder
         state, result = world.on_main(lambda: (run.open(), run.finished()))
@@ -499,12 +537,20 @@ def distil(recipe, data, student, folder, world, *, published=None, logged=None,
             before()
         with Stop() as stop:
             if not result:
-                distiller = Distiller(student, recipe).to(world.device)
+                if feature:
+                    feature = feature_method(recipe, student, teacher.whole, data.targets, data.facts["size"])
+                    teacher.prepare(feature.teacher_mode == "train")
+                    if feature.notice:
+                        world.print(feature.notice)
+                distiller = Distiller(student, recipe, feature, teacher).to(world.device)
                 result = train(recipe, data, distiller, run, state, world, stop, **how)
     finally:
         run.close()
     if result:
         world.print(summary(run.folder.name, result, published, logged))
+        if recipe.get("feature") == "simkd":
+            world.print(f"deployed with the teacher's classifier: {result['parameters']:,} parameters, "
+                        f"{result['macs'] / 1e6:.1f} M multiply-accumulates")
     if not result or more:
         stop.leave_if_asked(run.folder)     # asked for in the last epoch: what would come next is left out
     return result

@@ -37,7 +37,7 @@ import run as runs
 from data import CIFAR, HELD_OUT_KEY, PAD, Pixels, Split, epoch_draws, has_cifar, load_data, synthetic
 from folders import FolderImages, collate, load_folders, read_images, shown
 from models import MODELS, load_weights, weights_sha256
-from networks import TORCHVISION, check, create, fitting, identify, label, pixels_of
+from networks import TORCHVISION, check, fitting, identify, label, pixels_of, restored
 
 CENTRE = ((2 * PAD + 1) ** 2 // 2) * 2          # the view that is the image itself
 OPSETS = 13, 23         # the oldest that quantizes by channel, and the newest that was tried
@@ -45,7 +45,7 @@ METHODS = {name.lower(): quantization.CalibrationMethod[name] for name in ("MinM
 BATCHES = 1, 2, 7, 64   # sizes that are verified
 LIMITS = {"fp32": 1e-4, "fp16": 1e-2, "int8": math.inf}     # largest error, relative to the largest logit
 WARM_UP, SAMPLES, SECONDS = 20, 200, 1.0        # of a latency, and the time after which fewer samples do
-FACTS = "teacher", "method", "zscore", "epochs", "seed", "data"     # of a checkpoint, for the files' metadata
+FACTS = "teacher", "method", "zscore", "feature", "epochs", "seed", "data"      # a checkpoint's, for metadata
 HELD_OUT = "held-out training images"
 UNSEEN = "training images at a position that training did not draw"
 UNMEASURED = "accuracy is not measured, int8 is not calibrated, the temperature is not fitted"
@@ -86,7 +86,7 @@ def load_student(path, name=None, float_input=False, *, classes=None, mean=None,
     """
     name, content, facts = identify(path, name)
     count, first = fitting(name, content, facts)
-    network = create(name, count, first)
+    network = restored(name, count, first, facts)
     load_weights(network, path)
     pixels, known = pixels_of(name, facts, first, size)
     if mean or std:

@@ -3,6 +3,7 @@
     model = create_model("resnet8x4", num_classes=100)
     load_weights(model, "student.pt")       # RepDistiller's, mdistiller's, torchvision-style or bare files
     logits = model(images)                  # (B, 3, 32, 32) float -> (B, num_classes)
+    logits, features = model(images, features=True)         # the maps of its stages too: see Features
 
 Keys and shapes are those of RepDistiller and mdistiller, so their checkpoints load here and ours load there.
 All networks take 32 x 32 images, except MobileNetV1 (ImageNet, 224 x 224).
@@ -10,6 +11,7 @@ All networks take 32 x 32 images, except MobileNetV1 (ImageNet, 224 x 224).
 
 import functools
 import hashlib
+from typing import NamedTuple
 
 import torch
 import torch.fx
@@ -56,6 +58,78 @@ def he_init(model):
                 nn.init.zeros_(m.bias)
 
 
+# -------------------------------------------------------- what all networks share
+
+
+class Features(NamedTuple):
+    """What `model(x, features=True)` gives beside the logits; no stage is the stem, n stages have n maps.
+
+    Pre-activation networks (wrn) rectify at the beginning of what follows: pre[k] is the next batch norm of
+    post[k], the raw sum. MobileNetV2's stages end without a ReLU: both are the same tensors. ShuffleV2
+    shuffles the channels of pre[k] to post[k]; of the other families post[k] = relu(pre[k]).
+    """
+
+    pre: tuple              # the stages' maps (B, C, H, W) before their last ReLU
+    post: tuple             # the stages' outputs (B, C, H, W)
+    last: torch.Tensor      # the map (B, C, H, W) that global pooling averages
+    pooled: torch.Tensor    # its average (B, C), which the classifier takes
+
+
+class Network(nn.Module):
+    """One call for all families: a family says where its stages end, and the name of its classifier.
+
+    As it stands, it fits those of a convolution, a batch norm, a ReLU, and stages layer1, layer2, ...
+    """
+
+    head = "fc"
+
+    def forward(self, x, features=False):
+        """Logits (B, num_classes) of images; features=True: (logits, Features)."""
+        pre, post, last = self.stages(x)
+        pooled = pool(last)
+        logits = getattr(self, self.head)(pooled)
+        if features is True:        # torch.fx gives a stand-in, whose truth cannot be asked
+            return logits, Features(tuple(pre), tuple(post), last, pooled)
+        return logits
+
+    def stages(self, x):
+        """(pre, post, last) of images, as in Features; the first two are lists."""
+        pre, post = run(self.layers(), F.relu(self.bn1(self.conv1(x))))
+        return pre, post, post[-1]
+
+    def layers(self):
+        return [stage for name, stage in self.named_children() if name.startswith("layer")]
+
+    def norms_before_relu(self):
+        """The batch norms of whose outputs `pre` is made, one a stage; [] where there are none."""
+        return []
+
+
+class Stage(nn.Sequential):
+    """Units in a row; unit number `which` adds its map before a ReLU to the list `pre`."""
+
+    def forward(self, x, pre=None, which=-1):
+        for unit in self:
+            x = unit(x, pre if unit is self[which] else None)
+        return x
+
+
+def run(stages, x, which=-1):
+    """(pre, post) of Stages one after another: the maps that they note and their outputs."""
+    pre, post = [], []
+    for stage in stages:
+        x = stage(x, pre, which)
+        post.append(x)
+    return pre, post
+
+
+def note(x, notes):
+    """x itself, added to the list `notes` if there is one."""
+    if notes is not None:
+        notes.append(x)
+    return x
+
+
 # -------------------------------------------------------- ResNet for CIFAR (He et al. 2016, section 4.2)
 
 
@@ -69,13 +143,13 @@ class BasicBlock(nn.Module):
         project = stride != 1 or inp != out     # "option B": a 1x1 convolution where the shape changes
         self.downsample = nn.Sequential(*conv_bn(conv1x1(inp, out, stride))) if project else None
 
-    def forward(self, x):
+    def forward(self, x, pre=None):
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = self.bn2(self.conv2(y))
-        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+        return F.relu(note(y + (x if self.downsample is None else self.downsample(x)), pre))
 
 
-class ResNet(nn.Module):
+class ResNet(Network):
     """depth = 6n + 2; `widths` are the stem's and the three stages' channels."""
 
     def __init__(self, depth, widths, num_classes):
@@ -90,14 +164,10 @@ class ResNet(nn.Module):
 
     @staticmethod
     def _stage(blocks, inp, out, stride):
-        return nn.Sequential(BasicBlock(inp, out, stride),
-                             *(BasicBlock(out, out, 1) for _ in range(blocks - 1)))
+        return Stage(BasicBlock(inp, out, stride), *(BasicBlock(out, out, 1) for _ in range(blocks - 1)))
 
-    def forward(self, x):
-        x = F.relu(self.bn1(self.conv1(x)))
-        for stage in (self.layer1, self.layer2, self.layer3):
-            x = stage(x)
-        return self.fc(pool(x))
+    def norms_before_relu(self):
+        return [stage[-1].bn2 for stage in self.layers()]
 
 
 # -------------------------------------------------------- ResNet18/34/50, ImageNet's shape with a CIFAR stem
@@ -115,9 +185,9 @@ class WideBasicBlock(nn.Module):
         project = stride != 1 or inp != width
         self.shortcut = nn.Sequential(*(conv_bn(conv1x1(inp, width, stride)) if project else []))
 
-    def forward(self, x):
+    def forward(self, x, pre=None):
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+        return F.relu(note(self.bn2(self.conv2(y)) + self.shortcut(x), pre))
 
 
 class Bottleneck(nn.Module):
@@ -133,13 +203,15 @@ class Bottleneck(nn.Module):
         project = stride != 1 or inp != 4 * width
         self.shortcut = nn.Sequential(*(conv_bn(conv1x1(inp, 4 * width, stride)) if project else []))
 
-    def forward(self, x):
+    def forward(self, x, pre=None):
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = F.relu(self.bn2(self.conv2(y)), inplace=True)
-        return F.relu(self.bn3(self.conv3(y)) + self.shortcut(x))
+        return F.relu(note(self.bn3(self.conv3(y)) + self.shortcut(x), pre))
 
 
-class WideStageResNet(nn.Module):
+class WideStageResNet(Network):
+    head = "linear"
+
     def __init__(self, block, blocks, num_classes):
         super().__init__()
         self.conv1, self.bn1 = conv_bn(conv3x3(3, 64))
@@ -149,15 +221,12 @@ class WideStageResNet(nn.Module):
             for j in range(blocks[i]):
                 stage.append(block(inp, width, stride if j == 0 else 1))
                 inp = width * block.expansion
-            setattr(self, f"layer{i + 1}", nn.Sequential(*stage))
+            setattr(self, f"layer{i + 1}", Stage(*stage))
         self.linear = nn.Linear(inp, num_classes)
         he_init(self)
 
-    def forward(self, x):
-        x = F.relu(self.bn1(self.conv1(x)))
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
-        return self.linear(pool(x))
+    def norms_before_relu(self):
+        return [getattr(stage[-1], "bn3", stage[-1].bn2) for stage in self.layers()]
 
 
 # -------------------------------------------------------- Wide ResNet (Zagoruyko and Komodakis 2016)
@@ -172,13 +241,13 @@ class PreActBlock(nn.Module):
         self.bn2, self.conv2 = nn.BatchNorm2d(out), conv3x3(out, out)
         self.convShortcut = conv1x1(inp, out, stride) if inp != out else None
 
-    def forward(self, x):
-        y = F.relu(self.bn1(x))
+    def forward(self, x, pre=None):
+        y = F.relu(note(self.bn1(x), pre))
         shortcut = x if self.convShortcut is None else self.convShortcut(y)
         return shortcut + self.conv2(F.relu(self.bn2(self.conv1(y)), inplace=True))
 
 
-class WideResNet(nn.Module):
+class WideResNet(Network):
     """depth = 6n + 4, widths 16, 16k, 32k, 64k."""
 
     def __init__(self, depth, k, num_classes):
@@ -190,7 +259,7 @@ class WideResNet(nn.Module):
             units = [PreActBlock(inp if j == 0 else width, width, stride if j == 0 else 1)
                      for j in range(blocks)]
             stage = nn.Module()
-            stage.layer = nn.Sequential(*units)     # the field's key is block1.layer.0...
+            stage.layer = Stage(*units)     # the field's key is block1.layer.0...
             setattr(self, f"block{i}", stage)
             inp = width
         self.bn1 = nn.BatchNorm2d(inp)
@@ -198,11 +267,13 @@ class WideResNet(nn.Module):
         he_init(self)
         nn.init.zeros_(self.fc.bias)
 
-    def forward(self, x):
-        x = self.conv1(x)
-        for block in (self.block1, self.block2, self.block3):
-            x = block.layer(x)
-        return self.fc(pool(F.relu(self.bn1(x))))
+    def stages(self, x):
+        pre, post = run((self.block1.layer, self.block2.layer, self.block3.layer), self.conv1(x), which=0)
+        pre.append(self.bn1(post[-1]))
+        return pre[1:], post, F.relu(pre[-1])       # the first is the stem's
+
+    def norms_before_relu(self):
+        return [self.block2.layer[0].bn1, self.block3.layer[0].bn1, self.bn1]
 
 
 # -------------------------------------------------------- VGG with batch norm (Simonyan and Zisserman 2015)
@@ -214,8 +285,13 @@ def halve_large(x):
     return F.max_pool2d(x, 2) if x.shape[-1] == 8 else x
 
 
-class VGG(nn.Module):
-    """Five blocks of 3x3 convolutions with bias; `convs` of them in each block; one linear layer."""
+class VGG(Network):
+    """Five blocks of 3x3 convolutions with bias, of which block0 is the stem; one linear layer.
+
+    convs: how many of them are in each block.
+    """
+
+    head = "classifier"
 
     def __init__(self, convs, num_classes):
         super().__init__()
@@ -231,14 +307,16 @@ class VGG(nn.Module):
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
 
-    def forward(self, x):
+    def stages(self, x):
+        pre, post = [], []
         for i, block in enumerate((self.block0, self.block1, self.block2, self.block3, self.block4)):
-            x = F.relu(block(x))
-            if i < 3:
-                x = F.max_pool2d(x, 2)
-            elif i == 3:
-                x = halve_large(x)
-        return self.classifier(pool(x))
+            pre.append(block(x))
+            post.append(F.relu(pre[-1]))
+            x = F.max_pool2d(post[-1], 2) if i < 3 else halve_large(post[-1]) if i == 3 else post[-1]
+        return pre[1:], post[1:], x
+
+    def norms_before_relu(self):
+        return [block[-1] for block in (self.block1, self.block2, self.block3, self.block4)]
 
 
 # -------------------------------------------------------- MobileNetV2 at half width (Sandler et al. 2018)
@@ -257,8 +335,11 @@ class InvertedResidual(nn.Module):
         return x + self.conv(x) if self.residual else self.conv(x)
 
 
-class MobileNetV2(nn.Module):
+class MobileNetV2(Network):
     """The CIFAR form of the distillation papers (`mobile_half`): width 0.5, ReLU, a stem of stride 2."""
+
+    head = "classifier"
+    ends = 1, 2, 4, 6       # of its stages: the last block of each size
 
     def __init__(self, num_classes):
         super().__init__()
@@ -278,11 +359,15 @@ class MobileNetV2(nn.Module):
         nn.init.normal_(self.classifier[0].weight, std=0.01)
         nn.init.zeros_(self.classifier[0].bias)
 
-    def forward(self, x):
-        x = self.conv1(x)
+    def stages(self, x):
+        maps = [self.conv1(x)]
         for block in self.blocks:
-            x = block(x)
-        return self.classifier(pool(self.conv2(x)))
+            maps.append(block(maps[-1]))
+        post = [maps[1 + i] for i in self.ends]
+        return post, post, self.conv2(maps[-1])
+
+    def norms_before_relu(self):
+        return [self.blocks[i][-1].conv[-1] for i in self.ends]
 
 
 # -------------------------------------------------------- ShuffleNet V1 and V2 (Zhang et al., Ma et al. 2018)
@@ -301,16 +386,17 @@ class ShuffleUnitV1(nn.Module):
         self.conv2, self.bn2 = conv_bn(conv3x3(mid, mid, stride, mid))
         self.conv3, self.bn3 = conv_bn(conv1x1(mid, out, groups=groups))
 
-    def forward(self, x):
+    def forward(self, x, pre=None):
         y = shuffle(F.relu(self.bn1(self.conv1(x)), inplace=True), self.groups)
         y = F.relu(self.bn2(self.conv2(y)), inplace=True)
         y = self.bn3(self.conv3(y))
-        if self.stride == 2:
-            return F.relu(torch.cat([y, F.avg_pool2d(x, 3, 2, 1)], 1))
-        return F.relu(y + x)
+        y = torch.cat([y, F.avg_pool2d(x, 3, 2, 1)], 1) if self.stride == 2 else y + x
+        return F.relu(note(y, pre))
 
 
-class ShuffleV1(nn.Module):
+class ShuffleV1(Network):
+    head = "linear"
+
     def __init__(self, num_classes):
         super().__init__()
         self.conv1, self.bn1 = conv_bn(conv1x1(3, 24))
@@ -321,14 +407,7 @@ class ShuffleV1(nn.Module):
 
     @staticmethod
     def _stage(inp, out, n):
-        return nn.Sequential(ShuffleUnitV1(inp, out, 2, 3),
-                             *(ShuffleUnitV1(out, out, 1, 3) for _ in range(n - 1)))
-
-    def forward(self, x):
-        x = F.relu(self.bn1(self.conv1(x)))
-        for stage in (self.layer1, self.layer2, self.layer3):
-            x = stage(x)
-        return self.linear(pool(x))
+        return Stage(ShuffleUnitV1(inp, out, 2, 3), *(ShuffleUnitV1(out, out, 1, 3) for _ in range(n - 1)))
 
 
 class ShuffleUnitV2(nn.Module):
@@ -341,11 +420,11 @@ class ShuffleUnitV2(nn.Module):
         self.conv2, self.bn2 = conv_bn(conv3x3(half, half, 1, half))
         self.conv3, self.bn3 = conv_bn(conv1x1(half, half))
 
-    def forward(self, x):
+    def forward(self, x, pre=None):
         kept, y = x.chunk(2, 1)
         y = F.relu(self.bn1(self.conv1(y)), inplace=True)
         y = F.relu(self.bn3(self.conv3(self.bn2(self.conv2(y)))))
-        return shuffle(torch.cat([kept, y], 1), 2)
+        return shuffle(note(torch.cat([kept, y], 1), pre), 2)
 
 
 class ShuffleDownV2(nn.Module):
@@ -360,15 +439,17 @@ class ShuffleDownV2(nn.Module):
         self.conv4, self.bn4 = conv_bn(conv3x3(half, half, 2, half))
         self.conv5, self.bn5 = conv_bn(conv1x1(half, half))
 
-    def forward(self, x):
+    def forward(self, x, pre=None):
         left = F.relu(self.bn2(self.conv2(self.bn1(self.conv1(x)))))
         right = F.relu(self.bn3(self.conv3(x)), inplace=True)
         right = F.relu(self.bn5(self.conv5(self.bn4(self.conv4(right)))))
-        return shuffle(torch.cat([left, right], 1), 2)
+        return shuffle(note(torch.cat([left, right], 1), pre), 2)
 
 
-class ShuffleV2(nn.Module):
+class ShuffleV2(Network):
     """Size 1: 116, 232, 464 channels, 1024 before the classifier."""
+
+    head = "linear"
 
     def __init__(self, num_classes):
         super().__init__()
@@ -381,32 +462,49 @@ class ShuffleV2(nn.Module):
 
     @staticmethod
     def _stage(inp, out, n):
-        return nn.Sequential(ShuffleDownV2(inp, out), *(ShuffleUnitV2(out) for _ in range(n)))
+        return Stage(ShuffleDownV2(inp, out), *(ShuffleUnitV2(out) for _ in range(n)))
 
-    def forward(self, x):
-        x = F.relu(self.bn1(self.conv1(x)))
-        for stage in (self.layer1, self.layer2, self.layer3):
-            x = stage(x)
-        return self.linear(pool(F.relu(self.bn2(self.conv2(x)))))
+    def stages(self, x):
+        pre, post, x = super().stages(x)
+        return pre, post, F.relu(self.bn2(self.conv2(x)))
 
 
 # -------------------------------------------------------- MobileNetV1 for ImageNet (Howard et al. 2017)
 
 
-class MobileNetV1(nn.Module):
+class SeparableUnit(nn.Sequential):
+    """Depthwise conv-BN-ReLU, 1x1 conv-BN, and the ReLU that is not among its layers."""
+
+    def forward(self, x, pre=None):
+        return F.relu(note(super().forward(x), pre), inplace=pre is None)
+
+
+class MobileNetV1(Network):
+    ends = 3, 5, 11, 13     # of its stages: the last unit of each size
+
     def __init__(self, num_classes):
         super().__init__()
         units, inp = [nn.Sequential(*conv_bn_relu(conv3x3(3, 32, 2)))], 32
         for out, stride in ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5,
                             (1024, 2), (1024, 1)):
-            units.append(nn.Sequential(*conv_bn_relu(conv3x3(inp, inp, stride, inp)),
-                                       *conv_bn_relu(conv1x1(inp, out))))
+            units.append(SeparableUnit(*conv_bn_relu(conv3x3(inp, inp, stride, inp)),
+                                       *conv_bn(conv1x1(inp, out))))
             inp = out
         self.model = nn.Sequential(*units)
         self.fc = nn.Linear(1024, num_classes)
 
-    def forward(self, x):
-        return self.fc(pool(self.model(x)))
+    def stages(self, x):
+        pre, post = [], []
+        for i, unit in enumerate(self.model):
+            if i in self.ends:
+                x = unit(x, pre)
+                post.append(x)
+            else:
+                x = unit(x)
+        return pre, post, x
+
+    def norms_before_relu(self):
+        return [self.model[i][-1] for i in self.ends]
 
 
 # -------------------------------------------------------- under autocast

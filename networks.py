@@ -12,17 +12,20 @@ import hashlib
 import http.client
 import importlib
 import importlib.util
+import inspect
 import re
 import sys
 from pathlib import Path
 
 import torch
+import torch.fx
 import torchvision.models
 from torch import nn
 
+import feature_kd
 from data import Pixels
 from folders import imagenet_pixels
-from models import MODELS, class_count, create_model, guess_network
+from models import MODELS, Features, Network, class_count, create_model, guess_network
 from run import first_line
 from weights import facts_of, find_weights, preferred, read_checkpoint
 
@@ -42,7 +45,8 @@ def create(name, num_classes, first=MODELS):
         model = _own(name, num_classes)
         try:
             model.register_forward_pre_hook(lambda module, inputs: tuple(x.contiguous() for x in inputs))
-            model.register_forward_hook(lambda module, inputs, output: _logits(output))
+            model.register_forward_hook(lambda module, inputs, given, output: output if given.get("features")
+                                        else _logits(output), with_kwargs=True)
             model.name, model.own, model.code = label(name), True, _code(name)
         except (AttributeError, TypeError, RuntimeError) as error:      # a property, a layer, a ScriptModule
             raise ValueError(f"{name} takes no hooks, or has something called name or own "
@@ -169,6 +173,48 @@ def check(name, num_classes, size, first=MODELS, say=print, learns=False):
                                  f"(2, {num_classes}): it has to take num_classes")
 
 
+def feature_method(recipe, student, teacher, labels, size):
+    """A recipe's feature_kd.Method between two networks on one device. ValueError where they do not fit it.
+
+    labels: (n,) classes of the training images; size: pixels of an image's side.
+    """
+    images = torch.zeros(2, 3, size, size, device=next(student.parameters()).device)
+    with torch.no_grad():
+        (_, s), (_, t) = (with_features(network).eval()(images, features=True)
+                          for network in (student, teacher))
+    options = {k: recipe[k] for k in ("resolution", "normalize", "factor") if k in recipe}
+    if recipe["feature"] == "catkd":
+        options["fresh"] = "student_sha256" not in recipe       # else the student begins with given weights
+    return feature_kd.METHODS[recipe["feature"]](student, teacher, s, t, labels, **options)
+
+
+def check_feature(recipe, num_classes, size, first=MODELS):
+    """ValueError, one line, where a recipe's feature method does not take its two networks."""
+    if recipe.get("feature"):
+        with torch.random.fork_rng(devices=[]):
+            networks = [create(recipe[k], num_classes, first) for k in ("student", "teacher")]
+            feature_method(recipe, *networks, torch.arange(2), size)
+
+
+@torch.no_grad()
+def settle(network, images):
+    """Gives an untrained network's batch norms the statistics of images: its maps would be enormous else."""
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for m in norms:
+        m.momentum = 1.0
+    network.train()(images)
+
+
+def restored(name, num_classes, first, facts):
+    """The network of a checkpoint that says these facts: with SimKD the student's is another."""
+    model = create(name, num_classes, first)
+    if "simkd" not in facts:
+        return model
+    network = feature_kd.trimmed(feature_kd.Reuse(with_features(model), *facts["simkd"]))
+    network.name, network.own = model.name, model.own
+    return network
+
+
 def identify(path, name=None):
     """(name, content, facts) of a checkpoint file: the given name, the one it says, or that its keys fit."""
     content = read_checkpoint(path, name)
@@ -192,7 +238,7 @@ def fitting(name, content, facts):
     said = facts["num_classes"] if isinstance(facts.get("num_classes"), int) else 100
     for first in (MODELS, TORCHVISION):
         if name in first or ":" in name:
-            if count := class_count(content, create(name, said, first), said):
+            if count := class_count(content, restored(name, said, first, facts), said):
                 return count, first
     return said, MODELS if name in MODELS else TORCHVISION     # load_weights says what is wrong
 
@@ -208,6 +254,83 @@ def pixels_of(name, facts, first, size=None):
         pixels = pixels._replace(size=size, resize=size if pixels.size == pixels.resize else
                                  imagenet_pixels(size).resize)
     return pixels, said is not None
+
+
+# ---------------------------------------------------------------- the maps of a network's stages
+
+STAGES = {      # the beginnings of names of torchvision's networks: the layers that are their stages
+    "(wide_)?resnex?t": ["layer1", "layer2", "layer3", "layer4"],
+    "regnet": [f"trunk_output.block{i}" for i in (1, 2, 3, 4)],
+    "shufflenet": ["stage2", "stage3", "stage4"],
+}
+
+
+def with_features(model):
+    """The network itself, which now takes model(x, features=True) as those of models.py do.
+
+    Of torchvision's pre is empty, post has the outputs of the stages in STAGES (of other names none), last is
+    post[-1] or None, and pooled is what the last linear layer takes. One's own has to do it itself.
+    ValueError, one line, where a network cannot.
+    """
+    if isinstance(model, (Network, Featured)):
+        return model
+    if getattr(model, "own", False):
+        if "features" not in inspect.signature(model.forward).parameters:
+            raise ValueError(f"{model.name} gives no features: its forward(x, features=True) must return "
+                             "(logits, Features(pre, post, last, pooled)), see models.py")
+        return model
+    model.forwards = _featured_forward(model, False), _featured_forward(model, True)
+    kind = type(model)
+    model.__class__ = type(f"Featured{kind.__name__}", (Featured, kind), {"__module__": kind.__module__})
+    return model
+
+
+class Featured:
+    """Mixed into a network, it gives features by functions (of evaluating, of training) in its `forwards`.
+
+    They are code alone: all that they compute with is the network's own, wherever that is moved.
+    """
+
+    def forward(self, x, features=False):
+        if features is not True:        # see models.py
+            return super().forward(x)
+        logits, pooled, *post = self.forwards[self.training](self, x)
+        return logits, Features((), tuple(post), post[-1] if post else None, pooled)
+
+
+class Tracer(torch.fx.Tracer):
+    """Notes (first input, output) of each module by its name."""
+
+    def trace(self, root):
+        self.notes = {}
+        return super().trace(root)
+
+    def is_leaf_module(self, module, name):
+        return isinstance(module, nn.Linear) or super().is_leaf_module(module, name)    # also of float32_head
+
+    def call_module(self, module, forward, inputs, given):
+        output = super().call_module(module, forward, inputs, given)
+        self.notes[self.path_of_module(module)] = inputs[0], output
+        return output
+
+
+def _featured_forward(model, training):
+    """A function (network, images) -> (logits, last linear layer's input, *stages), traced in one mode."""
+    name, tracer, mode = getattr(model, "name", type(model).__name__), Tracer(), model.training
+    heads = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    if not heads:
+        raise ValueError(f"{name} gives no features: it has no linear layer")
+    stages = next((layers for names, layers in STAGES.items() if re.match(names, name)), [])
+    try:
+        graph = tracer.trace(model.train(training))
+        wanted = tracer.notes[heads[-1]][0], *(tracer.notes[stage][1] for stage in stages)
+    except Exception as error:      # of any network, any
+        raise ValueError(f"{name} gives no features: it cannot be traced ({_reason(error)})") from None
+    finally:
+        model.train(mode)
+    output, = graph.find_nodes(op="output")
+    output.args = (output.args[0], *(proxy.node for proxy in wanted)),
+    return type(torch.fx.GraphModule(model, graph)).forward
 
 
 # ---------------------------------------------------------------- weights to begin with

@@ -3,12 +3,16 @@
 `recipe(teacher, student, method, zscore)` gives every number of a run. Two sources differ here and there:
 "authors" (the default) is what the names of the authors' training logs say, "released" is what their released
 code runs when no value is given (CIFAR-100). `unsure` gives the reasons for what could not be settled.
-`data` is "cifar100" or "imagenet"; any other data set takes CIFAR-100's rules.
+`data` is "cifar100" or "imagenet"; any other data set takes CIFAR-100's rules. `feature` adds one of the
+FEATURES to a method: alone (method "none") it is the published baseline, cross-entropy and the feature loss.
 """
 
 import math
+import re
 
 METHODS = ("none", "kd", "dkd", "mlkd", "ctkd", "ttm", "wttm")
+FEATURES = ("fitnet", "at", "rkd", "crd", "ofd", "reviewkd", "simkd", "catkd")
+FEATURE_NAMES = dict(zip(FEATURES, ("FitNet", "AT", "RKD", "CRD", "OFD", "ReviewKD", "SimKD", "CAT-KD")))
 SOURCES = ("authors", "released")
 COLUMNS = ("kd", "kd-z", "ctkd", "ctkd-z", "dkd", "dkd-z", "mlkd", "mlkd-z", "ttm", "wttm")
 LOGGED_COLUMNS = ("kd-z", "ctkd-z", "dkd-z", "mlkd-z")
@@ -56,6 +60,24 @@ PAIRS = {
     ("vgg13", "MobileNetV2"):    ((3, 9),  6,    (3,  9, 2),  (2, 6, 0.010, 480), 69.09, 69.08, 69.88, 70.54),
     ("ResNet50", "MobileNetV2"): ((3, 1),  8,    (2, 15, 2),  (2, 9, 0.010, 480), 69.03, 69.78, 70.77, 71.31),
 }
+# Feature methods: one weight for every pair but for ReviewKD and CAT-KD (beta, side of the pooled maps,
+# whether they are normalised), whose authors' scripts have these; None where they have none.
+FEATURE_WEIGHTS = {"fitnet": 100, "at": 1000, "rkd": 1, "crd": 0.8, "ofd": 0.001, "simkd": 1}
+FEATURE_PAIRS = {
+    # teacher, student            ReviewKD  CAT-KD
+    ("resnet32x4", "resnet8x4"): (5,        (15,  2, False)),
+    ("vgg13", "vgg8"):           (None,     (4.5, 2, False)),
+    ("wrn_40_2", "wrn_40_1"):    (5,        (1.5, 2, False)),
+    ("wrn_40_2", "wrn_16_2"):    (5,        (12,  2, False)),
+    ("resnet56", "resnet20"):    (0.6,      (0.7, 2, False)),
+    ("resnet110", "resnet32"):   (1,        (1.8, 2, False)),
+    ("resnet32x4", "ShuffleV1"): (5,        (600, 4, True)),
+    ("resnet32x4", "ShuffleV2"): (8,        (600, 4, True)),
+    ("wrn_40_2", "ShuffleV1"):   (5,        (80,  4, True)),
+    ("vgg13", "MobileNetV2"):    (None,     (15,  2, True)),
+    ("ResNet50", "MobileNetV2"): (None,     (40,  2, True)),
+}
+NARROW = [f"resnet{depth}" for depth in (8, 14, 20, 32, 44, 56, 110)]
 # Published top-1, %. The papers' Z rows lie near the best epoch on the test split, not the last.
 ALONE = {
     "wrn_40_2": 75.61, "resnet56": 72.34, "resnet110": 74.31, "resnet32x4": 79.42, "vgg13": 74.64,
@@ -79,6 +101,21 @@ PUBLISHED = {
     ("vgg13", "MobileNetV2"):    (67.37, 68.61, 68.50, 68.98, 69.71, 69.98, 70.57, 70.94, 68.98, 69.16),
     ("ResNet50", "MobileNetV2"): (67.35, 69.02, 68.67, 69.36, 70.35, 70.45, 71.04, 71.19, 69.24, 69.59),
 }
+FEATURE_PUBLISHED = {   # the poster's; PROVENANCE says what they are
+    # teacher, student            FitNet AT     RKD    CRD    OFD    ReviewKD SimKD CAT-KD
+    ("resnet32x4", "ShuffleV2"): (73.54, 72.73, 73.21, 75.65, 76.82, 77.78, 78.39, 78.41),
+    ("resnet32x4", "wrn_16_2"):  (74.70, 73.91, 74.86, 75.65, 76.17, 76.11, 77.17, 76.97),
+    ("resnet32x4", "wrn_40_2"):  (77.69, 77.43, 77.82, 78.15, 79.25, 78.96, 79.29, 78.59),
+    ("wrn_40_2", "wrn_16_2"):    (73.58, 74.08, 73.35, 75.48, 75.24, 76.12, 75.53, 75.60),
+    ("resnet56", "resnet20"):    (69.21, 70.55, 69.61, 71.16, 70.98, 71.89, 71.05, 71.62),
+    ("resnet110", "resnet32"):   (71.06, 72.31, 71.82, 73.48, 73.23, 73.89, 73.92, 73.62),
+    ("resnet110", "resnet20"):   (68.99, 70.65, 69.25, 71.46, 71.29, 71.34, 71.06, 71.37),
+}
+PROVENANCE = """\
+FitNet, AT, RKD, CRD: last epochs, from RepDistiller's README (AT of resnet110 -> resnet20 is 70.22 there).
+The others: best epochs on the test split. The two rows of resnet32x4 -> WRN stand in no repository.
+OFD and ReviewKD were probably run with their authors' recipes; SimKD's WRNs are other networks (its file
+resnet38x2). One recipe for all differs by more than 0.2 in places without being wrong."""
 # ImageNet; teachers are torchvision's IMAGENET1K_V1. WTTM's top-5 is not published; one log is.
 IMAGENET_ALONE = {"resnet34": 73.31, "resnet18": 69.75, "resnet50": 76.16, "MobileNetV1": 68.87}
 IMAGENET = {
@@ -111,6 +148,8 @@ UNSURE = (
     ("any", "wttm", "not published per pair: exponent 0.2, weight 4 are those of vgg13 -> vgg8 with CRD"),
     ("any", "ttm-z", "no paper has TTM with standardization: the numbers are TTM's"),
     ("any", "wttm-z", "no paper has WTTM with standardization: the numbers are WTTM's"),
+    ("ResNet50-MobileNetV2", "reviewkd", "a user of mdistiller reached the published accuracy with 30"),
+    ("any", "reviewkd catkd", "no number is published for the pair: that of pairs like it is run"),
 )
 IMAGENET_UNSURE = (
     ("any", "kd kd-z", "the released configuration's cross-entropy weight was 0.5, and is 1 since May 2024 "
@@ -122,25 +161,32 @@ IMAGENET_UNSURE = (
     ("any", "mlkd-z", "the released configuration does not run: temperature and weight are KD+Z's"),
     ("any", "ttm wttm", "no exponent and weight are published: those of CIFAR-100"),
     ("any", "ttm-z wttm-z", "no paper has it"),
+    ("any", "fitnet rkd simkd", "the weight is CIFAR-100's; no number for ImageNet was found"),
+    ("any", "at crd", "the weight is CIFAR-100's; mdistiller's configurations for ImageNet name no other"),
 )
 
 
-def key(method, zscore):
-    """The name of a method in the tables: "kd" or "kd-z"."""
-    return f"{method}-z" if zscore else method
+def key(method, zscore, feature=None):
+    """The name of a method in the tables: "kd", "kd-z", "kd-z-crd"; "crd" alone."""
+    name = f"{method}-z" if zscore else method
+    return name if feature is None else feature if method == "none" else f"{name}-{feature}"
 
 
-def recipe(teacher, student, method, zscore=False, source="authors", data="cifar100"):
-    """Every number of one run, a dict. ValueError for an unknown method.
+def recipe(teacher, student, method, zscore=False, source="authors", data="cifar100", feature=None):
+    """Every number of one run, a dict. ValueError for an unknown method or feature.
 
-    known: whether a paper has this pair (for "none": this network); one that none has takes temperature 2 and
-    weight 9 with Z. epochs: at full length. stages: epochs after which the learning rate is divided by ten.
-    base_temp: tau, the temperature of every method. kd_weight, ce_weight: lambda_KD, lambda_CE. alpha, beta:
-    DKD's, before kd_weight multiplies both; warmup: epochs of its ramp. span: CTKD's range of temperatures
-    above base_temp; ramp: epochs of its reversal.
+    known: whether a paper has this pair (for "none" without a feature: this network); one that none has takes
+    temperature 2 and weight 9 with Z. epochs: at full length. stages: epochs after which the learning rate is
+    divided by ten. base_temp: tau, the temperature of every method. kd_weight, ce_weight: lambda_KD,
+    lambda_CE. alpha, beta: DKD's, before kd_weight multiplies both; warmup: epochs of its ramp. span: CTKD's
+    range of temperatures above base_temp; ramp: epochs of its reversal.
+    With a feature: feature, its name; feature_weight; feature_ramp: epochs of ReviewKD's ramp; resolution,
+    normalize: the side of CAT-KD's maps, whether they are normalised; factor: how much narrower SimKD's
+    projector is inside. SimKD has no cross-entropy, whatever the method.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+    for kind, name, names in (("method", method, METHODS), ("feature", feature, (None, *FEATURES))):
+        if name not in names:
+            raise ValueError(f"unknown {kind} {name!r}; known: {', '.join(filter(None, names))}")
     large, pair = data == "imagenet", (teacher, student)
     logs = zscore and (large or source == "authors")
     r = {"known": pair in IMAGENET if large else pair in PAIRS, **(IMAGE_NET if large else CIFAR_100)}
@@ -154,7 +200,8 @@ def recipe(teacher, student, method, zscore=False, source="authors", data="cifar
         temp, weight = {"kd": kd_z, "dkd": dkd_z, "mlkd": mlkd_z}[method][:2]
     r |= {"base_temp": temp and float(temp), "kd_weight": float(weight), "ce_weight": float(ce)}
     if method == "none":
-        r["known"] = student in (IMAGENET_ALONE if large else ALONE)
+        r["known"] = (student in (IMAGENET_ALONE if large else ALONE) if feature is None else
+                      r["known"] or not large and pair in FEATURE_PAIRS)
     elif method == "dkd":
         beta = (2 if teacher == "resnet50" else 0.5) if large else dkd_z[2] if logs else beta or 8
         r |= {"alpha": 1.0, "warmup": 1 if large else 20, "beta": float(beta)}
@@ -163,15 +210,30 @@ def recipe(teacher, student, method, zscore=False, source="authors", data="cifar
         r |= {"lr": lr, "epochs": epochs, "zscore_relations": logs}
     elif method == "ctkd":
         r |= {"span": 40.0 if logs else 20.0, "ramp": 5 if large else 10}
-    return r
+    return r if feature is None else r | _feature(teacher, student, feature)
+
+
+def _feature(teacher, student, feature):
+    """What a feature adds to a pair's recipe; where nothing is published, the numbers of pairs like it."""
+    review, cat = FEATURE_PAIRS.get((teacher, student), (None, None))
+    families = {re.match("[a-z]*", (n or "").lower())[0].replace("wrn", "resnet") for n in (teacher, student)}
+    narrow = teacher in NARROW and student in NARROW
+    weight, side, normalize = cat or (      # those of the teachers resnet56, resnet32x4, ResNet50, wrn_40_2
+        (0.7, 2, False) if narrow else (15, 2, False) if len(families) == 1 else
+        (40, 2, True) if student.lower().startswith("mobilenet") else (80, 4, True))
+    weights = FEATURE_WEIGHTS | {"reviewkd": review or (0.6 if narrow else 5), "catkd": weight}
+    more = {"reviewkd": {"feature_ramp": 20}, "catkd": {"resolution": side, "normalize": normalize},
+            "simkd": {"factor": 2, "ce_weight": 0.0}}
+    return {"feature": feature, "feature_weight": float(weights[feature]), **more.get(feature, {})}
 
 
 def known(of, data="cifar100"):
     """Whether a paper has the pair of a recipe."""
-    return recipe(of["teacher"], of["student"], of["method"], of["zscore"], data=data)["known"]
+    names = (of[k] for k in ("teacher", "student", "method", "zscore"))
+    return recipe(*names, data=data, feature=of.get("feature"))["known"]
 
 
-def unsure(teacher, student, method, zscore=False, source="authors", data="cifar100"):
+def unsure(teacher, student, method, zscore=False, source="authors", data="cifar100", feature=None):
     """Why a recipe's numbers are in doubt, a list of reasons, empty where they are not."""
     name, pair = key(method, zscore), f"{teacher}-{student}"
     if data == "imagenet":
@@ -180,23 +242,31 @@ def unsure(teacher, student, method, zscore=False, source="authors", data="cifar
         sure = method not in ("ttm", "wttm")
     else:
         sure = name == "dkd" and PAIRS.get((teacher, student), (0, None))[1]
-    if sure or (pair, name) == ("vgg13-vgg8", "ttm"):
-        return []
+    doubts = set() if sure or (pair, name) == ("vgg13-vgg8", "ttm") else {name}
+    numbers = dict(zip(("reviewkd", "catkd"), FEATURE_PAIRS.get((teacher, student), (None, None))))
+    if feature and (data == "imagenet" or numbers.get(feature, 0) is None):
+        doubts.add(feature)
     return [reason for pairs, names, reason in (IMAGENET_UNSURE if data == "imagenet" else UNSURE)
-            if name in names.split() and {pair, "any"} & {*pairs.split()}]
+            if doubts & {*names.split()} and {pair, "any"} & {*pairs.split()}]
 
 
-def published(teacher, student, method, zscore=False, data="cifar100"):
-    """Published top-1 (%), "none": the student's alone, "teacher": the teacher's; None if there is none."""
+def published(teacher, student, method, zscore=False, data="cifar100", feature=None):
+    """Published top-1 (%), "none": the student's alone, "teacher": the teacher's; None if there is none.
+
+    With a feature the poster's, which has them without a method ("none") only.
+    """
     alone, rows = (IMAGENET_ALONE, IMAGENET) if data == "imagenet" else (ALONE, PUBLISHED)
+    if feature:
+        rows = FEATURE_PUBLISHED if method == "none" and data != "imagenet" else {}
+        return dict(zip(FEATURES, rows.get((teacher, student), ()))).get(feature)
     if method in ("none", "teacher"):
         return alone.get(teacher if method == "teacher" else student)
     return dict(zip(COLUMNS, rows.get((teacher, student), ()))).get(key(method, zscore))
 
 
-def logged(teacher, student, method, zscore=False, data="cifar100"):
-    """Top-1 (%) of the last epoch of the authors' log; None where there is none."""
-    rows = IMAGENET_LOGGED if data == "imagenet" else PAIRS
+def logged(teacher, student, method, zscore=False, data="cifar100", feature=None):
+    """Top-1 (%) of the last epoch of the authors' log; None where there is none, as for every feature."""
+    rows = {} if feature else IMAGENET_LOGGED if data == "imagenet" else PAIRS
     return dict(zip(LOGGED_COLUMNS, rows.get((teacher, student), ())[-4:])).get(key(method, zscore))
 
 
@@ -220,9 +290,14 @@ def reversal(epoch, recipe):
     return (1 - math.cos(min(epoch / recipe["ramp"], 1) * math.pi)) / 2 if "ramp" in recipe else 0.0
 
 
+def feature_weight(epoch, recipe):
+    """The weight of the feature loss, for ReviewKD with its linear ramp; 0 without one."""
+    return recipe.get("feature_weight", 0.0) * min(epoch / recipe.get("feature_ramp", 1), 1)
+
+
 def schedule(epoch, recipe):
-    """(learning rate, KD weight, reversal) in an epoch of the recipe at full length, from 1."""
-    return learning_rate(epoch, recipe), kd_weight(epoch, recipe), reversal(epoch, recipe)
+    """(learning rate, KD weight, reversal, feature weight) in an epoch of the recipe at full length."""
+    return tuple(part(epoch, recipe) for part in (learning_rate, kd_weight, reversal, feature_weight))
 
 
 def ceiling(classes, base_temp):
@@ -257,9 +332,12 @@ def table(data="cifar100"):
     if not large:
         rows.append(["any, released code", "", *(numbers(("", ""), c, "released") for c in COLUMNS)])
     lines = ["temperature, KD weight[, beta][, learning rate, epochs]; ? = unsure:", "", *_aligned(rows)]
+    doubts = []
     for names, of, reason in IMAGENET_UNSURE if large else UNSURE:
         where = "" if names == "any" else ", " + names.replace(" ", ", ").replace("-", " -> ")
-        lines.append(f"  ? {of.upper().replace('-Z', '+Z').replace(' ', ', ')}{where}: {reason}")
+        of = ", ".join(FEATURE_NAMES.get(name) or name.upper().replace("-Z", "+Z") for name in of.split())
+        doubts.append(f"  ? {of}{where}: {reason}")
+    lines += doubts if large else _feature_lines() + doubts
     r = recipe("", "", "kd", data=data)
     lines += ["", f"{r['epochs']} epochs, batch {r['batch_size']}, weight decay {r['weight_decay']:g}, "
               f"learning rate x 0.1 after epochs {', '.join(map(str, r['stages']))}.",
@@ -279,7 +357,27 @@ def table(data="cifar100"):
             cells.append((f"{top1:.2f}" if top1 else "-") + (f" / {top5:.2f}" if top5 else "")
                          + (f" ({last:.2f})" if last else ""))
         rows.append(cells)
-    return "\n".join(lines + _aligned(rows))
+    lines += _aligned(rows)
+    if not large:
+        rows = [["teacher -> student", *FEATURE_NAMES.values()]]
+        rows += [[" -> ".join(pair), *map("{:.2f}".format, row)] for pair, row in FEATURE_PUBLISHED.items()]
+        lines += ["", "The same of feature methods, from the poster:", "", *_aligned(rows), "", PROVENANCE]
+    return "\n".join(lines)
+
+
+def _feature_lines():
+    """The weights of the feature methods, as `--list` prints them."""
+    rows = [["teacher -> student", "ReviewKD", "CAT-KD"]]
+    for pair in PAIRS | FEATURE_PAIRS:
+        review, cat = (recipe(*pair, "none", feature=name) for name in ("reviewkd", "catkd"))
+        cells = (f"{review['feature_weight']:g}", f"{cat['feature_weight']:g}, {cat['resolution']}"
+                 + ", normalised" * cat["normalize"])
+        rows.append([" -> ".join(pair), *(cell + "?" * bool(unsure(*pair, "none", feature=name))
+                                          for cell, name in zip(cells, ("reviewkd", "catkd")))])
+    same = ", ".join(f"{FEATURE_NAMES[name]} {weight:g}" for name, weight in FEATURE_WEIGHTS.items())
+    return ["", f"Feature methods, weights: {same} (no cross-entropy);",
+            "ReviewKD's, in full from epoch 20 on; CAT-KD's, the side of its maps[, normalised]:", "",
+            *_aligned(rows)]
 
 
 def _aligned(rows):

@@ -38,7 +38,8 @@ TEACHERS = ("resnet32x4", "wrn_40_2", "resnet56", "resnet110", "vgg13", "ResNet5
 PAIRS = ("resnet32x4-resnet8x4", "resnet32x4-ShuffleV2", "resnet32x4-wrn_16_2", "resnet32x4-wrn_40_2",
          "wrn_40_2-wrn_16_2", "resnet56-resnet20", "resnet110-resnet32", "resnet110-resnet20")
 METHODS = ("none", "kd", "kd-z", "dkd", "dkd-z", "mlkd-z", "mlkd-z-released", "ctkd-z", "wttm")
-KNOWN_METHODS = ("none", *(f"{c}{r}" for c in recipes.COLUMNS for r in ("", "-released")))
+KNOWN_METHODS = ("none", *(f"{c}{r}" for c in recipes.COLUMNS for r in ("", "-released")), *recipes.FEATURES,
+                 *(f"{c}-{f}" for c in recipes.COLUMNS for f in recipes.FEATURES))
 KEPT = ("resnet32x4-resnet8x4", "resnet8x4", *TEACHERS)     # whose students are kept in checkpoints/
 LARGEST = 16e6      # bytes of a checkpoint that is kept
 NOISE = 0.25        # points: how the last epoch of full-length runs deviates from seed to seed
@@ -84,6 +85,13 @@ def rows_of(pairs, methods):
     return list(rows)
 
 
+def words(method):
+    """(method, zscore, released, feature) of a name as in KNOWN_METHODS: kd-z, crd, kd-z-crd."""
+    name, *rest = method.split("-")
+    feature = next((word for word in (name, *rest) if word in recipes.FEATURES), None)
+    return "none" if name == feature else name, "z" in rest, "released" in rest, feature
+
+
 def budget_of(recipe):
     """What is shorter than the published recipe, as parts of a name."""
     epochs = [] if recipe["epochs"] == recipe["full_epochs"] else [f"{recipe['epochs']}epochs"]
@@ -112,16 +120,16 @@ class Reproduction:
         self.hashes = {}        # of files of weights
 
     def row(self, teacher, student, method, seed):
-        flags, (name, *rest) = self.flags, method.split("-")
-        arguments = options(teacher=teacher, student=student, method=name) + ["--zscore"] * ("z" in rest)
-        arguments += ["--recipe", "released"] * ("released" in rest)
+        flags, (name, z, released, feature) = self.flags, words(method)
+        arguments = options(teacher=teacher, student=student, method=name, feature=feature)
+        arguments += ["--zscore"] * z + ["--recipe", "released"] * released
         arguments += options(teacher_checkpoint=flags["teacher_checkpoint"] if teacher else None, seed=seed,
                              **{k: flags[k] for k in ("epochs", "train_images", "precision")},
                              data=None if flags["data"] == "cifar100" else flags["data"])
         arguments += ["--compile"] * flags["compile"]
         where = options(**{k: flags[k] for k in ("device", "data_dir", "teacher_url")})
         recipe, folder = train_cifar.resolve_arguments([*arguments, *where])
-        parts = ["released"] * ("released" in rest) + budget_of(recipe)
+        parts = ["released"] * released + budget_of(recipe)
         where += options(out=Path(flags["out"], *parts))
         return Row(teacher, student, method, seed, arguments, where, recipe, "-".join([folder, *parts]))
 
@@ -147,13 +155,15 @@ class Reproduction:
         config = json.loads((folder / "config.json").read_text())
         begun, ended = ({k: v for k, v in x.items() if k != "command"} for x in (config["facts"], self.facts))
         record = {"teacher": row.teacher, "student": row.student, "method": row.method, "seed": row.seed,
-                  **{k: result[k] for k in ("last", "best", "best_chosen_on", "epochs", "minutes", "img_s")},
+                  **{k: result[k] for k in ("last", "best", "best_chosen_on", "epochs", "minutes", "img_s",
+                                            "parameters", "macs") if k in result},
                   "full_length": row.full_length, "teacher_top1": teacher and teacher.top1,
                   "teacher_source": teacher and teacher.source,
                   "command": shlex.join(["python", "train_cifar.py", *row.arguments, *more]), "facts": begun,
                   **({} if ended.items() <= begun.items() else {"went_on_with": ended}),
                   "recipe": config["recipe"]}
-        if row.full_length and row.recipe["data"] == "cifar100" and row.seed == 0 and row.pair in self.kept:
+        if (row.full_length and row.recipe["data"] == "cifar100" and row.seed == 0
+                and row.pair in self.kept and not row.recipe.get("feature")):
             data = load_data("cifar100", self.flags["data_dir"], self.device)
             click.echo(keep(row, record, folder, data, self.device))
         with runs.explained(self.results):      # the JSON, which says that a row is done, last
@@ -347,32 +357,35 @@ It is called better or worse where it exceeds twice its standard error, from the
 cells. One seed gives no deviation: a full-length run is then taken to deviate by {NOISE} points, as such runs
 are known to, and a short one is within noise."""
 HEAD = ("pair", "method", "last epoch, top-1", "best, chosen on test", "paper", "authors' log, last epoch",
-        "Δ of Z", "paper's Δ", "minutes", "device", "`python train_cifar.py`, with `--seed`")
+        "Δ of Z", "paper's Δ", "as deployed", "minutes", "device", "`python train_cifar.py`, with `--seed`")
 
 
 def table_row(key, cells):
     """One line of a table; "" where there is nothing to say."""
     (teacher, student, method), cell = key, cells[key]
-    name, *rest = method.split("-")
-    z, record = "z" in rest, next(iter(cell.values()))
+    (name, z, released, feature), record = words(method), next(iter(cell.values()))
     plain = cells.get((teacher, student, method.replace("-z", "")), {}) if z else {}
     alike = ("teacher_sha256", "precision", "compile")      # the two methods' recipes differ anyway
     seeds = [s for s in cell if s in plain and not differences(
         *({k: c[s]["recipe"][k] for k in alike if k in c[s]["recipe"]} for c in (plain, cell)))]
     last = [[c[s]["last"]["top1"] for s in seeds] for c in (cell, plain)]
     gain = [a - b for a, b in zip(*last)]
-    published, baseline = (recipes.published(teacher, student, name, on) for on in (z, False))
-    logged = recipes.logged(teacher, student, name, z)
+    published, baseline = (recipes.published(teacher, student, name, on, feature=feature)
+                           for on in (z, False))
+    logged = recipes.logged(teacher, student, name, z, feature=feature)
+    shown = [name.upper() + "+Z" * z] * (name != "none") + [recipes.FEATURE_NAMES[feature]] * bool(feature)
+    deployed = (f"{record['parameters']:,} parameters, {record['macs'] / 1e6:.1f} M multiply-accumulates"
+                if feature == "simkd" else "")
     minutes = [r["minutes"] for r in cell.values() if not r.get("background")]      # they hold waiting
     devices = {d["device"] + (f", {d['threads']} threads" if d["device"].endswith("cpu") else "")
                for d in (r["facts"] for r in cell.values())}
     command = re.sub(" --seed [0-9]+", "", record["command"].removeprefix("python train_cifar.py "))
     return [f"{teacher} → {student}" if teacher else student,
-            name.upper() + "+Z" * z + ", released" * ("released" in rest) if teacher else "alone",
+            " and ".join(shown) + ", released" * released if teacher else "alone",
             *(spread([r[k]["top1"] for r in cell.values()]) for k in ("last", "best")),
             f"{published:.2f}" if published else "", f"{logged:.2f}" if logged else "",
             f"{spread(gain, '+')}, {verdict(*last, record['full_length'])}" if gain else "",
-            f"{published - baseline:+.2f}" if z and published and baseline else "",
+            f"{published - baseline:+.2f}" if z and published and baseline else "", deployed,
             f"{statistics.mean(minutes):.1f}" if minutes else "", ", ".join(sorted(devices)), f"`{command}`"]
 
 

@@ -8,6 +8,7 @@ A frozen network gives the same logits for the same view, and a small image has 
 in large batches and cached: on a GPU in its memory, elsewhere in a file that runs share.
 """
 
+import copy
 import errno
 import hashlib
 import math
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.fx.experimental.optimization import fuse
 from torch.fx.proxy import TraceError
 
@@ -67,7 +69,7 @@ class Teacher:
                                             for s in (*pixels[:2], *self.own[:2]))
             self.scale, self.shift = std / own_std, (mean - own_mean) / own_std
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
-        network = network.to(device).eval().requires_grad_(False)
+        network = self.whole = network.to(device).eval().requires_grad_(False)
         if not getattr(network, "own", False):      # who knows what that does
             network = fold(network).to(memory_format=torch.channels_last)
         if precision == "bf16":
@@ -92,6 +94,23 @@ class Teacher:
                 logits = self.network(full.contiguous(memory_format=torch.channels_last))
             parts.append(logits[:len(part)].float())
         return torch.cat(parts)
+
+    def prepare(self, batch_statistics):
+        """For `features`: batch norms take the batch's statistics (OFD) or their own, which stay."""
+        if batch_statistics and getattr(self.whole, "own", False):
+            self.whole = copy.deepcopy(self.whole)      # `logits` have the other mode
+        for m in self.whole.modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                m.momentum, m.num_batches_tracked = 0.0, None
+        self.whole.train(batch_statistics)
+
+    @torch.no_grad()
+    def features(self, images):
+        """What its forward(x, features=True) gives beside logits, of exactly these normalised images."""
+        if self.scale is not None:
+            images = images * self.scale + self.shift
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return self.whole(images, features=True)[1]
 
     def cache_logits(self, split, folder=None, exact=False):
         """Take the images of `split` as those of `cached_logits`, and cache what is computed from here on.

@@ -34,7 +34,8 @@ from distill import check_teacher, distil, evaluate
 from distributed import World
 from folders import load_small
 from models import MODELS, class_count, weights_sha256
-from networks import begin_with, check, create, fitting, identify, label, layout, pixels_of
+from networks import (begin_with, check, check_feature, create, fitting, identify, label, layout, pixels_of,
+                      restored, settle)
 from randaugment import strong_draws, strong_view
 from run import RunError
 from teacher import ARCHIVE_URL, CHECKPOINTS, Teacher, check_names, find_teacher, load_teacher
@@ -54,7 +55,8 @@ class Batches:
     def __init__(self, data, recipe, teacher, device):
         self.data, self.recipe, self.teacher, self.device, self.eval_name = (
             data, recipe, teacher, device, data.eval_name)
-        self.images = self.train_images = len(data.train.targets)
+        self.targets = data.train.targets
+        self.images = self.train_images = len(self.targets)
         self.steps = -(-self.images // recipe["batch_size"])        # the last batch is smaller
         chunk = CHUNK[device.type] * 32**2 // data.pixels.size**2
         self.chunk = max(1, chunk // recipe["batch_size"]) * recipe["batch_size"]       # whole batches
@@ -113,7 +115,8 @@ def evaluation(split, pixels):
 def resolve(flags, device):
     """The run's recipe: the pair's, with the flags that were given. Returns (recipe, lines to print)."""
     names = [flags[k] for k in ("teacher", "student", "method", "zscore", "recipe")]
-    recipe, lines = cli.resolve(flags, recipes.recipe(*names), recipes.unsure(*names), device)
+    more = {"feature": flags["feature"]}
+    recipe, lines = cli.resolve(flags, recipes.recipe(*names, **more), recipes.unsure(*names, **more), device)
     recipe |= {"data": flags["data"], "train_images": flags["train_images"]}
     if flags["data"] == "folder":
         recipe |= {"folder": Path(flags["data_dir"]).resolve().name, "size": flags["size"]}
@@ -124,8 +127,8 @@ def run_name(recipe):
     """The folder's name: resnet32x4-resnet8x4-kd-z-seed0."""
     pair = [label(recipe["teacher"])] if recipe["teacher"] else []
     data = [] if recipe["data"] == "cifar100" else [recipe.get("folder", recipe["data"])]
-    return "-".join([*pair, label(recipe["student"]), recipes.key(recipe["method"], recipe["zscore"]), *data,
-                     f"seed{recipe['seed']}"])
+    method = recipes.key(recipe["method"], recipe["zscore"], recipe.get("feature"))
+    return "-".join([*pair, label(recipe["student"]), method, *data, f"seed{recipe['seed']}"])
 
 
 def read_data(flags, device, **part):
@@ -149,9 +152,10 @@ def about(data):
 def check_networks(recipe, data):
     """A usage error, or a ValueError, where the method or a network does not go with the data."""
     cli.check_classes(recipe, data.num_classes)
-    cli.check_batch(recipe, len(data.train.targets))
+    cli.check_batch(recipe, *[len(data.train.targets)] * 2)
     for name in filter(None, (recipe["teacher"], recipe["student"])):
         check(name, data.num_classes, data.pixels.size, MODELS, click.echo, name == recipe["student"])
+    check_feature(recipe, data.num_classes, data.pixels.size)
 
 
 def run_one(recipe, data, teacher, flags, world, stop_after=None):
@@ -166,12 +170,14 @@ def run_one(recipe, data, teacher, flags, world, stop_after=None):
         recipe["student_sha256"] = weights_sha256(student)
     student.to(world.device, memory_format=layout(student))
     names = [recipe[k] for k in ("teacher", "student", "method", "zscore")]
-    known = ({"published": recipes.published(*names), "logged": recipes.logged(*names)}
+    more = {"feature": recipe.get("feature")}
+    known = ({"published": recipes.published(*names, **more), "logged": recipes.logged(*names, **more)}
              if recipe["data"] == "cifar100" else {})
     folder = Path(flags["out"]) / run_name(recipe)
-    batches = Batches(data, recipe, teacher, world.device)
-    result = distil(recipe, batches, student, folder, world, **known, more=True, stop_after=stop_after,
-                    save_every=flags["save_every"], compile=flags["compile"], capture=flags["capture"])
+    batches = Batches(data, recipe, teacher if recipe["method"] != "none" else None, world.device)
+    result = distil(recipe, batches, student, folder, world, teacher=teacher, **known, more=True,
+                    stop_after=stop_after, save_every=flags["save_every"], compile=flags["compile"],
+                    capture=flags["capture"])
     return result, folder
 
 
@@ -263,6 +269,7 @@ def get_teacher(recipe, data, flags, world):
     name, how = recipe["teacher"], (recipe["precision"],)
     network = create(name, data.num_classes)
     if flags["dry_run"] and flags["teacher_checkpoint"] is None:
+        settle(network, data.pixels.normalise(data.train.images.cpu()))
         return caching(Teacher(network, world.device, *how, pixels=data.pixels), data, flags)
     if (recipe["data"] != "cifar100" or network.own) and flags["teacher_checkpoint"] is None:
         path, source = None, (f"{name} is your own" if network.own else
@@ -292,8 +299,8 @@ def train_teacher(recipe, flags, world):
     """
     own = recipe["data"] not in CIFAR
     alone = {**flags, **dict.fromkeys(cli.GIVEN), "teacher": None, "teacher_checkpoint": None,
-             "student": recipe["teacher"], "student_checkpoint": None, "method": "none", "zscore": False,
-             "recipe": "authors", "val_from_train": 0, "seed": 0, "train_images": None,
+             "student": recipe["teacher"], "student_checkpoint": None, "method": "none", "feature": None,
+             "zscore": False, "recipe": "authors", "val_from_train": 0, "seed": 0, "train_images": None,
              "precision": recipe["precision"]}
     if own:
         alone |= {k: flags[k] for k in ("epochs", "batch_size", "train_images", "val_from_train")}
@@ -338,7 +345,7 @@ def evaluate_file(flags, world, data=None):
     count, first = fitting(name, content, facts)
     pixels, known = pixels_of(name, facts, first, flags["size"])
     check(name, count, pixels.size, first, lambda line: None)
-    network = load_teacher(create(name, count, first), path, world.device, pixels=pixels,
+    network = load_teacher(restored(name, count, first, facts), path, world.device, pixels=pixels,
                            precision=flags["precision"] or "fp32", prefer="student")
     if data is None:
         flags = flags | {"data": flags["data"] or usual_data(facts, pixels, flags["data_dir"])}

@@ -30,8 +30,9 @@ from distributed import World
 from folders import (FolderImages, folder_batches, folder_keys, imagenet_pixels, load_folders,
                      normalise_folder, shown)
 from models import MODELS, class_count, weights_sha256
-from networks import (TORCHVISION, begin_with, check, create, fitting, identify, known_weights, label, layout,
-                      pixels_of, torchvision_network)
+from networks import (TORCHVISION, begin_with, check, check_feature, create, fitting, identify,
+                      known_weights, label, layout, pixels_of, restored, settle,
+                      torchvision_network)
 from randaugment import StrongDraws, strong_draws, strong_operations
 from run import RunError, first_line
 from teacher import Teacher, load_teacher
@@ -49,6 +50,7 @@ class Batches:
         self.recipe, self.teacher, self.world, self.eval_name = recipe, teacher, world, folders.eval_name
         self.views = 2 if recipe["method"] == "mlkd" else 1
         self.train_images, batch = len(folders.train), recipe["batch_size"]
+        self.targets = torch.tensor([target for _, target in folders.train])
         self.steps = self.train_images // batch                 # the last, incomplete batch is left out
         self.images = self.steps * batch
         self.parts = micro_batches(batch, world.size, micro_batch)
@@ -148,7 +150,9 @@ def get_teacher(recipe, folders, flags, world):
         network = create(name, len(classes), TORCHVISION)
         teacher = load_teacher(network, path, world.device, path, *how, pixels, classes)
     elif flags["dry_run"]:
-        teacher = Teacher(create(name, len(classes), TORCHVISION), world.device, *how[:1])
+        network = create(name, len(classes), TORCHVISION)
+        settle(network, torch.randn(8, 3, *[recipe["size"]] * 2, generator=torch.Generator().manual_seed(0)))
+        teacher = Teacher(network, world.device, *how[:1])
     elif name not in TORCHVISION:
         raise RunError(f"nobody publishes a {name} as a teacher: name its weights with --teacher-checkpoint")
     elif len(classes) != 1000:
@@ -170,9 +174,12 @@ def get_teacher(recipe, folders, flags, world):
 
 def resolve(flags, world):
     """The run's recipe: the pair's, with the flags that were given. Returns (recipe, lines to print)."""
-    names, data = [flags[k] for k in ("teacher", "student", "method", "zscore")], {"data": "imagenet"}
+    names = [flags[k] for k in ("teacher", "student", "method", "zscore")]
+    data = {"data": "imagenet", "feature": flags["feature"]}
     recipe, lines = cli.resolve(flags, recipes.recipe(*names, **data), recipes.unsure(*names, **data),
                                 world.device)
+    if flags["feature"] == "crd" and world.size > 1:
+        raise click.UsageError("--feature crd has one memory bank of all images: it is for one process")
     if recipe["batch_size"] < world.size:
         raise click.UsageError(f"--batch-size {recipe['batch_size']} is the total: "
                                f"too few images for {world.size} processes")
@@ -181,7 +188,7 @@ def resolve(flags, world):
 
 def run_name(recipe):
     pair = [label(recipe["teacher"])] if recipe["teacher"] else []
-    method = recipes.key(recipe["method"], recipe["zscore"])
+    method = recipes.key(recipe["method"], recipe["zscore"], recipe.get("feature"))
     return "-".join([*pair, label(recipe["student"]), method, recipe["data"], f"seed{recipe['seed']}"])
 
 
@@ -199,18 +206,21 @@ def check_networks(recipe, classes, say):
     cli.check_classes(recipe, classes)
     for name in filter(None, (recipe["teacher"], recipe["student"])):
         check(name, classes, recipe["size"], TORCHVISION, say, name == recipe["student"])
+    check_feature(recipe, classes, recipe["size"], TORCHVISION)
 
 
 def run_one(recipe, folders, teacher, flags, world, stop_after=None):
     """One run in its folder: trained, resumed or found finished. Returns its result."""
     recipe = recipe | {"images": digest(folders)} | ({"teacher_sha256": teacher.sha256} if teacher else {})
     classes = len(folders.classes)
-    batches = Batches(folders, recipe, teacher, world, flags["workers"], flags["at_once"])
+    batches = Batches(folders, recipe, teacher if recipe["method"] != "none" else None, world,
+                      flags["workers"], flags["at_once"])
     names, data = [recipe[k] for k in ("teacher", "student")], {"data": "imagenet"}
     real = classes == 1000 and folders.eval_name == "val"       # these may be ImageNet itself
     method = recipe["method"], recipe["zscore"]
-    known = ({"published": recipes.published(*names, *method, **data),
-              "logged": recipes.logged(*names, *method, **data)} if real else {})
+    more = data | {"feature": recipe.get("feature")}
+    known = ({"published": recipes.published(*names, *method, **more),
+              "logged": recipes.logged(*names, *method, **more)} if real else {})
 
     def before():
         if recipe["zscore"] and not (real and recipes.known(recipe, **data)) and flags["base_temp"] is None:
@@ -227,10 +237,10 @@ def run_one(recipe, folders, teacher, flags, world, stop_after=None):
         begin_with(student, flags["student_checkpoint"], lambda line: None)
         recipe["student_sha256"] = weights_sha256(student)
     student.to(world.device, memory_format=layout(student))
-    return distil(recipe, batches, student, Path(flags["out"]) / run_name(recipe), world, **known,
-                  before=before if not flags["dry_run"] else lambda: None, save_every=flags["save_every"],
-                  stop_after=stop_after, capture=False, micro_batch=flags["at_once"],
-                  compile=flags["compile"])
+    return distil(recipe, batches, student, Path(flags["out"]) / run_name(recipe), world, teacher=teacher,
+                  **known, before=before if not flags["dry_run"] else lambda: None,
+                  save_every=flags["save_every"], stop_after=stop_after, capture=False,
+                  micro_batch=flags["at_once"], compile=flags["compile"])
 
 
 def dry_run(recipe, flags, world):
@@ -275,9 +285,9 @@ def evaluate_file(flags, world, folders=None):
     _, first = fitting(name, content, facts)
     pixels, _ = pixels_of(name, facts, first, flags["size"])
     check(name, len(folders.classes), pixels.size, first, lambda line: None)
-    teacher = load_teacher(create(name, len(folders.classes), first), flags["eval_file"], world.device,
-                           precision=flags["precision"] or "fp32", pixels=imagenet_pixels(pixels.size),
-                           classes=folders.classes, prefer="student")
+    teacher = load_teacher(restored(name, len(folders.classes), first, facts), flags["eval_file"],
+                           world.device, precision=flags["precision"] or "fp32",
+                           pixels=imagenet_pixels(pixels.size), classes=folders.classes, prefer="student")
     teacher.batch = flags["at_once"] or 64
     images = Evaluation(folders, pixels.size, world, flags["workers"], teacher.batch, pixels.resize)
     scores = evaluate(teacher.logits, images, world)
@@ -306,6 +316,9 @@ def main(**flags):
     if flags["list_recipes"]:
         click.echo(recipes.table("imagenet"))
         return
+    if flags["feature"] in ("fitnet", "ofd", "reviewkd", "catkd"):
+        raise click.UsageError(f"--feature {flags['feature']} is for train_cifar.py: here there are at, rkd, "
+                               "crd and simkd")
     cli.check_method(flags, [*TORCHVISION, *(name for name in MODELS if name not in TORCHVISION)])
     if flags["seeds"] != 1:
         raise click.UsageError("--seeds is for train_cifar.py; here, give one --seed at a time")

@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = {       # ground first: each imports from those above it alone
     "zscore_kd": {"torch"},
+    "feature_kd": {"torch"},
     "weights": {"torch", "safetensors"},
     "models": {"torch", "weights"},
     "data": {"torch", "torchvision", "numpy"},
@@ -23,8 +24,8 @@ ROOMS = {       # ground first: each imports from those above it alone
     "run": {"torch", "click"},
     "cli": {"torch", "click", "recipes", "run"},
     "distributed": {"torch", "click", "cli", "run"},
-    "networks": {"torch", "torchvision", "weights", "models", "data", "folders", "run"},
-    "distill": {"torch", "click", "zscore_kd", "models", "recipes", "run", "cli"},
+    "networks": {"torch", "torchvision", "feature_kd", "weights", "models", "data", "folders", "run"},
+    "distill": {"torch", "click", "zscore_kd", "models", "recipes", "run", "cli", "networks"},
     "teacher": {"torch", "weights", "models", "data"},
     "train_cifar": {"torch", "click", "zscore_kd", "models", "data", "folders", "randaugment", "recipes",
                     "run", "cli", "distributed", "networks", "distill", "teacher"},

@@ -6,7 +6,8 @@ import json
 import pytest
 
 import recipes
-from recipes import IMAGENET, PAIRS, PUBLISHED, logged, published, recipe, schedule, table, unsure
+from recipes import (FEATURES, IMAGENET, PAIRS, PUBLISHED, logged, published, recipe, recipe_epoch, schedule,
+                     table, unsure)
 
 
 @pytest.fixture(scope="module")
@@ -147,10 +148,11 @@ def test_published_imagenet_accuracies_are_the_tables(tables):
 @pytest.mark.parametrize("name", ["cifar10", "folder", "synthetic"])
 def test_another_data_set_takes_cifar_100s_rules(name):
     """For any pair, ImageNet's too; what is published for CIFAR-100 is the caller's to leave out."""
-    for method, zscore in itertools.product(recipes.METHODS, (False, True)):
+    for method, zscore, feature in itertools.product(recipes.METHODS, (False, True), (None, "crd", "catkd")):
         for pair in (("vgg13", "vgg8"), ("resnet34", "resnet18")):
             for function in (recipe, unsure, published, logged):
-                assert function(*pair, method, zscore, data=name) == function(*pair, method, zscore)
+                of = *pair, method, zscore
+                assert function(*of, data=name, feature=feature) == function(*of, feature=feature)
     assert recipe("resnet34", "resnet18", "kd", data=name)["epochs"] == 240
     assert published("resnet34", "resnet18", "kd", data=name) is None
     assert logged("resnet34", "resnet18", "kd", True, name) is None
@@ -190,23 +192,184 @@ def test_what_is_unsure_is_said():
     ("imagenet", IMAGENET, "resnet34 -> resnet18", ["1, 0.5?", "71.42 / 90.29 (71.26)"])])
 def test_the_list_holds_every_pair_and_its_doubts_under_them(data, pairs, row, cells):
     text = table(data)
-    rows = [line for line in text.splitlines() if line.startswith(row)]
-    assert len(rows) == 2 and all(cell in line for cell, line in zip(cells, rows))
-    assert all(text.count(f"\n{t} -> {s} ") == 2 for t, s in pairs)
     recipes_part, published_part = text.split("\nPublished")
+    for part, cell in zip((recipes_part.split("\nFeature")[0], published_part.split("\nThe same")[0]), cells):
+        assert cell in next(line for line in part.splitlines() if line.startswith(row))
+        assert all(part.count(f"\n{t} -> {s} ") == 1 for t, s in pairs)
     for _, names, why in recipes.IMAGENET_UNSURE if data == "imagenet" else recipes.UNSURE:
-        shown = names.upper().replace("-Z", "+Z").replace(" ", ", ")
         line, = [line for line in recipes_part.split("\n") if line.endswith(f": {why}")]
-        assert line.startswith(f"  ? {shown}")
+        shown = line.removeprefix("  ? ").split(": ")[0].upper().replace("CAT-KD", "CATKD")
+        assert shown.startswith(names.upper().replace("-Z", "+Z").replace(" ", ", "))
     assert "?" not in published_part
 
 
-def test_the_schedule_is_its_three_parts():
+def test_the_schedule_is_its_four_parts():
     r = recipe("vgg13", "vgg8", "ctkd", True)
-    assert schedule(10, r) == (0.05, 9.0, 1.0) and schedule(211, r)[0] == pytest.approx(5e-5)
-    assert schedule(5, recipe("vgg13", "vgg8", "dkd", True))[1:] == (15 * 5 / 20, 0.0)
+    assert schedule(10, r) == (0.05, 9.0, 1.0, 0.0) and schedule(211, r)[0] == pytest.approx(5e-5)
+    assert schedule(5, recipe("vgg13", "vgg8", "dkd", True))[1:] == (15 * 5 / 20, 0.0, 0.0)
 
 
 def test_unknown_method():
     with pytest.raises(ValueError, match="unknown method 'kdd'; known: none, kd"):
         recipe("resnet56", "resnet20", "kdd")
+    with pytest.raises(ValueError, match="unknown feature 'cdr'; known: fitnet, at, .*, simkd, catkd$"):
+        recipe("resnet56", "resnet20", "kd", feature="cdr")
+
+
+# ---------------------------------------------------------------- feature methods
+
+# fmt: off
+PER_PAIR = (    # ReviewKD, CAT-KD: weight, side of the maps, normalised; whether each is published
+    ("resnet32x4 resnet8x4",   5,   (15, 2, False),  True,  True),
+    ("vgg13 vgg8",             5,   (4.5, 2, False), False, True),
+    ("wrn_40_2 wrn_40_1",      5,   (1.5, 2, False), True,  True),
+    ("wrn_40_2 wrn_16_2",      5,   (12, 2, False),  True,  True),
+    ("resnet56 resnet20",      0.6, (0.7, 2, False), True,  True),
+    ("resnet110 resnet32",     1,   (1.8, 2, False), True,  True),
+    ("resnet110 resnet20",     0.6, (0.7, 2, False), False, False),
+    ("resnet32x4 ShuffleV1",   5,   (600, 4, True),  True,  True),
+    ("resnet32x4 ShuffleV2",   8,   (600, 4, True),  True,  True),
+    ("resnet32x4 wrn_16_2",    5,   (15, 2, False),  False, False),
+    ("resnet32x4 wrn_40_2",    5,   (15, 2, False),  False, False),
+    ("wrn_40_2 resnet8x4",     5,   (15, 2, False),  False, False),
+    ("wrn_40_2 ShuffleV1",     5,   (80, 4, True),   True,  True),
+    ("wrn_40_2 MobileNetV2",   5,   (40, 2, True),   False, False),
+    ("vgg13 MobileNetV2",      5,   (15, 2, True),   False, True),
+    ("ResNet50 MobileNetV2",   5,   (40, 2, True),   False, True),
+    # in no paper
+    ("resnet110 resnet8",      0.6, (0.7, 2, False), False, False),     # narrow ResNets both
+    ("resnet56 resnet8x4",     5,   (15, 2, False),  False, False),
+    ("resnet34 resnet18",      5,   (15, 2, False),  False, False),     # torchvision's are not narrow
+    ("vgg16 vgg8",             5,   (15, 2, False),  False, False),
+    ("vgg13 ShuffleV2",        5,   (80, 4, True),   False, False),
+    ("vgg13 resnet20",         5,   (80, 4, True),   False, False),
+    ("wrn_40_2 mobilenet_v2",  5,   (40, 2, True),   False, False),     # a last map of side 2
+)
+# fmt: on
+
+
+def test_a_feature_alone_is_the_published_baseline():
+    """Cross-entropy and the feature loss, no KL; SimKD has no cross-entropy either."""
+    common = {"known": True, "lr": 0.05, "epochs": 240, "stages": (150, 180, 210), "batch_size": 64,
+              "momentum": 0.9, "weight_decay": 5e-4, "base_temp": None, "kd_weight": 0.0, "ce_weight": 1.0}
+    more = {"reviewkd": {"feature_ramp": 20}, "simkd": {"factor": 2, "ce_weight": 0.0},
+            "catkd": {"resolution": 2, "normalize": False}}
+    weights = (100, 1000, 1, 0.8, 0.001, 5, 1, 15)
+    for feature, weight in zip(FEATURES, weights, strict=True):
+        wanted = common | {"feature": feature, "feature_weight": weight} | more.get(feature, {})
+        r = recipe("resnet32x4", "resnet8x4", "none", feature=feature)
+        assert r == wanted and isinstance(r["feature_weight"], float)
+    assert recipe("resnet32x4", "ShuffleV2", "none", feature="at")["lr"] == 0.01
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("data", ["cifar100", "imagenet"])
+def test_a_feature_only_adds_to_a_method(feature, data):
+    pair = ("resnet50", "MobileNetV1") if data == "imagenet" else ("vgg13", "vgg8")
+    for method, zscore, source in itertools.product(recipes.METHODS, (False, True), recipes.SOURCES):
+        plain = recipe(*pair, method, zscore, source, data)
+        both = recipe(*pair, method, zscore, source, data, feature)
+        assert [*both][:len(plain)] == [*plain]
+        assert {k for k in plain if both[k] != plain[k]} <= ({"ce_weight"} if feature == "simkd" else set())
+        assert both["ce_weight"] == 0 or feature != "simkd"
+        reasons = unsure(*pair, method, zscore, source, data)
+        assert reasons == [why for why in unsure(*pair, method, zscore, source, data, feature)
+                           if why not in unsure(*pair, "none", data=data, feature=feature)]
+
+
+@pytest.mark.parametrize("names, review, cat, review_sure, cat_sure", PER_PAIR)
+def test_weights_per_pair_and_their_doubts(names, review, cat, review_sure, cat_sure):
+    pair = names.split()
+    assert recipe(*pair, "none", feature="reviewkd")["feature_weight"] == review
+    r = recipe(*pair, "none", feature="catkd")
+    assert (r["feature_weight"], r["resolution"], r["normalize"]) == cat
+    for feature, settled in {"reviewkd": review_sure, "catkd": cat_sure}.items():
+        for source in recipes.SOURCES:
+            reasons = unsure(*pair, "none", source=source, feature=feature)
+            assert (reasons == []) == settled and reasons[-1:] == [reason("reviewkd")] * (not settled)
+    for feature, weight in recipes.FEATURE_WEIGHTS.items():
+        assert recipe(*pair, "kd", feature=feature)["feature_weight"] == weight
+        assert unsure(*pair, "none", feature=feature) == []
+
+
+def test_doubts_of_the_method_and_of_the_feature_are_both_said():
+    both = unsure("resnet110", "resnet20", "kd", True, feature="catkd")
+    assert both == [reason("kd-z"), reason("catkd")]
+    user, = [why for why in unsure("ResNet50", "MobileNetV2", "none", feature="reviewkd") if "30" in why]
+    assert user not in unsure("ResNet50", "MobileNetV2", "none", feature="catkd")
+    for feature in FEATURES:        # on ImageNet none is settled, and the weight is CIFAR-100's
+        why, = unsure("resnet34", "resnet18", "none", data="imagenet", feature=feature)
+        assert why == reason(feature, reasons=recipes.IMAGENET_UNSURE)
+        weight = recipe("resnet34", "resnet18", "none", data="imagenet", feature=feature)["feature_weight"]
+        assert weight == recipe("resnet34", "resnet18", "none", feature=feature)["feature_weight"]
+
+
+def test_a_pair_is_known_with_a_feature_where_a_paper_has_the_pair():
+    def known(teacher, student, method, feature, data="cifar100"):
+        of = {"teacher": teacher, "student": student, "method": method, "zscore": method != "none"}
+        return recipes.known(of | ({"feature": feature} if feature else {}), data)
+
+    assert known("vgg13", "resnet20", "none", None)     # the student alone
+    assert not known("vgg13", "resnet20", "none", "crd") and not known("resnet34", "resnet18", "none", "crd")
+    assert known("vgg13", "vgg8", "none", "crd") and known("wrn_40_2", "ShuffleV1", "none", "crd")
+    assert known("vgg13", "vgg8", "kd", "crd")
+    assert not known("wrn_40_2", "ShuffleV1", "kd", "crd")      # whose temperature no paper has
+    assert known("resnet34", "resnet18", "none", "crd", "imagenet")
+    assert not known("vgg13", "vgg8", "none", "crd", "imagenet")
+
+
+def test_names_of_methods_with_features():
+    names = {("none", False, None): "none", ("kd", False, None): "kd", ("kd", True, None): "kd-z",
+             ("none", False, "crd"): "crd", ("kd", False, "crd"): "kd-crd", ("kd", True, "crd"): "kd-z-crd"}
+    assert {of: recipes.key(*of) for of in names} == names
+
+
+def test_reviewkds_ramp_begins_at_a_twentieth_and_scales_with_the_epochs():
+    r = recipe("resnet32x4", "resnet8x4", "kd", True, feature="reviewkd") | {"full_epochs": 240}
+    assert [schedule(e, r)[3] for e in (1, 10, 20, 21, 240)] == pytest.approx([0.25, 2.5, 5, 5, 5])
+    assert schedule(1, r)[:3] == (0.05, 9.0, 0.0)       # nothing else is ramped
+    short = r | {"epochs": 24}      # one epoch goes through ten of the recipe's
+    assert [schedule(recipe_epoch(step, 100, short), short)[3] for step in (0, 9, 10, 99, 100, 199)] == (
+        pytest.approx([0.25, 0.25, 0.5, 2.5, 2.75, 5]))
+    for feature in {*FEATURES} - {"reviewkd"}:
+        constant = recipe("resnet32x4", "resnet8x4", "none", feature=feature)
+        assert schedule(1, constant)[3] == schedule(240, constant)[3] == constant["feature_weight"]
+
+
+def test_published_features_are_the_posters(tables):
+    poster, checked = tables["seed_poster_cifar100"], 0
+    for feature, name in recipes.FEATURE_NAMES.items():
+        for pair, top1 in zip(poster["pairs"], poster["rows"][name], strict=True):
+            assert published(*pair, "none", feature=feature) == top1, (pair, name)
+            checked += 1
+    assert checked == 8 * 7 and [*recipes.FEATURE_PUBLISHED] == [tuple(pair) for pair in poster["pairs"]]
+    last = {(row["method"], row["teacher"], row["student"]): row["top1"]
+            for row in tables["cifar100_repdistiller_readme"]}
+    differ = {(name, *pair, last[name, *pair]) for pair in recipes.FEATURE_PUBLISHED
+              for feature, name in recipes.FEATURE_NAMES.items() if (name, *pair) in last
+              and last[name, *pair] != published(*pair, "none", feature=feature)}
+    assert differ == {("AT", "resnet110", "resnet20", 70.22)}       # as --list says
+
+
+def test_nothing_is_published_for_a_feature_beside_a_method():
+    pair = ("resnet56", "resnet20")
+    assert published(*pair, "none", feature="crd") == 71.16 and published(*pair, "kd", feature="crd") is None
+    assert published(*pair, "kd", True, feature="crd") is None is logged(*pair, "kd", True, feature="crd")
+    assert published("vgg13", "vgg8", "none", feature="crd") is None
+    assert published("resnet34", "resnet18", "none", data="imagenet", feature="crd") is None
+
+
+def test_the_list_says_what_the_features_weights_and_numbers_are():
+    text = table()
+    weights, poster = text.split("\nFeature")[1].split("\nPublished")[0], text.split("\nThe same")[1]
+    assert "FitNet 100, AT 1000, RKD 1, CRD 0.8, OFD 0.001, SimKD 1" in weights
+    rows = {line.split("  ")[0].replace(" -> ", " "): line.split()[3:] for line in weights.splitlines()}
+    for names, review, (weight, side, normalize), *sure in PER_PAIR[:16]:
+        doubt = ["" if settled else "?" for settled in sure]
+        assert " ".join(rows[names]) == (
+            f"{review}{doubt[0]} {weight}, {side}{', normalised' * normalize}{doubt[1]}")
+    assert "\nresnet110 -> resnet20    68.99   70.65  69.25  71.46  71.29  71.34     71.06  71.37\n" in poster
+    for said in ("FitNet, AT, RKD, CRD: last epochs", "70.22", "best epochs on the test split",
+                 "no repository", "OFD and ReviewKD", "resnet38x2", "more than 0.2 in places"):
+        assert said in " ".join(poster.split()), said
+    assert "\nFeature" not in table("imagenet") and "poster" not in table("imagenet")

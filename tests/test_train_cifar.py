@@ -315,7 +315,7 @@ def test_ten_fast_steps_equal_a_plain_loop(device, method, tmp_path):
         strong = randaugment.strong_draws(3, epoch, 75).to(device)
         for i, batch in enumerate(batches.epoch(epoch, 0)):
             now = recipe_epoch(epoch * 5 + i, 5, recipe)
-            lr, weight, reverse = recipes.schedule(now, recipe)
+            lr, weight, reverse, _ = recipes.schedule(now, recipe)
             for held, value in ((optimizer.param_groups[0]["lr"], lr), (distiller.kd_weight, weight),
                                 (distiller.reversal, reverse)):
                 held.fill_(value)

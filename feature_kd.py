@@ -1,0 +1,533 @@
+"""Eight feature-distillation methods, the baselines of the papers' tables. Copy this file; it needs torch.
+
+    logits, s = student(images, features=True)      # features: see below
+    with torch.no_grad():
+        _, t = teacher(images, features=True)       # frozen, in method.teacher_mode ("eval", OFD's "train")
+    method = METHODS["crd"](student, teacher, s, t, labels)     # once; s, t of any two images, in eval mode
+    loss = F.cross_entropy(logits, target) + 0.8 * method(s, t, target, index)
+    optimizer = SGD([*student.parameters(), *method.parameters()], ...)
+    network = method.deploy(student)                # answers at test time: the student; for SimKD another
+
+A network's features are any object with the fields
+    post    its stages' maps (B, C, H, W), after their ReLU; without the stem
+    pre     the same before it
+    last    the map that global pooling averages
+    pooled  its mean (B, C), what the last nn.Linear, its classifier, sees
+
+Half precision is cast up to float32 before a loss is computed, autocast is off there; connectors (what learns
+beside the student) follow autocast. The teacher is detached. Every loss is a scalar, unweighted; a NaN shows.
+The authors' own code, where it differs from their paper, is followed: it made the tables.
+"""
+
+import copy
+import math
+from contextlib import contextmanager
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from torch import nn
+
+EPS = 1e-12         # of norms, squared distances
+
+
+# ---------------------------------------------------------------- functions of features
+
+
+def at_loss(student_maps, teacher_maps, p=2):
+    """Attention transfer (Zagoruyko and Komodakis, ICLR 2017), as its users' code has it.
+
+    Sum over the pairs of maps of the mean squared difference of attention: mean over the channels of map^p,
+    flattened, divided by its L2 norm. Maps (B, C, H, W); the larger of a pair is average-pooled first. The
+    longer sequence is cut.
+    """
+    def attention(x):
+        return _unit(x.pow(p).mean(1).flatten(1))
+
+    return sum(_mse(attention(s), attention(t)) for s, t in _pairs(student_maps, teacher_maps))
+
+
+def rkd_loss(student, teacher, distance=25.0, angle=50.0):
+    """Relational KD (Park et al., CVPR 2019, eq. 3 to 6): `distance` times RKD-D plus `angle` times RKD-A.
+
+    student (B, D), teacher (B, D'), B >= 2. Huber loss (delta 1) between the pairs' distances, each side's
+    divided by their mean, and between the triplets' cosines (B^3 of them). Two equal rows have no gradient.
+    """
+    def relations(x):
+        difference = x[None] - x[:, None]                                       # (B, B, D): x_j - x_i
+        other = 1 - torch.eye(len(x), device=x.device, dtype=x.dtype)
+        d = difference.square().sum(-1).clamp(min=EPS).sqrt() * other
+        e = _unit(difference)
+        return d / (d.sum() / other.sum()), e @ e.mT                            # eq. 3, 4; eq. 5
+
+    with _full_precision(student):
+        (d, a), (d_teacher, a_teacher) = relations(_up(student)), relations(_up(teacher.detach()))
+        return distance * F.smooth_l1_loss(d, d_teacher) + angle * F.smooth_l1_loss(a, a_teacher)
+
+
+def nce_loss(scores, n_data):
+    """CRD's noise-contrastive loss (Tian et al., ICLR 2020, eq. 18). scores (B, 1 + K): the positive, then K
+    negatives; n_data: the number of images that these are drawn from. Batch mean."""
+    with _full_precision(scores):
+        x = _up(scores)
+        k = x.shape[1] - 1
+        q = k / n_data
+        log_d = torch.cat([(x[:, :1] / (x[:, :1] + q + 1e-7)).log(), (q / (x[:, 1:] + q + 1e-7)).log()], 1)
+        return -log_d.sum() / len(x)
+
+
+def ofd_margin(norm):
+    """The mean of the negative part of a batch norm's output, for each channel (C,), float64 on the CPU.
+
+    The output is taken as N(beta, gamma^2) (Heo et al., ICCV 2019, eq. 6); -3 |gamma| where less than a
+    thousandth of it is negative, min(beta, 0) where gamma is 0.
+    """
+    mean, sigma = (x.detach().cpu().double() for x in (norm.bias, norm.weight.abs()))
+    ratio = mean / torch.where(sigma == 0, 1.0, sigma)
+    negative = torch.special.ndtr(-ratio)
+    density = (-ratio.square() / 2).exp() / math.sqrt(2 * math.pi)
+    margin = torch.where(negative > 1e-3, mean - sigma * density / negative, -3 * sigma)
+    return torch.where(sigma == 0, mean.clamp(max=0), margin)
+
+
+def ofd_loss(student_maps, teacher_maps, margins):
+    """Overhaul's partial L2 distance (Heo et al., ICCV 2019, eq. 3, 4); of maps of the same shapes.
+
+    Per image: (s - max(t, margin))^2 where s is above that or t is positive, summed; a stage counts half as
+    much as the next. margins: (C,) a stage, as `ofd_margin`.
+    """
+    loss = 0
+    for s, t, margin in zip(student_maps, teacher_maps, margins, strict=True):
+        with _full_precision(s):
+            s, t = _up(s), _up(t.detach())
+            target = torch.maximum(t, margin.to(t)[:, None, None])
+            counts = ((s > target) | (t > 0)).to(s.dtype)       # a product: a NaN stays one
+            loss = loss / 2 + ((s - target).square() * counts).sum() / len(s)
+    return loss
+
+
+def hcl_loss(student_maps, teacher_maps):
+    """ReviewKD's hierarchical context loss (Chen et al., CVPR 2021, 3.4); of maps of the same shapes.
+
+    For a pair the weighted mean of the MSE at full size (1) and of the maps average-pooled to 4, 2 and 1
+    where they are larger (1/2, 1/4, 1/8). Summed over the pairs.
+    """
+    loss = 0
+    for s, t in zip(student_maps, teacher_maps, strict=True):
+        sides = [side for side in (4, 2, 1) if side < s.shape[-1]]
+        weights = [2.0**-i for i in range(len(sides) + 1)]
+        terms = [_mse(s, t)] + [_mse(_averaged(s, side), _averaged(t, side)) for side in sides]
+        loss = loss + sum(w * term for w, term in zip(weights, terms)) / sum(weights)
+    return loss
+
+
+def cam_loss(student_cam, teacher_cam, normalize=False):
+    """CAT-KD (Guo et al., CVPR 2023): MSE of class activation maps (B, K, r, r).
+
+    normalize: each class's map is divided by its L2 norm; a zero map then has no gradient.
+    """
+    def normal(x):
+        return _unit(x.flatten(2)) if normalize else x
+
+    with _full_precision(student_cam):
+        return _mse(normal(_up(student_cam)), normal(_up(teacher_cam.detach())))
+
+
+@contextmanager
+def _full_precision(x):
+    with torch.autocast(x.device.type, enabled=False):
+        yield
+
+
+def _up(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _mse(s, t):
+    with _full_precision(s):
+        return F.mse_loss(_up(s), _up(t.detach()))
+
+
+def _unit(x):
+    """x / |x| along the last axis; a zero vector stays zero, without a gradient."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.where(norm == 0, 0.0, x / norm.clamp(min=EPS))
+
+
+def _averaged(x, side):
+    """Average-pooled to side x side; the adaptive form has no deterministic gradient on CUDA."""
+    if x.shape[-1] % side == 0:
+        return F.avg_pool2d(x, x.shape[-1] // side) if x.shape[-1] != side else x
+    return F.adaptive_avg_pool2d(x, side)
+
+
+def _matched(s, t):
+    """Two maps, the larger average-pooled to the other's side."""
+    side = min(s.shape[-1], t.shape[-1])
+    return _averaged(s, side), _averaged(t, side)
+
+
+def _pairs(student_maps, teacher_maps):
+    for s, t in zip(student_maps, teacher_maps):
+        with _full_precision(s):
+            yield _matched(_up(s), _up(t.detach()))
+
+
+# ---------------------------------------------------------------- the methods
+
+
+class Method(nn.Module):
+    """What learns beside the student, and the loss. `notice` is a line for people, or empty."""
+
+    teacher_mode, needs_pairs, notice = "eval", False, ""
+
+    def forward(self, s, t, target=None, index=None):
+        """The loss, a scalar. s, t: features of one batch; index (B,): its images' places (CRD)."""
+        raise NotImplementedError
+
+    def answered(self, logits, s, t, target=None, index=None):
+        """(loss, logits of the network that is deployed)."""
+        return self(s, t, target, index), logits
+
+    def deploy(self, student):
+        """The network that answers at test time. It shares what it has of the student."""
+        return student
+
+
+class FitNet(Method):
+    """FitNets' hint (Romero et al., ICLR 2015), one stage of training: after stage 2, by a regressor."""
+
+    def __init__(self, student, teacher, s, t, labels=None):
+        super().__init__()
+        (c, h), (c_teacher, h_teacher) = (_shape(_stages("FitNet", x, f)[1])
+                                          for x, f in ((student, s), (teacher, t)))
+        if h == h_teacher:
+            regressor = nn.Conv2d(c, c_teacher, 1)
+        elif h == 2 * h_teacher:
+            regressor = nn.Conv2d(c, c_teacher, 3, 2, 1)
+        elif 2 * h == h_teacher:
+            regressor = nn.ConvTranspose2d(c, c_teacher, 4, 2, 1)
+        else:
+            raise ValueError(f"FitNet: the second stages' maps are {h} and {h_teacher} pixels wide; it takes "
+                             "equal ones, or one twice the other")
+        self.regressor = nn.Sequential(regressor, nn.BatchNorm2d(c_teacher), nn.ReLU())
+
+    def forward(self, s, t, target=None, index=None):
+        return _mse(self.regressor(_fit(s.post[1])), t.post[1])
+
+
+class AT(Method):
+    def __init__(self, student, teacher, s, t, labels=None):
+        super().__init__()
+        n = [len(_stages("AT", x, f)) for x, f in ((student, s), (teacher, t))]
+        if n[0] != n[1]:
+            self.notice = (f"AT: {_name(student)} has {n[0]} stages, {_name(teacher)} {n[1]}; the first "
+                           f"{min(n)} are paired")
+
+    def forward(self, s, t, target=None, index=None):
+        return at_loss(s.post, t.post)
+
+
+class RKD(Method):
+    needs_pairs = True
+
+    def __init__(self, student, teacher, s, t, labels=None):
+        super().__init__()
+
+    def forward(self, s, t, target=None, index=None):
+        return rkd_loss(s.pooled, t.pooled)
+
+
+class CRD(Method):
+    """Contrastive representation distillation (Tian et al., ICLR 2020), its "exact" form.
+
+    labels: the classes (n,) of all training images. Two banks hold each image's embedding of student and
+    teacher; a sample's negatives are 16,384 images of other classes, drawn anew, without replacement. The
+    draws are torch's global generator's. In training a call updates the banks: at most one for each step.
+    """
+
+    WIDTH, NEGATIVES, TEMPERATURE, MOMENTUM = 128, 16384, 0.07, 0.5
+    LARGE = 2**17       # images, above which drawing without replacement would need too much memory
+
+    def __init__(self, student, teacher, s, t, labels=None):
+        super().__init__()
+        if labels is None:
+            raise ValueError("CRD needs the classes of all training images")
+        labels = torch.as_tensor(labels)
+        self.embed_s, self.embed_t = (nn.Linear(f.pooled.shape[1], self.WIDTH) for f in (s, t))
+        bound = 1 / math.sqrt(self.WIDTH / 3)
+        for name in ("bank_s", "bank_t"):
+            self.register_buffer(name, torch.empty(len(labels), self.WIDTH).uniform_(-bound, bound))
+        for name in ("z_s", "z_t"):         # normalisation constants, of the first batch
+            self.register_buffer(name, torch.tensor(-1.0))
+        counts = labels.bincount()
+        others = len(labels) - int(counts.max())
+        if not others:
+            raise ValueError("CRD needs images of more than one class")
+        self.distinct = others >= self.NEGATIVES and len(labels) <= self.LARGE
+        if not self.distinct:
+            why = f"a class has {others:,} images of others" if others < self.NEGATIVES else "of memory"
+            self.notice = f"CRD: {self.NEGATIVES:,} negatives are drawn with replacement ({why})"
+        for name, x in (("labels", labels), ("order", labels.argsort(stable=True)), ("counts", counts),
+                        ("starts", counts.cumsum(0) - counts)):
+            self.register_buffer(name, x, persistent=False)
+
+    def forward(self, s, t, target=None, index=None):
+        with _full_precision(s.pooled):
+            x, y = self.embed_s(_up(s.pooled)), self.embed_t(_up(t.pooled.detach()))
+            x, y = (v / torch.linalg.vector_norm(v, dim=1, keepdim=True) for v in (x, y))
+            chosen = torch.cat([index[:, None], self._negatives(index)], 1)
+            loss = 0
+            for v, bank, z in ((x, self.bank_t, self.z_s), (y, self.bank_s, self.z_t)):
+                # of one product with the bank, 30 times as fast as gathering its rows; a copy, as it changes
+                scores = (F.linear(v, bank.clone()).gather(1, chosen) / self.TEMPERATURE).exp()
+                new = scores.detach().mean() * len(bank)
+                z.copy_(torch.where(z < 0, new, z))
+                loss = loss + nce_loss(scores / z.clone(), len(bank))
+            if self.training:
+                self._remember(index, x.detach(), y.detach())
+            return loss
+
+    def _negatives(self, index):
+        """(B, K) images of other classes than those of images `index` (B,)."""
+        label, n = self.labels[index], len(self.labels)
+        if self.distinct:
+            keys = torch.rand(len(index), n, device=index.device)
+            keys.masked_fill_(self.labels == label[:, None], -1)
+            return keys.topk(self.NEGATIVES, sorted=False).indices
+        count, start = (x[label][:, None] for x in (self.counts, self.starts))
+        place = torch.randint(2**62, (len(index), self.NEGATIVES), device=index.device) % (n - count)
+        return self.order[place + count * (place >= start)]
+
+    @torch.no_grad()
+    def _remember(self, index, x, y):
+        for bank, new in ((self.bank_s, x), (self.bank_t, y)):
+            mixed = bank[index] * self.MOMENTUM + new.to(bank) * (1 - self.MOMENTUM)
+            bank[index] = mixed / torch.linalg.vector_norm(mixed, dim=1, keepdim=True)
+
+
+class OFD(Method):
+    """A comprehensive overhaul of feature distillation (Heo et al., ICCV 2019): before the ReLU, margin ReLU.
+
+    The teacher normalises by the batch, as its authors mean it. It needs `teacher.norms_before_relu()`: the
+    batch norm of each stage's last output before its ReLU.
+    """
+
+    teacher_mode = "train"
+
+    def __init__(self, student, teacher, s, t, labels=None):
+        super().__init__()
+        _check_stages("OFD", student, teacher, s.pre, t.pre)
+        norms = teacher.norms_before_relu() if hasattr(teacher, "norms_before_relu") else []
+        if not norms:
+            raise ValueError(f"OFD takes no {_name(teacher)} as a teacher: no batch norm stands right before "
+                             "its stages' last ReLU")
+        self.connectors = nn.ModuleList()
+        for i, (own, target, norm) in enumerate(zip(s.pre, t.pre, norms)):
+            c, c_teacher = own.shape[1], target.shape[1]
+            conv = nn.Conv2d(c, c_teacher, 1, bias=False)
+            nn.init.normal_(conv.weight, std=math.sqrt(2 / c_teacher))
+            self.connectors.append(nn.Sequential(conv, nn.BatchNorm2d(c_teacher)))
+            self.register_buffer(f"margin{i}", ofd_margin(norm).to(norm.weight.dtype), persistent=False)
+
+    def forward(self, s, t, target=None, index=None):
+        maps = [connector(_fit(x)) for connector, x in zip(self.connectors, s.pre)]
+        # no gradient flows here, so that the adaptive form serves; a smaller map is repeated
+        targets = [F.adaptive_avg_pool2d(_up(y.detach()), x.shape[-2:]) for x, y in zip(maps, t.pre)]
+        return ofd_loss(maps, targets, [getattr(self, f"margin{i}") for i in range(len(maps))])
+
+
+class ReviewKD(Method):
+    """Knowledge review (Chen et al., CVPR 2021): residual fusion from deep to shallow levels.
+
+    Levels: the stages' maps, the teacher's before their ReLU, and the pooled vector as a map of 1 x 1.
+    """
+
+    needs_pairs = True
+
+    def __init__(self, student, teacher, s, t, labels=None):
+        super().__init__()
+        _check_stages("ReviewKD", student, teacher, s.post, t.pre)
+        self.mid = min(512, s.pooled.shape[1])
+        self.reduce, self.attend, self.restore = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for x, y in zip(self._levels(s.post, s.pooled), self._levels(t.pre, t.pooled)):
+            reduce = nn.Conv2d(x.shape[1], self.mid, 1, bias=False)
+            restore = nn.Conv2d(self.mid, y.shape[1], 3, padding=1, bias=False)
+            for conv in (reduce, restore):
+                nn.init.kaiming_uniform_(conv.weight, a=1)
+            self.reduce.append(nn.Sequential(reduce, nn.BatchNorm2d(self.mid)))
+            self.restore.append(nn.Sequential(restore, nn.BatchNorm2d(y.shape[1])))
+            if len(self.attend) < len(s.post):      # the deepest, the last, has nothing to be fused with
+                self.attend.append(nn.Conv2d(2 * self.mid, 2, 1))
+
+    @staticmethod
+    def _levels(maps, pooled):
+        return [*maps, pooled[:, :, None, None]]
+
+    def forward(self, s, t, target=None, index=None):
+        targets, fused, y = self._levels(t.pre, t.pooled), [], None
+        for i, x in reversed(list(enumerate(self._levels(s.post, s.pooled)))):
+            x = self.reduce[i](_fit(x))
+            if y is not None:
+                y = F.interpolate(y, x.shape[-2:])
+                a = self.attend[i](torch.cat([x, y], 1)).sigmoid()
+                x = x * a[:, :1] + y * a[:, 1:]
+            if x.shape[-1] != targets[i].shape[-1]:
+                x = F.interpolate(x, targets[i].shape[-2:])
+            fused.insert(0, self.restore[i](x))
+            y = x
+        return hcl_loss(fused, targets)
+
+
+class SimKD(Method):
+    """Reused teacher classifier (Chen et al., CVPR 2022): a projector makes the student's map the teacher's.
+
+    Labels are not used. `deploy` puts together the student's body, the projector and the teacher's
+    classifier; what else the student has is frozen. factor: by how much the projector is narrower inside.
+    """
+
+    def __init__(self, student, teacher, s, t, labels=None, factor=2):
+        super().__init__()
+        classifier = head(teacher)
+        if head(student).out_features != classifier.out_features:
+            raise ValueError(f"SimKD: {_name(student)} has {head(student).out_features} classes, "
+                             f"{_name(teacher)} {classifier.out_features}")
+        stages = _stages("SimKD", student, s)
+        if t.last is None:
+            raise ValueError(f"SimKD: {_name(teacher)} gives no map")
+        stage = s.last.shape[1] != stages[-1].shape[1]      # of ShuffleV2 and MobileNetV2: before a 1x1 layer
+        (c, h), (c_teacher, h_teacher) = _shape(stages[-1] if stage else s.last), _shape(t.last)
+        if max(h, h_teacher) % min(h, h_teacher):
+            raise ValueError(f"SimKD: the last maps are {h} and {h_teacher} pixels wide, and none is a "
+                             "multiple of the other")
+        self.stage, self.stride = stage, max(1, h // h_teacher)
+        self.form = c, c_teacher, factor, self.stride, stage, classifier.out_features
+        whole = Reuse(student, *self.form)
+        self.projector, self.fc = whole.projector, whole.fc
+        self.network = (trimmed(whole),)        # not registered: it has the student in it
+        self.fc.load_state_dict(classifier.state_dict())
+        self.fc.requires_grad_(False)
+        lives = set(self.network[0].parameters())
+        for parameter in student.parameters():
+            if parameter not in lives:
+                parameter.requires_grad_(False)
+
+    def forward(self, s, t, target=None, index=None):
+        return _mse(*_matched(self._projected(s), t.last))
+
+    def _projected(self, s):
+        x = _fit(s.post[-1] if self.stage else s.last)
+        return self.projector(_reduced(x, self.stride))
+
+    def answered(self, logits, s, t, target=None, index=None):
+        x = self._projected(s)
+        return _mse(*_matched(x, t.last)), self.fc(_pool(x))
+
+    def deploy(self, student):
+        return self.network[0]
+
+
+class CATKD(Method):
+    """Class attention transfer (Guo et al., CVPR 2023): maps of the classes' logits, averaged to r x r.
+
+    The student's classifier begins anew, without a bias; fresh=False keeps its weight.
+    """
+
+    def __init__(self, student, teacher, s, t, labels=None, resolution=2, normalize=False, fresh=True):
+        super().__init__()
+        self.heads, self.resolution, self.normalize = (head(student), head(teacher)), resolution, normalize
+        own, other = (x.out_features for x in self.heads)
+        if own != other:
+            raise ValueError(f"CAT-KD: {_name(student)} has {own} classes, {_name(teacher)} {other}")
+        if s.last is None or t.last is None:
+            raise ValueError("CAT-KD needs the maps that global pooling averages")
+        with torch.no_grad():
+            weight, bias = self.heads[0].weight, self.heads[0].bias
+            if fresh and _name(student).startswith(("vgg", "Shuffle")):
+                nn.init.kaiming_uniform_(weight, a=math.sqrt(5))        # PyTorch's own
+            elif fresh:
+                nn.init.normal_(weight, std=math.sqrt(2 / own))
+            if bias is not None:
+                bias.zero_().requires_grad_(False)
+
+    def forward(self, s, t, target=None, index=None):
+        # the mean and the 1x1 convolution commute: on fewer pixels first
+        cams = [F.conv2d(_fit(_averaged(f.last, self.resolution)), layer.weight[:, :, None, None])
+                for f, layer in zip((s, t), self.heads)]
+        return cam_loss(*cams, self.normalize)
+
+
+METHODS = {"fitnet": FitNet, "at": AT, "rkd": RKD, "crd": CRD, "ofd": OFD, "reviewkd": ReviewKD,
+           "simkd": SimKD, "catkd": CATKD}
+
+
+class Reuse(nn.Module):
+    """SimKD's network at test time, images -> logits; `trimmed` it is without the student's classifier.
+
+    c, c_teacher: channels of the student's map and of the teacher's; stride: how much larger the first is;
+    stage: whether it is the last stage's, not `last`. `SimKD.form` has these and the rest, in this order.
+    """
+
+    def __init__(self, student, c, c_teacher, factor, stride, stage, classes):
+        super().__init__()
+        self.stride, self.stage, mid, layers = stride, stage, c_teacher // factor, []
+        for inp, out, kernel in ((c, mid, 1), (mid, mid, 3), (mid, c_teacher, 1)):
+            layers += [nn.Conv2d(inp, out, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(out),
+                       nn.ReLU()]
+        self.student, self.projector, self.fc = student, nn.Sequential(*layers), nn.Linear(c_teacher, classes)
+
+    def forward(self, x):
+        _, f = self.student(x, features=True)
+        x = f.post[-1] if self.stage else f.last
+        return self.fc(_pool(self.projector(_reduced(x, self.stride))))
+
+
+def trimmed(network):
+    """A network without the parts that its output does not depend on, as a graph of the same modules."""
+    traced = torch.fx.symbolic_trace(network)
+    traced.graph.eliminate_dead_code()
+    traced.delete_all_unused_submodules()
+    traced.recompile()
+    return traced
+
+
+def head(network):
+    """A network's classifier: its last nn.Linear."""
+    layers = [m for m in network.modules() if isinstance(m, nn.Linear)]
+    if not layers:
+        raise ValueError(f"{_name(network)} has no linear layer at its end")
+    return layers[-1]
+
+
+def _name(network):
+    return getattr(network, "name", type(network).__name__)
+
+
+def _shape(x):
+    """(channels, side) of a map."""
+    return x.shape[1], x.shape[-1]
+
+
+def _pool(x):
+    return F.adaptive_avg_pool2d(x, 1).flatten(1)
+
+
+def _reduced(x, stride):
+    return F.avg_pool2d(x, stride) if stride > 1 else x
+
+
+def _fit(x):
+    """A feature as a connector's input: autocast casts by itself, half precision is cast up elsewhere."""
+    return x if torch.is_autocast_enabled(x.device.type) else _up(x)
+
+
+def _stages(method, network, features):
+    if not features.post:
+        raise ValueError(f"{method} needs the maps of a network's stages: {_name(network)} gives none")
+    return features.post
+
+
+def _check_stages(method, student, teacher, own, other):
+    if len(own) != len(other) or not own:
+        raise ValueError(f"{method} pairs the stages' maps: {_name(student)} gives {len(own)}, "
+                         f"{_name(teacher)} {len(other)}")
