@@ -64,7 +64,7 @@ def check_method(flags, networks):
         raise click.UsageError("name a --student" + " and a --teacher" * bool(taught)
                                + "; --list shows the pairs")
     if flags["eval_file"] is None and taught and flags["teacher"] is None:
-        raise click.UsageError("name a --teacher (or train the student alone: --method none, no --feature)")
+        raise click.UsageError("name a --teacher (or train the student alone: --method none)")
 
 
 GIVEN = ("base_temp", "kd_weight", "ce_weight", "alpha", "beta", "zscore_relations", "feature_weight",

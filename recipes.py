@@ -161,8 +161,7 @@ IMAGENET_UNSURE = (
     ("any", "mlkd-z", "the released configuration does not run: temperature and weight are KD+Z's"),
     ("any", "ttm wttm", "no exponent and weight are published: those of CIFAR-100"),
     ("any", "ttm-z wttm-z", "no paper has it"),
-    ("any", "fitnet rkd simkd", "the weight is CIFAR-100's; no number for ImageNet was found"),
-    ("any", "at crd", "the weight is CIFAR-100's; mdistiller's configurations for ImageNet name no other"),
+    ("any", "at rkd crd simkd", "the weight is CIFAR-100's: no other was found"),
 )
 
 

@@ -373,7 +373,8 @@ def table_row(key, cells):
     published, baseline = (recipes.published(teacher, student, name, on, feature=feature)
                            for on in (z, False))
     logged = recipes.logged(teacher, student, name, z, feature=feature)
-    shown = [name.upper() + "+Z" * z] * (name != "none") + [recipes.FEATURE_NAMES[feature]] * bool(feature)
+    shown = [name.upper() + "+Z" * z] if name != "none" else []
+    shown += [recipes.FEATURE_NAMES[feature]] if feature else []
     deployed = (f"{record['parameters']:,} parameters, {record['macs'] / 1e6:.1f} M multiply-accumulates"
                 if feature == "simkd" else "")
     minutes = [r["minutes"] for r in cell.values() if not r.get("background")]      # they hold waiting
