@@ -539,7 +539,7 @@ def distil(recipe, data, student, folder, world, *, teacher=None, published=None
             if not result:
                 if feature:
                     feature = feature_method(recipe, student, teacher.whole, data.targets, data.facts["size"])
-                    teacher.prepare(feature.teacher_mode == "train")
+                    teacher.prepare(feature)
                     if feature.notice:
                         world.print(feature.notice)
                 distiller = Distiller(student, recipe, feature, teacher).to(world.device)

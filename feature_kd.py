@@ -177,9 +177,13 @@ def _pairs(student_maps, teacher_maps):
 
 
 class Method(nn.Module):
-    """What learns beside the student, and the loss. `notice` is a line for people, or empty."""
+    """What learns beside the student, and the loss.
 
-    teacher_mode, needs_pairs, notice = "eval", False, ""
+    reads: which of the teacher's features, of its first `depth` stages where that is not None. notice: a line
+    for people, or empty.
+    """
+
+    teacher_mode, reads, depth, notice = "eval", (), None, ""
 
     def forward(self, s, t, target=None, index=None):
         """The loss, a scalar. s, t: features of one batch; index (B,): its images' places (CRD)."""
@@ -196,6 +200,8 @@ class Method(nn.Module):
 
 class FitNet(Method):
     """FitNets' hint (Romero et al., ICLR 2015), one stage of training: after stage 2, by a regressor."""
+
+    reads, depth = ("post",), 2
 
     def __init__(self, student, teacher, s, t, labels=None):
         super().__init__()
@@ -217,6 +223,8 @@ class FitNet(Method):
 
 
 class AT(Method):
+    reads = ("post",)
+
     def __init__(self, student, teacher, s, t, labels=None):
         super().__init__()
         n = [len(_stages("AT", x, f)) for x, f in ((student, s), (teacher, t))]
@@ -229,7 +237,7 @@ class AT(Method):
 
 
 class RKD(Method):
-    needs_pairs = True
+    reads = ("pooled",)
 
     def __init__(self, student, teacher, s, t, labels=None):
         super().__init__()
@@ -246,6 +254,7 @@ class CRD(Method):
     draws are torch's global generator's. In training a call updates the banks: at most one for each step.
     """
 
+    reads = ("pooled",)
     WIDTH, NEGATIVES, TEMPERATURE, MOMENTUM = 128, 16384, 0.07, 0.5
     LARGE = 2**17       # images, above which drawing without replacement would need too much memory
 
@@ -313,7 +322,7 @@ class OFD(Method):
     batch norm of each stage's last output before its ReLU.
     """
 
-    teacher_mode = "train"
+    teacher_mode, reads = "train", ("pre",)
 
     def __init__(self, student, teacher, s, t, labels=None):
         super().__init__()
@@ -343,7 +352,7 @@ class ReviewKD(Method):
     Levels: the stages' maps, the teacher's before their ReLU, and the pooled vector as a map of 1 x 1.
     """
 
-    needs_pairs = True
+    reads = "pre", "pooled"
 
     def __init__(self, student, teacher, s, t, labels=None):
         super().__init__()
@@ -385,6 +394,8 @@ class SimKD(Method):
     Labels are not used. `deploy` puts together the student's body, the projector and the teacher's
     classifier; what else the student has is frozen. factor: by how much the projector is narrower inside.
     """
+
+    reads = ("last",)
 
     def __init__(self, student, teacher, s, t, labels=None, factor=2):
         super().__init__()
@@ -432,6 +443,8 @@ class CATKD(Method):
 
     The student's classifier begins anew, without a bias; fresh=False keeps its weight.
     """
+
+    reads = ("last",)
 
     def __init__(self, student, teacher, s, t, labels=None, resolution=2, normalize=False, fresh=True):
         super().__init__()

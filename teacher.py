@@ -29,7 +29,7 @@ from torch.fx.experimental.optimization import fuse
 from torch.fx.proxy import TraceError
 
 from data import VIEWS, Pixels, crop_and_flip
-from models import float32_head, load_weights, weights_sha256
+from models import Features, float32_head, load_weights, weights_sha256
 from weights import network_of
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
@@ -95,22 +95,25 @@ class Teacher:
             parts.append(logits[:len(part)].float())
         return torch.cat(parts)
 
-    def prepare(self, batch_statistics):
-        """For `features`: batch norms take the batch's statistics (OFD) or their own, which stay."""
-        if batch_statistics and getattr(self.whole, "own", False):
-            self.whole = copy.deepcopy(self.whole)      # `logits` have the other mode
-        for m in self.whole.modules():
-            if isinstance(m, nn.modules.batchnorm._BatchNorm):
-                m.momentum, m.num_batches_tracked = 0.0, None
-        self.whole.train(batch_statistics)
+    def prepare(self, method):
+        """Makes `features` give what a feature_kd.Method reads, in its mode; nothing else is computed."""
+        self.shown = Shown(copy.deepcopy(self.whole), method.reads, method.depth)
+        if method.teacher_mode == "train":      # batch statistics; its own stay as they are
+            for m in self.shown.modules():
+                if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                    m.momentum, m.num_batches_tracked = 0.0, None
+            self.shown.train()
+        elif not getattr(self.whole, "own", False):
+            self.shown = fold(self.shown).to(memory_format=torch.channels_last)
 
     @torch.no_grad()
     def features(self, images):
-        """What its forward(x, features=True) gives beside logits, of exactly these normalised images."""
+        """Features of exactly these normalised images; see `prepare`."""
         if self.scale is not None:
             images = images * self.scale + self.shift
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return self.whole(images, features=True)[1]
+            shown = self.shown(images.contiguous(memory_format=torch.channels_last))
+        return Features((), (), None, None)._replace(**shown)
 
     def cache_logits(self, split, folder=None, exact=False):
         """Take the images of `split` as those of `cached_logits`, and cache what is computed from here on.
@@ -191,6 +194,19 @@ class Teacher:
                              "--exact-teacher")
 
 
+class Shown(nn.Module):
+    """A network's fields of Features by name, the maps of the first `depth` stages, None: of all."""
+
+    def __init__(self, network, names, depth):
+        super().__init__()
+        self.network, self.names, self.depth = network, names, depth
+
+    def forward(self, images):
+        _, features = self.network(images, features=True)
+        return {name: getattr(features, name)[:self.depth] if name in ("pre", "post") else
+                getattr(features, name) for name in self.names}
+
+
 def fold(network):
     """The network for inference: batch norms folded into the convolutions before them, safe ReLUs in place.
 
@@ -200,6 +216,7 @@ def fold(network):
         folded = fuse(network)
     except TraceError:
         return network
+    folded.graph.eliminate_dead_code()
     for node in folded.graph.nodes:
         if node.target is F.relu and len(node.args[0].users) == 1 and (     # a fresh input, read here alone
                 node.args[0].op == "call_module" or node.args[0].target is operator.add):
