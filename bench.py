@@ -1,13 +1,16 @@
 """Speed of the training scripts, part by part, beside the plain loop of the field in the same process.
 
 \b
-  python bench.py                                 all experiments on this machine
+  python bench.py                                 all experiments but the last on this machine
   python bench.py --compile --json bench.json     with torch.compile beside it; every round's numbers
   python bench.py --only resnet56-resnet20        one of them
+  python bench.py --only features                 the last: feature methods, which take long on a CPU
 
 The baseline is what the field's code does: eager, float32, contiguous, the teacher run for every batch, loss
 and accuracy read after every step; with torchvision's transforms in two loading workers, and with this
 program's batched augmentation, so that a slow loader does not decide. All take turns, round by round.
+
+Feature methods: whole steps on images in memory. CRD's and RKD's baselines compute as the field's code does.
 """
 
 import json
@@ -24,6 +27,7 @@ from pathlib import Path
 from statistics import median
 
 import click
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
@@ -35,19 +39,22 @@ import train_cifar
 import train_imagenet
 from data import IMAGENET_MEAN, IMAGENET_STD, MEAN, STD, VIEWS, Data, Split, synthetic
 from distill import Distiller, Tally, make_optimizer, make_step, top_k_hits
+from feature_kd import CRD, nce_loss
 from folders import Folders, folder_keys
 from models import create_model
-from networks import TORCHVISION, create
-from recipes import IMAGENET
+from networks import TORCHVISION, create, feature_method, settle
+from recipes import FEATURE_NAMES, IMAGENET
 from run import RunError, collect_facts, first_line, rounded
 from teacher import BATCH, Teacher
 
 EXPERIMENTS = "resnet56-resnet20", "resnet32x4-resnet8x4", "resnet32x4-resnet8x4-mlkd"
+ALL = *EXPERIMENTS, "imagenet", "features"
 ROWS = "data", "teacher", "student", "whole, first epoch", "whole, cached"
 DATA, TEACHER, STUDENT, FIRST, CACHED = ROWS
 COLUMNS = {"workers": "baseline, 2 workers", "baseline": "baseline", "this": "this program",
            "compiled": "with --compile", "roofline": "roofline"}
 LOADED = 512        # images, at least, that ImageNet's loading is measured with
+PAIR, IMAGES = "resnet32x4-resnet8x4", 50_000       # of the feature methods; in CRD's banks
 
 # What is measured: `use` on `steps` of `batches`, (views, target, ...); the first `skip` do not count.
 Part = namedtuple("Part", "batches steps use skip", defaults=(lambda *batch: None, 0))
@@ -80,20 +87,31 @@ def build(network, recipe, world, plain=False):
 
     ask(views): the teacher's logits. learn(views, target, index, teacher_logits): a step.
     """
-    device, lr, teacher = world.device, recipe["lr"], network(recipe["teacher"])
-    layout = torch.contiguous_format if plain else torch.channels_last
-    distiller = Distiller(network(recipe["student"]).to(memory_format=layout), recipe).to(device).train()
+    device, lr, feature = world.device, recipe["lr"], recipe.get("feature")
+    teacher, student = (network(recipe[k]).to(device) for k in ("teacher", "student"))
+    student.to(memory_format=torch.contiguous_format if plain else torch.channels_last)
+    if feature or not plain:
+        teacher = Teacher(teacher, device, recipe["precision"], compile=recipe["compile"])
+    if feature:
+        settle(teacher.whole, torch.randn(recipe["batch_size"], 3, 32, 32, device=device))
+        method = feature_method(recipe, student, teacher.whole, torch.arange(IMAGES) % 100, 32)
+        if plain:
+            teacher.whole.train(method.teacher_mode == "train")
+            teacher.features = lambda x: teacher.whole(x, features=True)[1]
+            method.forward = partial(PLAIN[feature], method) if feature in PLAIN else method.forward
+        else:
+            teacher.prepare(method)
+    distiller = Distiller(student, recipe, *((method, teacher) if feature else ())).to(device).train()
     distiller.kd_weight.fill_(recipe["kd_weight"])
+    distiller.feature_weight.fill_(recipe.get("feature_weight", 0))
     if plain:
         optimizer = torch.optim.SGD(distiller.parameters(), lr, 0.9, weight_decay=recipe["weight_decay"])
     else:
         optimizer = make_optimizer(distiller, recipe)
         optimizer.param_groups[0]["lr"].fill_(lr)
     step = make_step(distiller, optimizer, recipe["batch_size"], world, None, recipe["compile"], not plain)
-    if not plain:
-        teacher = Teacher(teacher, device, recipe["precision"], compile=recipe["compile"])
-    logits = teacher.to(device).eval().requires_grad_(False) if plain else teacher.logits
-    tally = Tally(device)
+    logits = teacher.logits if feature or not plain else teacher.eval().requires_grad_(False)
+    tally = Tally(device, distiller.losses)
 
     def ask(views, *_):
         torch.backends.cudnn.allow_tf32 = plain         # PyTorch's default on CUDA
@@ -101,7 +119,8 @@ def build(network, recipe, world, plain=False):
 
     def learn(views, target, index=None, teacher_logits=None):
         torch.backends.cudnn.allow_tf32 = plain
-        sums, z = step(views, target, target, teacher_logits or ask(views))     # no loss here reads the index
+        given = [] if feature else teacher_logits or ask(views)
+        sums, z = step(views, target, index if feature else target, given)      # other losses read no index
         if plain:
             return sums.tolist(), top_k_hits(z, target).tolist()
         tally.add(sums, z, target, 1)
@@ -118,17 +137,18 @@ def per_image(two_views, items):
     return [torch.stack([*map(view, images)]) for view in views], torch.tensor(targets)
 
 
-def recipe_of(name, device, *flags):
-    """The recipe of an experiment, as the command itself finds it."""
+def recipe_of(name, device, column="this", feature=None):
+    """The recipe of a column of an experiment, as the command itself finds it."""
+    flags = {"compiled": ["--compile"], "this": []}.get(column, ["--precision", "fp32"])
+    flags += ["--feature", feature] if feature else ["--zscore"]
     pair = zip(("--teacher", "--student", "--method"), f"{name}-kd".split("-"))
-    return train_cifar.resolve_arguments([*chain(*pair), "--zscore", "--device", device.type, *flags])[0]
+    return train_cifar.resolve_arguments([*chain(*pair), "--device", device.type, *flags])[0]
 
 
 def parts_of(name, column, world, folder):
     """{row: Part} of a column of an experiment; where the cached logits are a file, it is in `folder`."""
     device, plain = world.device, column in ("workers", "baseline")
-    flags = {"compiled": ["--compile"], "this": []}.get(column, ["--precision", "fp32"])
-    recipe, chunk = recipe_of(name, device, *flags), train_cifar.CHUNK[device.type]
+    recipe, chunk = recipe_of(name, device, column), train_cifar.CHUNK[device.type]
     size, steps = recipe["batch_size"], chunk // recipe["batch_size"]
     split = Split(*(x.to(device) for x in synthetic(2 * chunk, 1)))     # speed does not depend on the images
     torch.manual_seed(0)
@@ -262,6 +282,76 @@ def imagenet(world, rounds, folder, batch):
     return {"experiment": name, "rates": rates, "notes": limits(rates)}
 
 
+def plain_crd(method, s, t, target, index):
+    """CRD's loss as the field has it: of index (B, 1 + K), drawn in the loader; the banks' rows are gathered,
+    the normalisation constants are read in every step."""
+    x, y = method.embed_s(s.pooled), method.embed_t(t.pooled)
+    x, y = (v / v.square().sum(1, keepdim=True).sqrt() for v in (x, y))
+    loss, n = 0, len(method.bank_s)
+    for v, bank, z in ((x, method.bank_t, method.z_s), (y, method.bank_s, method.z_t)):
+        rows = bank.index_select(0, index.flatten()).view(*index.shape, -1)
+        scores = (torch.bmm(rows, v[:, :, None])[:, :, 0] / method.TEMPERATURE).exp()
+        if z.item() < 0:
+            z.fill_(scores.mean().item() * n)
+        loss = loss + nce_loss(scores / z.item(), n)
+    method._remember(index[:, 0], x, y)
+    return loss
+
+
+def plain_rkd(method, s, t, target, index):
+    """RKD's loss as the field has it: distances by the expanded square, their mean by a boolean mask."""
+    def relations(x):
+        square = x.square().sum(1)
+        d = (square[:, None] + square - 2 * x @ x.T).clamp(min=1e-12).sqrt().clone().fill_diagonal_(0)
+        e = F.normalize(x[None] - x[:, None], dim=2)
+        return d / d[d > 0].mean(), torch.bmm(e, e.transpose(1, 2)).flatten()
+
+    with torch.no_grad():
+        d_teacher, a_teacher = relations(t.pooled)
+    d, a = relations(s.pooled)
+    return 25 * F.smooth_l1_loss(d, d_teacher) + 50 * F.smooth_l1_loss(a, a_teacher)
+
+
+PLAIN = {"crd": plain_crd, "rkd": plain_rkd}        # the others' operations are the field's
+
+
+def contrasts(others, items):
+    """A loading worker's (B, 1 + K): images, and negatives of each. others: a class's images to draw from."""
+    drawn = [np.append(i, np.random.choice(others[i % 100], CRD.NEGATIVES, replace=False)) for i in items]
+    return torch.from_numpy(np.stack(drawn))
+
+
+def feature_part(feature, column, world):
+    """The Part of a feature method's whole steps, of images in memory; image i is of class i % 100."""
+    device, plain, workers = world.device, column == "baseline", min(8, os.cpu_count() or 1)
+    recipe = recipe_of(f"{PAIR}-none", device, column, feature)
+    torch.manual_seed(0)
+    learn = build(create_model, recipe, world, plain)[2]
+    size, steps = recipe["batch_size"], 32 if device.type == "cuda" else 1
+    images, index = torch.randn(size, 3, 32, 32, device=device), torch.arange(size, device=device)
+    images = images.to(memory_format=torch.contiguous_format if plain else torch.channels_last)
+    if not plain or feature != "crd":
+        return Part(repeat(([images], index % 100, index)), steps, learn)
+    others = [np.flatnonzero(np.arange(IMAGES) % 100 != c) for c in range(100)]
+    loader = DataLoader(range(IMAGES), size, True, drop_last=True, num_workers=workers, prefetch_factor=1,
+                        persistent_workers=True, collate_fn=partial(contrasts, others))
+    drawn = (x.to(device) for x in chain.from_iterable(repeat(loader)))
+    batches = (([images], x[:, 0] % 100, x) for x in drawn)
+    return Part(batches, workers + steps, learn, workers)       # a batch of each was ready before
+
+
+def features(world, rounds, compile):
+    """Images per second of each feature method's whole steps, as a dict; the teacher sees every batch."""
+    rates = {}
+    for feature, name in FEATURE_NAMES.items():
+        if compile:
+            torch._dynamo.reset()       # its limit is of all variants together
+        parts = {c: feature_part(feature, c, world) for c in ["baseline", "this", "compiled"][:2 + compile]}
+        rates |= measure({name: parts}, rounds, world.device)
+    return {"experiment": f"{PAIR}, a whole step", "rates": rates, "notes": [
+        f"images are in memory; CRD's baseline draws in {min(8, os.cpu_count() or 1)} loading workers"]}
+
+
 def limits(rates):
     """A line for each pair: whether loading or the step limits, and the time of its 100 epochs."""
     rate, lines = {row: median(cells["this"]) for row, cells in rates.items()}, []
@@ -296,7 +386,7 @@ def table(result):
 
 
 @click.command(cls=cli.Command, help=__doc__)
-@click.option("--only", type=cli.Choice([*EXPERIMENTS, "imagenet"]), multiple=True, help="May be repeated.")
+@click.option("--only", type=cli.Choice(ALL), multiple=True, help="May be repeated.")
 @click.option("--rounds", type=cli.COUNT, default=7, show_default=True, help="Turns of each part.")
 @click.option("--compile/--no-compile", default=False, help="torch.compile too; a minute more for each.")
 @click.option("--device", type=cli.Choice(["cuda", "mps", "cpu"]), help="[default: the best there is]")
@@ -313,9 +403,11 @@ def main(only, rounds, compile, device, file, image_dir, imagenet_batch):
                f"Python {facts['python']}\n{rounds} rounds; x: ratios to the baselines and the roofline")
     if cuda and torch.cuda.get_device_capability() >= (8, 0):
         click.echo("the baseline's float32 convolutions are TF32, PyTorch's default")
-    for name in only or [*EXPERIMENTS, "imagenet"]:
-        if name != "imagenet":
+    for name in only or ALL[:-1]:
+        if name in EXPERIMENTS:
             results.append(experiment(name, world, rounds, compile))
+        elif name == "features":
+            results.append(features(world, rounds, compile))
         else:
             with tempfile.TemporaryDirectory() as made:
                 images, batch = image_dir or jpeg_folder(made), imagenet_batch or (512 if cuda else 16)

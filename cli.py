@@ -130,18 +130,18 @@ def check_classes(recipe, count):
         raise click.UsageError("--method dkd needs three classes: there is nothing beside the target's part")
 
 
-def check_batch(recipe, images, used):
-    """A usage error where an epoch has no whole batch, or a method compares images and the last is alone.
+def check_batch(recipe, images, smallest):
+    """A usage error where an epoch has no whole batch, or a method compares images and one is alone.
 
-    used: how many of the images an epoch takes.
+    smallest: the images that are computed together at least.
     """
     batch = recipe["batch_size"]
     if batch > images:
         raise click.UsageError(f"--batch-size {batch}: there are {images} training images; "
                                "give a smaller one, and a --lr that is smaller in proportion")
-    if recipe.get("feature") in ("rkd", "reviewkd") and 1 in (batch, used % batch):
-        raise click.UsageError(f"--feature {recipe['feature']} compares a batch's images, and the last of "
-                               f"{used} in batches of {batch} is alone: give another --batch-size")
+    if recipe.get("feature") in ("rkd", "reviewkd") and smallest == 1:
+        raise click.UsageError(f"--feature {recipe['feature']} compares images, and of {images} in batches "
+                               f"of {batch} one is alone: give another --batch-size or --at-once")
 
 
 def temperature_line(recipe, count):

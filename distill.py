@@ -527,7 +527,9 @@ def distil(recipe, data, student, folder, world, *, teacher=None, published=None
     values = ", ".join(f"{k} {recipe[k]}" for k in SHOWN if recipe.get(k) not in (None, False))
     feature = recipe.get("feature")
     world.print(f"{run.folder}: {key(recipe['method'], recipe['zscore'], feature)}, {values}")
-    check_batch(recipe, data.train_images, data.images)
+    batch = recipe["batch_size"]
+    share = batch // world.size // micro_batches(batch, world.size, how.get("micro_batch"))
+    check_batch(recipe, data.train_images, min(share, data.images % batch or batch))
     try:
         # rank 0 alone touches the folder
         state, result = world.on_main(lambda: (run.open(), run.finished()))

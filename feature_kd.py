@@ -1,11 +1,15 @@
 """Eight feature-distillation methods, the baselines of the papers' tables. Copy this file; it needs torch.
 
-    logits, s = student(images, features=True)      # features: see below
+    with torch.no_grad():                           # once: of any two images, both networks in eval mode
+        (_, s), (_, t) = (network(images[:2], features=True) for network in (student, teacher))
+    method = METHODS["crd"](student, teacher, s, t, labels)
+    optimizer = SGD([*student.parameters(), *method.parameters()], ...)
+
+    logits, s = student(images, features=True)      # a step
     with torch.no_grad():
         _, t = teacher(images, features=True)       # frozen, in method.teacher_mode ("eval", OFD's "train")
-    method = METHODS["crd"](student, teacher, s, t, labels)     # once; s, t of any two images, in eval mode
     loss = F.cross_entropy(logits, target) + 0.8 * method(s, t, target, index)
-    optimizer = SGD([*student.parameters(), *method.parameters()], ...)
+
     network = method.deploy(student)                # answers at test time: the student; for SimKD another
 
 A network's features are any object with the fields
@@ -19,7 +23,6 @@ beside the student) follow autocast. The teacher is detached. Every loss is a sc
 The authors' own code, where it differs from their paper, is followed: it made the tables.
 """
 
-import copy
 import math
 from contextlib import contextmanager
 
@@ -156,6 +159,7 @@ def _unit(x):
 
 def _averaged(x, side):
     """Average-pooled to side x side; the adaptive form has no deterministic gradient on CUDA."""
+    x = _up(x)
     if x.shape[-1] % side == 0:
         return F.avg_pool2d(x, x.shape[-1] // side) if x.shape[-1] != side else x
     return F.adaptive_avg_pool2d(x, side)

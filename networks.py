@@ -210,7 +210,7 @@ def restored(name, num_classes, first, facts):
     model = create(name, num_classes, first)
     if "simkd" not in facts:
         return model
-    network = feature_kd.trimmed(feature_kd.Reuse(with_features(model), *facts["simkd"]))
+    network = feature_kd.trimmed(feature_kd.Reuse(with_features(model).eval(), *facts["simkd"]))
     network.name, network.own = model.name, model.own
     return network
 

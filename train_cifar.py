@@ -152,7 +152,8 @@ def about(data):
 def check_networks(recipe, data):
     """A usage error, or a ValueError, where the method or a network does not go with the data."""
     cli.check_classes(recipe, data.num_classes)
-    cli.check_batch(recipe, *[len(data.train.targets)] * 2)
+    images, batch = len(data.train.targets), recipe["batch_size"]
+    cli.check_batch(recipe, images, images % batch or batch)
     for name in filter(None, (recipe["teacher"], recipe["student"])):
         check(name, data.num_classes, data.pixels.size, MODELS, click.echo, name == recipe["student"])
     check_feature(recipe, data.num_classes, data.pixels.size)

@@ -250,7 +250,9 @@ def dry_run(recipe, flags, world):
         check_networks(recipe | {"size": size}, 3, lambda line: None)
     except ValueError:      # for larger images only
         size = recipe["size"]
-    recipe |= {"batch_size": 8 * world.size, "epochs": 2, "size": size, "data": "made", "val_from_train": 0}
+    batch = 8 * world.size
+    recipe |= {"batch_size": batch, "lr": recipe["lr"] * batch / recipe["batch_size"], "epochs": 2,
+               "size": size, "data": "made", "val_from_train": 0}
     classes, generator = [f"class {i}" for i in range(3)], torch.Generator().manual_seed(0)
     if flags["teacher_checkpoint"]:         # whose classes are the file's
         name, content, facts = identify(flags["teacher_checkpoint"], recipe["teacher"])

@@ -3,12 +3,16 @@
 import itertools
 import types
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import bench
+import feature_kd
 import train_cifar
 from distributed import World
+from models import Features
 
 CPU = torch.device("cpu")
 
@@ -106,6 +110,64 @@ def test_imagenets_loading_and_step_are_measured(tmp_path, monkeypatch):
 def test_a_folder_without_images_is_one_line(tmp_path):
     with pytest.raises(bench.RunError, match="no folders of images in .*train"):
         bench.imagenet(World("cpu"), 1, tmp_path, 4)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(bench, "PAIR", "resnet8-resnet8")
+    monkeypatch.setattr(bench, "IMAGES", 500)
+    monkeypatch.setattr(feature_kd.CRD, "NEGATIVES", 20)
+
+
+def test_feature_methods_steps_are_measured(small, monkeypatch):
+    """The clock goes on by a second when it is read; what CRD's loader had ready before does not count."""
+    set_clock(monkeypatch, itertools.count())
+    result = bench.features(World("cpu"), 1, False)
+    assert [*result["rates"]] == [*bench.FEATURE_NAMES.values()]
+    assert all(cells == {"baseline": [64], "this": [64]} for cells in result["rates"].values())
+    assert "| CRD | 64 (64 to 64) | 64 (64 to 64), x 1.00 |" in bench.table(result)
+
+
+def test_crd_and_rkd_have_the_fields_form_in_the_baseline_alone(small, monkeypatch):
+    calls, prepared, prepare = [], [], bench.Teacher.prepare
+    monkeypatch.setattr(bench.Teacher, "prepare", lambda *a: prepared.append(a) or prepare(*a))
+    for name, loss in bench.PLAIN.items():
+        monkeypatch.setitem(bench.PLAIN, name, lambda *a, n=name, f=loss: calls.append((n, a[4])) or f(*a))
+    for name in bench.PLAIN:
+        part = bench.feature_part(name, "this", World("cpu"))
+        assert part.use(*next(iter(part.batches))) is None and not calls
+    for name in bench.PLAIN:
+        part = bench.feature_part(name, "baseline", World("cpu"))
+        (_, ce, kd, feature), _ = part.use(*next(iter(part.batches)))      # it reads them
+        assert ce > 0 and kd == 0 and 0 < feature < float("inf")
+    assert len(prepared) == 2       # the baseline's teacher computes all that it can
+    (_, index), (_, plain) = sorted(calls, key=lambda call: call[0])
+    assert index.shape == (64, 21) and plain.shape == (64,)
+    assert all(len(set(row)) == 21 for row in index.tolist())       # without replacement, of other classes
+    assert bool((index[:, 1:] % 100 != index[:, :1] % 100).all())
+
+
+@pytest.mark.parametrize("name", bench.PLAIN)
+def test_the_fields_forms_give_the_same_numbers(name, small, monkeypatch):
+    """Loss, gradients and what is kept, in two steps, of the same draws."""
+    torch.manual_seed(0)
+    s, t = (Features((), (), None, torch.randn(6, width, dtype=torch.double)) for width in (8, 12))
+    pooled = s.pooled.requires_grad_()
+    method = feature_kd.METHODS[name](nn.Identity(), nn.Identity(), s, t, torch.arange(500) % 100).double()
+    kept = {k: v.clone() for k, v in method.state_dict().items()}
+    draws = [torch.from_numpy(np.random.default_rng(i).integers(500, size=(6, 21))) for i in range(2)]
+    numbers = []
+    for plain in (False, True):
+        method.load_state_dict(kept)
+        seen = []
+        for chosen in draws:
+            monkeypatch.setattr(feature_kd.CRD, "_negatives", lambda *_, chosen=chosen: chosen[:, 1:])
+            loss = (bench.PLAIN[name](method, s, t, None, chosen) if plain
+                    else method(s, t, None, chosen[:, 0]))
+            seen += [loss, *torch.autograd.grad(loss, [pooled, *method.parameters()])]
+        numbers.append([*seen, *(v.clone() for v in method.state_dict().values())])
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-9) for a, b in zip(*numbers, strict=True))
+    assert numbers[0][0] > 0.1
 
 
 def test_projected_hours():
