@@ -468,10 +468,13 @@ def finish(recipe, data, distiller, run, row, best, minutes, world):
 @torch.no_grad()
 def cost(network, size, device):
     """Parameters of a network in evaluation mode, and multiply-accumulates of one image of size x size."""
-    with FlopCounterMode(display=False) as counter:
-        network(torch.zeros(2, 3, size, size, device=device))
-    return {"parameters": sum(p.numel() for p in network.parameters()),
-            "macs": counter.get_total_flops() // 4}
+    try:
+        with FlopCounterMode(display=False) as counter:
+            network(torch.zeros(2, 3, size, size, device=device))
+        macs = counter.get_total_flops() // 4
+    except Exception:       # of one's own network, any: no reason to lose the run
+        macs = None
+    return {"parameters": sum(p.numel() for p in network.parameters()), "macs": macs}
 
 
 def check_finite(tally, epoch, step, student_logits, teacher_logits, run, world):
@@ -524,7 +527,8 @@ def distil(recipe, data, student, folder, world, *, teacher=None, published=None
     result. before: called before a new run begins. more: other runs come after this one. how: see `train`.
     """
     run = Run(folder, recipe, collect_facts(world.device) | {"processes": world.size})
-    values = ", ".join(f"{k} {recipe[k]}" for k in SHOWN if recipe.get(k) not in (None, False))
+    values = ", ".join(f"{k} {recipe[k]}" for k in SHOWN
+                       if recipe.get(k) not in (None, False) or k == "ce_weight")
     feature = recipe.get("feature")
     world.print(f"{run.folder}: {key(recipe['method'], recipe['zscore'], feature)}, {values}")
     batch = recipe["batch_size"]

@@ -18,8 +18,8 @@ A network's features are any object with the fields
     last    the map that global pooling averages
     pooled  its mean (B, C), what the last nn.Linear, its classifier, sees
 
-Half precision is cast up to float32 before a loss is computed, autocast is off there; connectors (what learns
-beside the student) follow autocast. The teacher is detached. Every loss is a scalar, unweighted; a NaN shows.
+Half precision is cast up to float32 before a loss is computed, autocast is off there; convolutions that learn
+beside the student follow autocast. The teacher is detached. Every loss is a scalar, unweighted; a NaN shows.
 The authors' own code, where it differs from their paper, is followed: it made the tables.
 """
 
@@ -254,13 +254,14 @@ class CRD(Method):
     """Contrastive representation distillation (Tian et al., ICLR 2020), its "exact" form.
 
     labels: the classes (n,) of all training images. Two banks hold each image's embedding of student and
-    teacher; a sample's negatives are 16,384 images of other classes, drawn anew, without replacement. The
-    draws are torch's global generator's. In training a call updates the banks: at most one for each step.
+    teacher; a sample's negatives are 16,384 images of other classes, drawn anew, without replacement (with it
+    where there are fewer, or more than LARGE images). The draws are torch's global generator's. In training a
+    call updates the banks: one a step, else later micro-batches meet newer banks.
     """
 
     reads = ("pooled",)
     WIDTH, NEGATIVES, TEMPERATURE, MOMENTUM = 128, 16384, 0.07, 0.5
-    LARGE = 2**17       # images, above which drawing without replacement would need too much memory
+    LARGE = 2**17       # images; a batch's draw without replacement takes memory for all of them
 
     def __init__(self, student, teacher, s, t, labels=None):
         super().__init__()
@@ -279,7 +280,7 @@ class CRD(Method):
             raise ValueError("CRD needs images of more than one class")
         self.distinct = others >= self.NEGATIVES and len(labels) <= self.LARGE
         if not self.distinct:
-            why = f"a class has {others:,} images of others" if others < self.NEGATIVES else "of memory"
+            why = f"a class has {others:,} images of others" if others < self.NEGATIVES else "memory"
             self.notice = f"CRD: {self.NEGATIVES:,} negatives are drawn with replacement ({why})"
         for name, x in (("labels", labels), ("order", labels.argsort(stable=True)), ("counts", counts),
                         ("starts", counts.cumsum(0) - counts)):
@@ -294,9 +295,10 @@ class CRD(Method):
             for v, bank, z in ((x, self.bank_t, self.z_s), (y, self.bank_s, self.z_t)):
                 # of one product with the bank, 30 times as fast as gathering its rows; a copy, as it changes
                 scores = (F.linear(v, bank.clone()).gather(1, chosen) / self.TEMPERATURE).exp()
-                new = scores.detach().mean() * len(bank)
-                z.copy_(torch.where(z < 0, new, z))
-                loss = loss + nce_loss(scores / z.clone(), len(bank))
+                new = torch.where(z < 0, scores.detach().mean() * len(bank), z)
+                loss = loss + nce_loss(scores / new, len(bank))
+                if self.training:
+                    z.copy_(new)
             if self.training:
                 self._remember(index, x.detach(), y.detach())
             return loss
@@ -336,7 +338,7 @@ class OFD(Method):
             raise ValueError(f"OFD takes no {_name(teacher)} as a teacher: no batch norm stands right before "
                              "its stages' last ReLU")
         self.connectors = nn.ModuleList()
-        for i, (own, target, norm) in enumerate(zip(s.pre, t.pre, norms)):
+        for i, (own, target, norm) in enumerate(zip(s.pre, t.pre, norms, strict=True)):
             c, c_teacher = own.shape[1], target.shape[1]
             conv = nn.Conv2d(c, c_teacher, 1, bias=False)
             nn.init.normal_(conv.weight, std=math.sqrt(2 / c_teacher))
@@ -408,8 +410,8 @@ class SimKD(Method):
             raise ValueError(f"SimKD: {_name(student)} has {head(student).out_features} classes, "
                              f"{_name(teacher)} {classifier.out_features}")
         stages = _stages("SimKD", student, s)
-        if t.last is None:
-            raise ValueError(f"SimKD: {_name(teacher)} gives no map")
+        if t.last is None or t.last.shape[1] != classifier.in_features:
+            raise ValueError(f"SimKD: {_name(teacher)} gives no map that its classifier sees the mean of")
         stage = s.last.shape[1] != stages[-1].shape[1]      # of ShuffleV2 and MobileNetV2: before a 1x1 layer
         (c, h), (c_teacher, h_teacher) = _shape(stages[-1] if stage else s.last), _shape(t.last)
         if max(h, h_teacher) % min(h, h_teacher):
@@ -428,14 +430,11 @@ class SimKD(Method):
                 parameter.requires_grad_(False)
 
     def forward(self, s, t, target=None, index=None):
-        return _mse(*_matched(self._projected(s), t.last))
-
-    def _projected(self, s):
-        x = _fit(s.post[-1] if self.stage else s.last)
-        return self.projector(_reduced(x, self.stride))
+        return self.answered(None, s, t)[0]
 
     def answered(self, logits, s, t, target=None, index=None):
-        x = self._projected(s)
+        x = _fit(s.post[-1] if self.stage else s.last)
+        x = self.projector(_reduced(x, self.stride))
         return _mse(*_matched(x, t.last)), self.fc(_pool(x))
 
     def deploy(self, student):
@@ -456,8 +455,9 @@ class CATKD(Method):
         own, other = (x.out_features for x in self.heads)
         if own != other:
             raise ValueError(f"CAT-KD: {_name(student)} has {own} classes, {_name(teacher)} {other}")
-        if s.last is None or t.last is None:
-            raise ValueError("CAT-KD needs the maps that global pooling averages")
+        for x, f, layer in zip((student, teacher), (s, t), self.heads):
+            if f.last is None or f.last.shape[1] != layer.in_features:
+                raise ValueError(f"CAT-KD: {_name(x)} gives no map that its classifier sees the mean of")
         with torch.no_grad():
             weight, bias = self.heads[0].weight, self.heads[0].bias
             if fresh and _name(student).startswith(("vgg", "Shuffle")):

@@ -173,19 +173,28 @@ def check(name, num_classes, size, first=MODELS, say=print, learns=False):
                                  f"(2, {num_classes}): it has to take num_classes")
 
 
-def feature_method(recipe, student, teacher, labels, size):
+def feature_method(recipe, student, teacher, labels, size, call=False):
     """A recipe's feature_kd.Method between two networks on one device. ValueError where they do not fit it.
 
-    labels: (n,) classes of the training images; size: pixels of an image's side.
+    labels: (n,) classes of the training images; size: pixels of an image's side; call: try it on two images.
     """
     images = torch.zeros(2, 3, size, size, device=next(student.parameters()).device)
-    with torch.no_grad():
-        (_, s), (_, t) = (with_features(network).eval()(images, features=True)
-                          for network in (student, teacher))
     options = {k: recipe[k] for k in ("resolution", "normalize", "factor") if k in recipe}
     if recipe["feature"] == "catkd":
         options["fresh"] = "student_sha256" not in recipe       # else the student begins with given weights
-    return feature_kd.METHODS[recipe["feature"]](student, teacher, s, t, labels, **options)
+    try:
+        with torch.no_grad():
+            (logits, s), (_, t) = (with_features(network).eval()(images, features=True)
+                                   for network in (student, teacher))
+            method = feature_kd.METHODS[recipe["feature"]](student, teacher, s, t, labels, **options)
+            if call:
+                method.eval().answered(logits, s, t, None, torch.arange(2))
+        return method
+    except ValueError:
+        raise
+    except Exception as error:      # of any networks, any
+        raise ValueError(f"--feature {recipe['feature']} fails between {teacher.name} and {student.name} "
+                         f"({_reason(error)})") from None
 
 
 def check_feature(recipe, num_classes, size, first=MODELS):
@@ -193,7 +202,7 @@ def check_feature(recipe, num_classes, size, first=MODELS):
     if recipe.get("feature"):
         with torch.random.fork_rng(devices=[]):
             networks = [create(recipe[k], num_classes, first) for k in ("student", "teacher")]
-            feature_method(recipe, *networks, torch.arange(2), size)
+            feature_method(recipe, *networks, torch.arange(2), size, call=True)
 
 
 @torch.no_grad()
@@ -210,7 +219,10 @@ def restored(name, num_classes, first, facts):
     model = create(name, num_classes, first)
     if "simkd" not in facts:
         return model
-    network = feature_kd.trimmed(feature_kd.Reuse(with_features(model).eval(), *facts["simkd"]))
+    try:
+        network = feature_kd.trimmed(feature_kd.Reuse(with_features(model).eval(), *facts["simkd"]))
+    except Exception as error:      # of a user's file and network, any
+        raise ValueError(f"the file's SimKD network of {name} cannot be built ({_reason(error)})") from None
     network.name, network.own = model.name, model.own
     return network
 
@@ -258,19 +270,19 @@ def pixels_of(name, facts, first, size=None):
 
 # ---------------------------------------------------------------- the maps of a network's stages
 
-STAGES = {      # the beginnings of names of torchvision's networks: the layers that are their stages
-    "(wide_)?resnex?t": ["layer1", "layer2", "layer3", "layer4"],
-    "regnet": [f"trunk_output.block{i}" for i in (1, 2, 3, 4)],
-    "shufflenet": ["stage2", "stage3", "stage4"],
+STAGES = {      # the beginnings of names of torchvision's networks: their stages, then what is pooled
+    "(wide_)?resnex?t": ["layer1", "layer2", "layer3", "layer4", "layer4"],
+    "regnet": [*(f"trunk_output.block{i}" for i in (1, 2, 3, 4)), "trunk_output.block4"],
+    "shufflenet": ["stage2", "stage3", "stage4", "conv5"],
 }
 
 
 def with_features(model):
     """The network itself, which now takes model(x, features=True) as those of models.py do.
 
-    Of torchvision's pre is empty, post has the outputs of the stages in STAGES (of other names none), last is
-    post[-1] or None, and pooled is what the last linear layer takes. One's own has to do it itself.
-    ValueError, one line, where a network cannot.
+    Of torchvision's pre is empty, post and last are the outputs of the layers in STAGES (of other names none,
+    and None), and pooled is what the last linear layer takes. One's own has to do it itself. ValueError, one
+    line, where a network cannot.
     """
     if isinstance(model, (Network, Featured)):
         return model
@@ -294,8 +306,8 @@ class Featured:
     def forward(self, x, features=False):
         if features is not True:        # see models.py
             return super().forward(x)
-        logits, pooled, *post = self.forwards[self.training](self, x)
-        return logits, Features((), tuple(post), post[-1] if post else None, pooled)
+        logits, pooled, *maps = self.forwards[self.training](self, x)
+        return logits, Features((), tuple(maps[:-1]), maps[-1] if maps else None, pooled)
 
 
 class Tracer(torch.fx.Tracer):
@@ -315,7 +327,7 @@ class Tracer(torch.fx.Tracer):
 
 
 def _featured_forward(model, training):
-    """A function (network, images) -> (logits, last linear layer's input, *stages), traced in one mode."""
+    """A function (network, images) -> (logits, last linear layer's input, *maps), traced in one mode."""
     name, tracer, mode = getattr(model, "name", type(model).__name__), Tracer(), model.training
     heads = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     if not heads:

@@ -113,9 +113,9 @@ FEATURE_PUBLISHED = {   # the poster's; PROVENANCE says what they are
 }
 PROVENANCE = """\
 FitNet, AT, RKD, CRD: last epochs, from RepDistiller's README (AT of resnet110 -> resnet20 is 70.22 there).
-The others: best epochs on the test split. The two rows of resnet32x4 -> WRN stand in no repository.
-OFD and ReviewKD were probably run with their authors' recipes; SimKD's WRNs are other networks (its file
-resnet38x2). One recipe for all differs by more than 0.2 in places without being wrong."""
+SimKD, CAT-KD: best epochs on the test split; OFD, ReviewKD: not said. The rows of resnet32x4 -> WRN stand in
+no repository. OFD and ReviewKD were probably run with their authors' recipes; SimKD's WRNs are other networks
+(its file resnet38x2). One recipe for all differs by more than 0.2 in places without being wrong."""
 # ImageNet; teachers are torchvision's IMAGENET1K_V1. WTTM's top-5 is not published; one log is.
 IMAGENET_ALONE = {"resnet34": 73.31, "resnet18": 69.75, "resnet50": 76.16, "MobileNetV1": 68.87}
 IMAGENET = {
@@ -371,8 +371,10 @@ def _feature_lines():
         review, cat = (recipe(*pair, "none", feature=name) for name in ("reviewkd", "catkd"))
         cells = (f"{review['feature_weight']:g}", f"{cat['feature_weight']:g}, {cat['resolution']}"
                  + ", normalised" * cat["normalize"])
-        rows.append([" -> ".join(pair), *(cell + "?" * bool(unsure(*pair, "none", feature=name))
-                                          for cell, name in zip(cells, ("reviewkd", "catkd")))])
+        review, cat = (cell + "?" * bool(unsure(*pair, "none", feature=name))
+                       for cell, name in zip(cells, ("reviewkd", "catkd")))
+        refused = pair == ("wrn_40_2", "MobileNetV2")       # three stages and four
+        rows.append([" -> ".join(pair), "-" if refused else review, cat])
     same = ", ".join(f"{FEATURE_NAMES[name]} {weight:g}" for name, weight in FEATURE_WEIGHTS.items())
     return ["", f"Feature methods, weights: {same} (no cross-entropy);",
             "ReviewKD's, in full from epoch 20 on; CAT-KD's, the side of its maps[, normalised]:", "",

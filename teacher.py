@@ -96,9 +96,10 @@ class Teacher:
         return torch.cat(parts)
 
     def prepare(self, method):
-        """Makes `features` give what a feature_kd.Method reads, in its mode; nothing else is computed."""
-        self.shown = Shown(copy.deepcopy(self.whole), method.reads, method.depth)
+        """Makes `features` give what a feature_kd.Method reads, in its mode; in evaluation nothing else."""
+        self.shown = Shown(self.whole, method.reads, method.depth)
         if method.teacher_mode == "train":      # batch statistics; its own stay as they are
+            self.shown = copy.deepcopy(self.shown)
             for m in self.shown.modules():
                 if isinstance(m, nn.modules.batchnorm._BatchNorm):
                     m.momentum, m.num_batches_tracked = 0.0, None

@@ -204,7 +204,7 @@ def execute(flags, world, shared):
         recipe |= about(data)
     if recipe["teacher"]:
         asked = (*wanted, recipe["teacher"], flags["teacher_checkpoint"], recipe["precision"],
-                 recipe["compile"], recipe["exact_teacher"])
+                 recipe["compile"], recipe["exact_teacher"], recipe["method"] == "none")
         if asked not in shared:
             if world.device.type == "cuda":     # which has room for one teacher's logits at a time
                 for other in [k for k, v in shared.items() if isinstance(v, Teacher)]:
@@ -288,7 +288,8 @@ def get_teacher(recipe, data, flags, world):
 
 def caching(teacher, data, flags):
     """The teacher, its logits cached. An untrained one's need not fit float16."""
-    folder = Path(flags["out"]) / "logits" if flags["teacher_memory"] and not flags["dry_run"] else None
+    read = flags["teacher_memory"] and not flags["dry_run"] and flags["method"] != "none"
+    folder = Path(flags["out"]) / "logits" if read else None
     teacher.cache_logits(data.train, folder, flags["exact_teacher"] or flags["dry_run"])
     return teacher
 

@@ -751,7 +751,7 @@ def test_negatives(labels, way, monkeypatch):
         assert method.notice == ""
     else:
         assert method.notice.startswith(f"CRD: {k} negatives are drawn with replacement (")
-        assert ("of others" if way == "few others" else "of memory") in method.notice
+        assert ("of others" if way == "few others" else "(memory)") in method.notice
     for label in labels.unique():
         image = (labels == label).nonzero()[-1]
         others = (labels != label).nonzero().flatten()
