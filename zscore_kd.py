@@ -17,6 +17,12 @@ Every loss takes logits (B, K), casts half precision up to float32, detaches the
 mean over the batch, unweighted: the weights stand in the training loop. A row with a NaN or +inf makes the
 loss NaN, never a silent number; a row of equal logits has Z = 0 and no gradient.
 
+weight: (B,), a sample's weight or a mask; the mean is then sum(w loss) / sum(w), 0 where all are 0, and a row
+of weight 0 may hold anything. reduction="none" returns the (weighted) losses (B,).
+Maps (B, K, H, W) are rows z.movedim(1, -1).flatten(0, -2), tokens (B, T, K) are rows z.flatten(0, 1); Z
+itself takes any shape, but over the last axis, which of maps is the wrong one.
+A teacher that does not know all classes: give the columns of those that it knows, z[:, known].
+
 The base temperature for another number of classes: Z is at most sqrt(K - 1) / tau, so the teacher's top
 probability has a ceiling, reached by a one-hot row:
 
@@ -63,15 +69,17 @@ def weighted_zscore(logits, base_temp=1.0, *, correction=0):
         return torch.where(constant, 0.0, z)    # a constant row has nothing to teach: 0, also in the gradient
 
 
-def kd_loss(student_logits, teacher_logits, base_temp=2.0, *, zscore=True, correction=0):
+def kd_loss(student_logits, teacher_logits, base_temp=2.0, *, zscore=True, correction=0, reduction="mean",
+            weight=None):
     """tau^2 KL(softmax Z(v; tau) || softmax Z(z; tau)), batch mean. Paper: Algorithm 2, lines 3, 4 and 6.
 
     student_logits z, teacher_logits v: (B, K). base_temp: tau, a positive number or a tensor, one for all or
     (B, 1), that may need a gradient. zscore=False is Hinton's KD, logits / tau on both sides. correction:
-    see `weighted_zscore`. Returns a scalar, unweighted (multiply by lambda_KD). Errors: see
-    `weighted_zscore`, and shapes that differ.
+    see `weighted_zscore`. reduction, weight: see above. Returns a scalar, unweighted (multiply by lambda_KD).
+    Errors: see `weighted_zscore`, and shapes that differ. NormKD (Chi et al., 2023) is this with the weight
+    sigma^2, each row's variance of the teacher's logits.
     """
-    z, v, base_temp = _pair(student_logits, teacher_logits, base_temp)
+    z, v, base_temp, weight = _pair(student_logits, teacher_logits, base_temp, weight)
     with _full_precision(z):
         z, v = (_softened(x, base_temp, zscore, correction) for x in (z, v))
         log_q_teacher = F.log_softmax(v, -1)                                    # Algorithm 2, line 3
@@ -79,39 +87,40 @@ def kd_loss(student_logits, teacher_logits, base_temp=2.0, *, zscore=True, corre
         q_teacher, q_student = log_q_teacher.exp(), log_q_student.exp()
         # KL; the last two sum to 0 and take away the softmaxes' rounding, which a high temperature blows up
         kl = (q_teacher * (log_q_teacher - log_q_student) - q_teacher + q_student).sum(-1, keepdim=True)
-        return (base_temp**2 * kl).mean()                                       # line 6, without lambda_KD
+        return _mean(base_temp**2 * kl, reduction, weight)                      # line 6, without lambda_KD
 
 
 def dkd_loss(student_logits, teacher_logits, target, base_temp=2.0, *, alpha=1.0, beta=8.0, zscore=True,
-             correction=0):
+             correction=0, reduction="mean", weight=None, ignore_index=-100):
     """tau^2 (alpha TCKD + beta NCKD), batch mean: decoupled KD (Zhao et al., CVPR 2022, eq. 7), in log space.
 
     TCKD is the KL of (p_y, 1 - p_y), target class against the rest; NCKD the KL among the other K - 1
-    classes, where KL = TCKD + (1 - p_y) NCKD. target: (B,) class numbers in [0, K); with any other the loss
-    is NaN. With Z the paper's lambda_KD multiplies both alpha and beta. The rest as in `kd_loss`; K of at
-    least 3.
+    classes, where KL = TCKD + (1 - p_y) NCKD. target: (B,) class numbers in [0, K), or ignore_index, whose
+    weight is 0. Any other is a ValueError on a CPU; elsewhere, compiled or mapped the loss is NaN. With Z the
+    paper's lambda_KD multiplies both alpha and beta. The rest as in `kd_loss`; K of at least 3. Mixup of the
+    classes a and b is m dkd_loss(z, v, a) + (1 - m) dkd_loss(z, v, b).
     """
-    z, v, base_temp = _pair(student_logits, teacher_logits, base_temp, min_classes=3)
-    if target.shape != z.shape[:1] or target.is_floating_point():
-        raise ValueError(f"target must be {z.shape[0]} class numbers, "
-                         f"got {target.dtype} of shape {tuple(target.shape)}")
+    z, v, base_temp, weight = _pair(student_logits, teacher_logits, base_temp, weight, 3, target,
+                                    ignore_index)
     with _full_precision(z):
         z, v = (_softened(x, base_temp, zscore, correction) for x in (z, v))
         is_target = target[:, None] == torch.arange(z.shape[1], device=z.device)
+
+        known = is_target.any(-1) | (weight == 0)
 
         def split(x):
             """log p of the target (B,), of all others together (B,), and of each other among these (B, K)."""
             x = x - x.detach().amax(-1, keepdim=True)       # the same p; +inf becomes NaN, and shows
             others = x.masked_fill(is_target, -torch.inf)
             own = x.masked_fill(~is_target, 0.0).sum(-1)        # gather's backward pass scatters
-            gap = torch.where(is_target.any(-1), own, torch.nan) - others.logsumexp(-1)
+            gap = torch.where(known, own, torch.nan) - others.logsumexp(-1)
             return (F.logsigmoid(gap), F.logsigmoid(-gap),
                     F.log_softmax(others, -1).masked_fill(is_target, 0.0))
 
         (t_target, t_rest, t_other), (s_target, s_rest, s_other) = split(v), split(z)
         tckd = t_target.exp() * (t_target - s_target) + t_rest.exp() * (t_rest - s_rest)
         nckd = (t_other.exp().masked_fill(is_target, 0.0) * (t_other - s_other)).sum(-1)
-        return (base_temp**2 * (alpha * tckd + beta * nckd)[:, None]).mean()
+        return _mean(base_temp**2 * (alpha * tckd + beta * nckd)[:, None], reduction, weight)
 
 
 def mlkd_loss(student_weak, teacher_weak, student_strong, teacher_strong, base_temp=2.0, *,
@@ -122,11 +131,11 @@ def mlkd_loss(student_weak, teacher_weak, student_strong, teacher_strong, base_t
     As executed by its authors' code, at five temperatures: its confidence masks come to the constant 1/2 (for
     even B and K; the last batch of an epoch may be odd, and theirs is then (n + 1) / 2n), and its strong
     terms at 2 and 6 see the weak view. zscore_relations: standardize the class and batch relations too (the
-    released code does not). The relations have no temperature squared. Returns a scalar, unweighted; errors
-    as in `kd_loss`.
+    released code does not). The relations have no temperature squared. It takes no weight: class relations
+    are no sum over samples. Returns a scalar, unweighted; errors as in `kd_loss`.
     """
-    z, v, base_temp = _pair(student_weak, teacher_weak, base_temp)
-    z_strong, v_strong, _ = _pair(student_strong, teacher_strong, base_temp)
+    z, v, base_temp, _ = _pair(student_weak, teacher_weak, base_temp)
+    z_strong, v_strong, *_ = _pair(student_strong, teacher_strong, base_temp)
     if z.shape != z_strong.shape:
         raise ValueError("weak and strong logits must have one shape, "
                          f"got {tuple(z.shape)} and {tuple(z_strong.shape)}")
@@ -147,33 +156,37 @@ def mlkd_loss(student_weak, teacher_weak, student_strong, teacher_strong, base_t
         return 0.5 * sum(weak) + sum(strong) + sum(weak[3:]) + 0.5 * relations
 
 
-def ttm_loss(student_logits, teacher_logits, temperature=4.0, *, zscore=False, correction=0):
+def ttm_loss(student_logits, teacher_logits, temperature=4.0, *, zscore=False, correction=0,
+             reduction="mean", weight=None):
     """KL(softmax(v / T) || softmax(z)), batch mean: transformed teacher matching (Zheng and Yang, ICLR 2024).
 
     The teacher alone is transformed, by the power 1 / T of its probabilities; there is no T squared. With
     zscore: teacher softmax Z(v; T), student softmax Z(z; 1). Shapes, dtypes and errors as in `kd_loss`.
     """
-    return _transformed(student_logits, teacher_logits, temperature, zscore, correction, weighted=False)
+    return _transformed(student_logits, teacher_logits, temperature, zscore, correction, reduction, weight)
 
 
-def wttm_loss(student_logits, teacher_logits, temperature=4.0, *, zscore=False, correction=0):
+def wttm_loss(student_logits, teacher_logits, temperature=4.0, *, zscore=False, correction=0,
+              reduction="mean", weight=None):
     """TTM with each sample weighted by U = sum_k p_k^(1/T), the power sum of the teacher's p = softmax(v).
 
     For T of at least 1, U lies between 1 (a certain teacher) and K^(1 - 1/T) (a uniform one). With zscore
-    p = softmax Z(v; 1). See `ttm_loss`.
+    p = softmax Z(v; 1). U is no part of the mean's weights. See `ttm_loss`.
     """
-    return _transformed(student_logits, teacher_logits, temperature, zscore, correction, weighted=True)
+    return _transformed(student_logits, teacher_logits, temperature, zscore, correction, reduction, weight,
+                        powers=True)
 
 
-def _transformed(student_logits, teacher_logits, temperature, zscore, correction, weighted):
-    z, v, temperature = _pair(student_logits, teacher_logits, temperature)
+def _transformed(student_logits, teacher_logits, temperature, zscore, correction, reduction, weight,
+                 powers=False):
+    z, v, temperature, weight = _pair(student_logits, teacher_logits, temperature, weight)
     with _full_precision(z):
         z, v = (_softened(x, 1.0, zscore, correction) for x in (z, v))
         log_p, log_q = F.log_softmax(v / temperature, -1), F.log_softmax(z, -1)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-        if weighted:
+        if powers:
             kl = (F.log_softmax(v, -1) / temperature).logsumexp(-1).exp() * kl
-        return kl.mean()
+        return _mean(kl, reduction, weight)
 
 
 class CurriculumTemperature(torch.nn.Module):
@@ -227,11 +240,52 @@ def _softened(x, temperature, zscore, correction):
     return weighted_zscore(x, temperature, correction=correction) if zscore else x / temperature
 
 
-def _pair(student_logits, teacher_logits, base_temp, min_classes=2):
-    """Student, teacher detached, temperature, in one full precision. Checks what compiles: shapes, dtypes."""
+def _mean(losses, reduction, weight):
+    """The mean of losses (B,) or (B, 1), or themselves (B,), with weights (B,) where there are some."""
+    if reduction not in ("mean", "none"):
+        raise ValueError(f'reduction must be "mean" or "none", got {reduction!r}')
+    if weight is None:
+        return losses.mean() if reduction == "mean" else losses.flatten()
+    weight = weight.to(losses.dtype)
+    losses = weight * losses.flatten()
+    if reduction == "none":
+        return losses
+    total = weight.sum()
+    return losses.sum() / torch.where(total == 0, 1.0, total)
+
+
+def _counts(target, logits, ignore_index):
+    """Which targets (B,) are not ignored, as a mask. ValueError for what is no class, if it is seen."""
+    if target.shape != logits.shape[:1] or target.is_floating_point():
+        raise ValueError(f"target must be {len(logits)} class numbers, "
+                         f"got {target.dtype} of shape {tuple(target.shape)}")
+    target = target.long()      # 255 is -1 in int8
+    counts, classes = target != ignore_index, logits.shape[1]
+    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+        try:
+            strange = target[counts & ((target < 0) | (target >= classes))].tolist()
+        except RuntimeError:        # under torch.func.vmap, which has no values
+            strange = []
+        if strange:
+            raise ValueError(f"target {strange[0]} is no class number in [0, {classes}), nor ignored as "
+                             f"{ignore_index} is")
+    return counts
+
+
+def _pair(student_logits, teacher_logits, base_temp, weight=None, min_classes=2, target=None,
+          ignore_index=None):
+    """Student, teacher detached, temperature, in one full precision, and weights, with those of the targets.
+
+    Checks what compiles: shapes, dtypes. A row of weight 0 becomes constant: it has no loss, no gradient.
+    """
     if student_logits.shape != teacher_logits.shape or student_logits.dim() != 2:
+        dims = student_logits.dim()
+        hint = {3: "; tokens (B, T, K) are rows z.flatten(0, 1)",
+                4: "; maps (B, K, H, W) are rows z.movedim(1, -1).flatten(0, -2)"}.get(dims, "")
         raise ValueError("student and teacher logits must have one shape (B, K), got "
-                         f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}")
+                         f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}{hint}")
+    if weight is not None and weight.shape != student_logits.shape[:1]:
+        raise ValueError(f"weight must be ({len(student_logits)},), got shape {tuple(weight.shape)}")
     if student_logits.shape[0] == 0:
         raise ValueError(f"the batch is empty: logits of shape {tuple(student_logits.shape)}")
     if (isinstance(base_temp, torch.Tensor) and base_temp.numel() != 1
@@ -243,7 +297,13 @@ def _pair(student_logits, teacher_logits, base_temp, min_classes=2):
     dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype),
                                 torch.float32)
     temp = base_temp.to(dtype) if isinstance(base_temp, torch.Tensor) else base_temp
-    return student_logits.to(dtype), teacher_logits.detach().to(dtype), temp
+    z, v = student_logits.to(dtype), teacher_logits.detach().to(dtype)
+    if target is not None:
+        counts = _counts(target, z, ignore_index)
+        weight = counts if weight is None else weight * counts
+    if weight is not None:
+        z, v = (x.masked_fill((weight == 0)[:, None], 0.0) for x in (z, v))
+    return z, v, temp, weight
 
 
 def _check_classes(logits, base_temp, min_classes=2):

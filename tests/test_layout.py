@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = {       # ground first: each imports from those above it alone
     "zscore_kd": {"torch"},
+    "logit_kd": {"torch", "zscore_kd"},
     "feature_kd": {"torch"},
     "weights": {"torch", "safetensors"},
     "models": {"torch", "weights"},

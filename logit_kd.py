@@ -1,0 +1,144 @@
+"""Newer logit losses that plug onto standardization, and the form for large vocabularies.
+
+Copy it together with zscore_kd.py.
+
+Arguments, shapes and errors as in zscore_kd.py: logits (B, K), half precision is cast up, the teacher is
+detached, a scalar, unweighted, is returned; with zscore both sides are standardized first. Each is as its
+authors' code executes it. Of LLMs' vocabularies: above 10,000 classes take a base temperature of at most 0.5,
+or no standardization (the table in zscore_kd.py).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from zscore_kd import _full_precision, _mean, _pair, _softened, kd_loss, weighted_zscore
+
+
+def dist_loss(student_logits, teacher_logits, base_temp=4.0, *, beta=2.0, gamma=2.0, zscore=True,
+              correction=0):
+    """DIST (Huang et al., NeurIPS 2022, eq. 9): tau^2 (beta inter + gamma intra), of probabilities at tau.
+
+    inter: 1 - Pearson's correlation of the student's and the teacher's probabilities of a sample, mean over
+    the samples; intra: the same of a class over the batch, mean over the classes. What is constant correlates
+    with nothing. ImageNet: tau, beta and gamma 1. It takes no weight: intra is no sum over samples.
+    """
+    z, v, base_temp, _ = _pair(student_logits, teacher_logits, base_temp)
+    with _full_precision(z):
+        q, p = (_softened(x, base_temp, zscore, correction).log_softmax(-1) for x in (z, v))
+        inter = 1 - _correlation(q.exp(), p.exp())
+        # a class may be rare in all samples: its largest is brought to 1, which the correlation does not see
+        intra = 1 - _correlation(*((x - x.detach().amax(0)).exp().mT for x in (q, p)))
+        return (base_temp**2 * (beta * inter + gamma * intra)).mean()
+
+
+def rld_loss(student_logits, teacher_logits, target, base_temp=4.0, *, alpha=1.0, beta=8.0, zscore=True,
+             correction=0, reduction="mean", weight=None, ignore_index=-100):
+    """Refined logit distillation (Sun et al., ICCV 2025, eq. 7 to 9): tau^2 (alpha SCD + beta MCD).
+
+    SCD is the KL of (largest p of the teacher, rest) from (p of the target of the student, rest); MCD the KL
+    among the classes that the teacher ranks below the target, 0 where there is none. Where the teacher's
+    largest is the target this is `dkd_loss`. target, ignore_index as there.
+    """
+    z, v, base_temp, weight = _pair(student_logits, teacher_logits, base_temp, weight, 2, target,
+                                    ignore_index)
+    with _full_precision(z):
+        is_target = target[:, None] == torch.arange(z.shape[1], device=z.device)
+        raw = torch.where(is_target, v, -torch.inf).amax(-1, keepdim=True)     # v_y; Z and tau keep the order
+        below = v < raw
+        z, v = (_softened(x, base_temp, zscore, correction) for x in (z, v))
+        is_largest = torch.arange(z.shape[1], device=z.device) == v.argmax(-1, keepdim=True)
+        known = is_target.any(-1) | (weight == 0)
+        t_one, t_rest = _two(v, is_largest)
+        s_one, s_rest = _two(z, is_target)
+        scd = t_one.exp() * (t_one - s_one) + t_rest.exp() * (t_rest - s_rest)
+        log_p, log_q = (_among(x, below) for x in (v, z))
+        mcd = (log_p.exp().masked_fill(~below, 0.0) * (log_p - log_q)).sum(-1)
+        loss = torch.where(known, alpha * scd + beta * mcd, torch.nan)
+        return _mean(base_temp**2 * loss[:, None], reduction, weight)
+
+
+def crld_loss(student_weak, teacher_weak, student_strong, teacher_strong, base_temp=4.0, *, within=2.0,
+              across=0.5, zscore=True, correction=0):
+    """The distillation part of CRLD (Zhang et al., ACM MM 2024): both views, within and across them.
+
+    `within` times the KDs of each view with itself where the teacher's weak view is confident (largest p at
+    least 0.9), plus `across` times those of each with the other where its strong view is (0.2); batch mean.
+    """
+    confident = [(x.detach().to(torch.promote_types(x.dtype, torch.float32)).softmax(-1).amax(-1)
+                  >= least).to(torch.float32)
+                 for x, least in ((teacher_weak, 0.9), (teacher_strong, 0.2))]
+
+    def kd(z, v):
+        return kd_loss(z, v, base_temp, zscore=zscore, correction=correction, reduction="none")
+
+    other = kd(student_strong, teacher_weak) + kd(student_weak, teacher_strong)     # first: checks both views
+    own = kd(student_weak, teacher_weak) + kd(student_strong, teacher_strong)
+    return (within * confident[0] * own + across * confident[1] * other).mean()
+
+
+def entropy_weight(student_logits, teacher_logits, temperature=3.0):
+    """EA-KD's weight of each sample (Su et al., ICCV 2025), (B,), for `weight=`; no gradient flows here.
+
+    (H_t + H_t H_s / ln K) / 2, H the entropies of the raw logits' softmaxes at `temperature` (ImageNet: 2).
+    EA-KD's loss is the mean of w times the loss: (w * kd_loss(..., reduction="none")).mean().
+    """
+    z, v, temperature, _ = _pair(student_logits.detach(), teacher_logits, temperature)
+    with _full_precision(z):
+        h_student, h_teacher = (torch.special.entr(F.softmax(x / temperature, -1)).sum(-1) for x in (z, v))
+        return 0.5 * h_teacher * (1 + h_student / math.log(z.shape[1]))
+
+
+def linear_kd_loss(student_hidden, student_weight, teacher_hidden, teacher_weight, base_temp=1.0, *,
+                   zscore=True, weight=None, chunk=256):
+    """`kd_loss` of hidden states (N, H), (N, H') and the heads' weights (V, H), (V, H'), without any (N, V).
+
+    The logits of `chunk` tokens at a time are computed, and once more in the backward pass, so that memory
+    does not grow with N. weight: (N,), for instance the mask of the tokens that count. Returns a scalar.
+    """
+    for hidden, matrix in ((student_hidden, student_weight), (teacher_hidden, teacher_weight)):
+        if hidden.dim() != 2 or matrix.dim() != 2 or hidden.shape[1] != matrix.shape[1]:
+            raise ValueError("hidden states (N, H) and a weight (V, H) are needed, got "
+                             f"{tuple(hidden.shape)} and {tuple(matrix.shape)}")
+    if isinstance(base_temp, torch.Tensor) and base_temp.numel() != 1:
+        raise ValueError(f"a tensor temperature must be one number, got shape {tuple(base_temp.shape)}")
+    n = len(student_hidden)
+    if len(teacher_hidden) != n or n == 0 or chunk < 1 or weight is not None and weight.shape != (n,):
+        raise ValueError(f"{n} student's and {len(teacher_hidden)} teacher's tokens, chunk {chunk}, weight "
+                         f"{None if weight is None else tuple(weight.shape)}: the first two must be equal")
+
+    def part(h_student, h_teacher, w):
+        h_student, h_teacher = (h.masked_fill((w == 0)[:, None], 0.0) for h in (h_student, h_teacher))
+        with torch.no_grad():
+            v = h_teacher @ teacher_weight.mT
+        return kd_loss(h_student @ student_weight.mT, v, base_temp, zscore=zscore, reduction="none",
+                       weight=w).sum()
+
+    counts = torch.ones(n, device=student_hidden.device) if weight is None else weight
+    total = sum(checkpoint(part, *xs, use_reentrant=False) for xs in
+                zip(*(x.split(chunk) for x in (student_hidden, teacher_hidden, counts))))
+    number = counts.to(total.dtype).sum()
+    return total / torch.where(number == 0, 1.0, number)
+
+
+def _correlation(x, y):
+    """The mean of Pearson's correlations of two matrices' rows, the mean products of z-scores."""
+    if x.shape[-1] == 1:        # a batch of one: a class's only number is constant
+        return 0.0
+    return (weighted_zscore(x) * weighted_zscore(y)).mean()
+
+
+def _two(x, one):
+    """log p of the class in the mask `one` (B, K) and of all others together, both (B,)."""
+    x = x - x.detach().amax(-1, keepdim=True)       # +inf becomes NaN, and shows
+    gap = x.masked_fill(~one, 0.0).sum(-1) - x.masked_fill(one, -torch.inf).logsumexp(-1)
+    return F.logsigmoid(gap), F.logsigmoid(-gap)
+
+
+def _among(x, mask):
+    """log p (B, K) among the classes of a mask; 0 elsewhere, and where a row has none."""
+    x = x - x.detach().amax(-1, keepdim=True)
+    none = ~mask.any(-1, keepdim=True)
+    return F.log_softmax(x.masked_fill(~(mask | none), -torch.inf), -1).masked_fill(~mask, 0.0)
