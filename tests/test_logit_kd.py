@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import zscore_kd
 from logit_kd import crld_loss, dist_loss, entropy_weight, linear_kd_loss, rld_loss
 from test_zscore import dkd_reference, logits
 from zscore_kd import METHODS, distillation_loss, dkd_loss, kd_loss, ttm_loss, weighted_zscore, wttm_loss
@@ -826,3 +827,6 @@ def test_the_teachers_top_probability_of_a_real_shaped_row(k, deviations, top):
         sigma = (1 + deviations**2 / k) ** 0.5 * tau
         mean = np.exp(deviations / sigma) / (np.exp(deviations / sigma) + k * np.exp(0.5 / sigma**2))
         assert p == pytest.approx(mean, rel=0.2 if k < 1000 else 0.05), tau
+    if deviations == 8:
+        lines = [line.split() for line in zscore_kd.__doc__.splitlines()]
+        assert [float(x) for x in [line for line in lines if line[:1] == [str(k)]][-1][1:]] == list(top)

@@ -71,6 +71,14 @@ class Net(Small):
     def norms_before_relu(self):
         return [self.bn1, self.bn2]
 
+class Bare(Small):
+    def forward(self, x, features=False):
+        return self.fc(self.maps(x)[1][-1].mean((2, 3)))
+
+class Looping(Net):
+    def maps(self, x):
+        return super().maps(torch.stack([x[i] for i in range(len(x))]))
+
 class Dropping(Net):
     def maps(self, x):
         pre, post = super().maps(x)
@@ -784,6 +792,12 @@ def test_a_folders_name_and_recipe_say_the_feature(files, tmp_path, monkeypatch)
      "nets-Mute gives no features: its forward(x, features=True) must return"),
     (1, "--teacher nets.py:Mute --student resnet8 --method none --feature crd --dry-run",
      "nets-Mute gives no features: its forward(x, features=True) must return"),
+    (1, "--teacher resnet20 --student nets.py:Bare --method none --feature at --dry-run",
+     "--feature at fails between resnet20 and nets-Bare ("),
+    (1, "--teacher nets.py:Bare --student resnet8 --method none --feature crd --dry-run",
+     "--feature crd fails between nets-Bare and resnet8 ("),
+    (1, "--teacher resnet20 --student nets.py:Looping --method none --feature simkd --dry-run",
+     "--feature simkd fails between resnet20 and nets-Looping ("),
     *((2, f"--teacher resnet14 --student resnet8 --data synthetic --method none --feature {name} {more}",
        f"--feature {name} compares images, and of 6")
       for name in ("rkd", "reviewkd") for more in ("--train-images 65", "--train-images 65 --epochs 1 --lr 1",
@@ -852,3 +866,28 @@ def test_simkd_with_ones_own_network_that_drops_out(tmp_path):
     images, _ = images_of(16, 2)
     with torch.no_grad():
         assert torch.equal(network(images), network(images))
+
+
+def test_a_simkd_file_that_was_edited_is_one_line(tmp_path):
+    torch.save({"model": create_model("resnet8").state_dict(), "student": "resnet8", "simkd": [1, 2]}, "x.pt")
+    words = ["--eval", "x.pt", "--data", "synthetic", "--device", "cpu"]
+    result = CliRunner().invoke(train_cifar.main, words)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: the file's SimKD network of resnet8 cannot be built (TypeError")
+
+
+def test_what_cannot_be_counted_costs_no_run():
+    """As attention with its own operators: the network is trained, its multiply-accumulates are not known."""
+    network = torch.nn.Sequential(create_model("resnet8"))
+    network.register_forward_hook(lambda *_: next(iter(())))
+    assert distill.cost(network, 32, torch.device("cpu")) == {"parameters": 83892, "macs": None}
+
+
+def test_torchvisions_shufflenet_teaches_what_its_classifier_sees():
+    """Its last stage is not what is pooled: SimKD's students would meet a classifier of another width."""
+    student, taught = (networks.create(name, 10, networks.TORCHVISION)
+                       for name in ("resnet18", "shufflenet_v2_x0_5"))
+    recipe = {"feature": "simkd", "factor": 2}
+    method = networks.feature_method(recipe, student, taught, torch.arange(2), 64, call=True)
+    assert method.fc.in_features == 1024
+    assert method.deploy(student).eval()(torch.zeros(2, 3, 64, 64)).shape == (2, 10)
