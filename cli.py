@@ -46,9 +46,13 @@ def check_method(flags, networks):
             flags["teacher"] = flags["teacher_checkpoint"] = None
     if flags["feature_weight"] is not None and not flags["feature"]:
         raise click.UsageError("--feature-weight is for --feature NAME, which is not given")
-    for flag, method in (("alpha", "dkd"), ("beta", "dkd"), ("zscore_relations", "mlkd")):
-        if flags[flag] is not None and flags["method"] != method:
-            raise click.UsageError(f"--{flag.replace('_', '-')} is for --method {method}, "
+    if flags["entropy_weight"] and flags["method"] in ("none", "mlkd", "dist"):
+        raise click.UsageError("--entropy-weight weights the losses of samples, which --method "
+                               f"{flags['method']} does not have")
+    for flag, *methods in (("alpha", "dkd", "rld"), ("beta", "dkd", "rld", "dist"),
+                           ("zscore_relations", "mlkd")):
+        if flags[flag] is not None and flags["method"] not in methods:
+            raise click.UsageError(f"--{flag.replace('_', '-')} is for --method {', '.join(methods)}, "
                                    f"not {flags['method']}")
     if flags["zscore_relations"] and not flags["zscore"]:
         raise click.UsageError("--zscore-relations needs --zscore")
@@ -227,8 +231,11 @@ SHARED = [
                  help="Temperature of the method.  [default: recipe]"),
     click.option("--kd-weight", type=WEIGHT, metavar="W", help="lambda_KD.  [default: recipe]"),
     click.option("--ce-weight", type=WEIGHT, metavar="W", help="lambda_CE.  [default: recipe]"),
-    click.option("--alpha", type=WEIGHT, help="DKD: weight of the target class's part.  [default: recipe]"),
-    click.option("--beta", type=WEIGHT, help="DKD: weight of the other classes' part.  [default: recipe]"),
+    click.option("--alpha", type=WEIGHT, help="DKD, RLD: weight of the target's part.  [default: recipe]"),
+    click.option("--beta", type=WEIGHT,
+                 help="DKD, RLD: weight of the other classes' part; DIST: of the samples'.  "
+                      "[default: recipe]"),
+    click.option("--entropy-weight", is_flag=True, help="EA-KD: samples weighted by both sides' entropies."),
     click.option("--zscore-relations/--no-zscore-relations", default=None,
                  help="MLKD with --zscore: standardize the class and batch relations too.  "
                       "[default: recipe]"),

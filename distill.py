@@ -21,16 +21,18 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
 from cli import Progress, check_batch, duration, peak_memory
+from logit_kd import distillation_loss
 from models import float32_head
 from networks import feature_method
 from recipes import key, recipe_epoch, schedule
 from run import Run, RunError, Stop, Stopped, collect_facts, first_line
-from zscore_kd import CurriculumTemperature, distillation_loss
+from zscore_kd import CurriculumTemperature
 
 HELD = 16       # steps
 KEPT = "the last checkpoint in {} is kept. Try a smaller --lr or --kd-weight, in another --out"
 SHOWN = ("lr", "epochs", "batch_size", "weight_decay", "ce_weight", "kd_weight", "base_temp", "alpha", "beta",
-         "span", "zscore_relations", "feature_weight", "feature_ramp", "resolution", "normalize", "factor",
+         "gamma", "entropy_temp", "span", "zscore_relations", "feature_weight", "feature_ramp", "resolution",
+         "normalize", "factor",
          "precision", "compile", "exact_teacher", "size", "images", "train_images", "val_from_train")
 FACTS = ("student", "teacher", "method", "zscore", "feature", "base_temp", "epochs", "seed", "data", "size",
          "train_images", "val_from_train")      # of the recipe, kept in student.pt
@@ -105,7 +107,8 @@ class Distiller(nn.Module):
         kd = torch.zeros_like(ce)
         if v:
             tau = self.temperature(self.reversal) if self.temperature else r["base_temp"]
-            options = {k: r[k] for k in ("alpha", "beta", "zscore_relations") if k in r}
+            options = {k: r[k] for k in ("alpha", "beta", "gamma", "entropy_temp", "zscore_relations")
+                       if k in r}
             kd = distillation_loss(r["method"], z[0], v[0], target, tau,            # lines 3, 4: tau^2 L_KD
                                    zscore=r["zscore"], student_strong=z[-1], teacher_strong=v[-1],
                                    **options)
@@ -530,7 +533,8 @@ def distil(recipe, data, student, folder, world, *, teacher=None, published=None
     values = ", ".join(f"{k} {recipe[k]}" for k in SHOWN
                        if recipe.get(k) not in (None, False) or k == "ce_weight")
     feature = recipe.get("feature")
-    world.print(f"{run.folder}: {key(recipe['method'], recipe['zscore'], feature)}, {values}")
+    method = key(recipe["method"], recipe["zscore"], feature, recipe.get("entropy_temp"))
+    world.print(f"{run.folder}: {method}, {values}")
     batch = recipe["batch_size"]
     share = batch // world.size // micro_batches(batch, world.size, how.get("micro_batch"))
     check_batch(recipe, data.train_images, min(share, data.images % batch or batch))

@@ -14,7 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import zscore_kd
 from zscore_kd import _full_precision, _mean, _pair, _softened, kd_loss, weighted_zscore
+
+METHODS = (*zscore_kd.METHODS, "dist", "rld")
 
 
 def dist_loss(student_logits, teacher_logits, base_temp=4.0, *, beta=2.0, gamma=2.0, zscore=True,
@@ -121,6 +124,28 @@ def linear_kd_loss(student_hidden, student_weight, teacher_hidden, teacher_weigh
                 zip(*(x.split(chunk) for x in (student_hidden, teacher_hidden, counts))))
     number = counts.to(total.dtype).sum()
     return total / torch.where(number == 0, 1.0, number)
+
+
+def distillation_loss(method, student_logits, teacher_logits, target=None, base_temp=4.0, *, gamma=2.0,
+                      entropy_temp=None, **options):
+    """`zscore_kd.distillation_loss` of these METHODS, which has the other options.
+
+    gamma: for "dist". entropy_temp: that of EA-KD's weights, by which the samples' losses are multiplied
+    before the mean; None: by nothing. TypeError for methods without a loss of a sample, "mlkd" and "dist".
+    """
+    z, v = student_logits, teacher_logits
+    if method == "dist":
+        if entropy_temp:
+            raise TypeError("method 'dist' has no loss of a sample")
+        wanted = {k: options[k] for k in ("beta", "zscore", "correction") if k in options}
+        return dist_loss(z, v, base_temp, gamma=gamma, **wanted)
+    reduction = {"reduction": "none" if entropy_temp else "mean"}
+    if method == "rld":
+        wanted = {k: options[k] for k in ("alpha", "beta", "zscore", "correction") if k in options}
+        loss = rld_loss(z, v, target, base_temp, **wanted, **reduction)
+    else:
+        loss = zscore_kd.distillation_loss(method, z, v, target, base_temp, **options, **reduction)
+    return (entropy_weight(z, v, entropy_temp) * loss).mean() if entropy_temp else loss
 
 
 def _correlation(x, y):

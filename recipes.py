@@ -10,11 +10,12 @@ FEATURES to a method: alone (method "none") it is the published baseline, cross-
 import math
 import re
 
-METHODS = ("none", "kd", "dkd", "mlkd", "ctkd", "ttm", "wttm")
+METHODS = ("none", "kd", "dkd", "mlkd", "ctkd", "ttm", "wttm", "dist", "rld")
 FEATURES = ("fitnet", "at", "rkd", "crd", "ofd", "reviewkd", "simkd", "catkd")
 FEATURE_NAMES = dict(zip(FEATURES, ("FitNet", "AT", "RKD", "CRD", "OFD", "ReviewKD", "SimKD", "CAT-KD")))
 SOURCES = ("authors", "released")
 COLUMNS = ("kd", "kd-z", "ctkd", "ctkd-z", "dkd", "dkd-z", "mlkd", "mlkd-z", "ttm", "wttm")
+NEWER_COLUMNS = ("dist", "rld", "kd-ea")      # of other papers, whose numbers are NEWER
 LOGGED_COLUMNS = ("kd-z", "ctkd-z", "dkd-z", "mlkd-z")
 
 # Common to all runs of a data set; MobileNets and ShuffleNets take 0.01 on CIFAR-100, the field's rule.
@@ -38,6 +39,10 @@ NUMBERS = {
     "mlkd-z": ((2, 9, 0.1),   (2, 9, 0.1),    (2, 9, 0.5)),
     "ttm":    ((10, 45, 1),) * 3,
     "wttm":   ((5, 4, 1),) * 3,
+    "dist":   ((4, 2, 1),     (4, 2, 1),      (1, 2, 1)),
+    "dist-z": ((2, 2, 1),     (2, 2, 1),      (1, 2, 1)),
+    "rld":    ((4, 1, 1),     (4, 1, 1),      (1, 1, 1)),
+    "rld-z":  ((2, 9, 1),     (2, 9, 1),      (2, 9, 1)),
 }
 # From the logs' names: (tau, lambda_KD[, beta]); lambda multiplies DKD's alpha (1) and beta. MLKD+Z: (tau,
 # lambda, learning rate, epochs). DKD's beta without Z is the released configuration's; without one 8 is run.
@@ -126,6 +131,12 @@ IMAGENET_TOP5 = {   # teacher, student alone, then the same columns
     ("resnet34", "resnet18"):    (91.42, 89.07, 90.05, 90.29, 90.27, 90.46, 90.41, 90.58, 90.55, 90.74),
     ("resnet50", "MobileNetV1"): (92.86, 88.76, 89.80, 90.80, 90.11, 91.25, 91.05, 91.23, 91.42, 91.59),
 }
+NEWER = {       # DIST: its paper's; RLD: its paper's on CIFAR-100; the others read in other papers
+    #                            DIST   RLD    KD with EA
+    ("resnet32x4", "resnet8x4"): (76.31, 76.64, 75.46),
+    ("resnet34", "resnet18"):    (72.07, 71.91, 71.79),
+    ("resnet50", "MobileNetV1"): (73.24, 72.75, None),
+}
 # fmt: on
 IMAGENET_LOGGED = {("resnet34", "resnet18"): (71.26, None, None, None)}
 
@@ -148,6 +159,8 @@ UNSURE = (
     ("any", "wttm", "not published per pair: exponent 0.2, weight 4 are those of vgg13 -> vgg8 with CRD"),
     ("any", "ttm-z", "no paper has TTM with standardization: the numbers are TTM's"),
     ("any", "wttm-z", "no paper has WTTM with standardization: the numbers are WTTM's"),
+    ("any", "dist-z rld-z", "no paper has it: DIST's weight, DKD+Z's numbers"),
+    ("any", "ea", "with a standardized loss it is published for MLKD alone; KD's number was read elsewhere"),
     ("ResNet50-MobileNetV2", "reviewkd", "a user of mdistiller reached the published accuracy with 30"),
     ("any", "reviewkd catkd", "no number is published for the pair: that of pairs like it is run"),
 )
@@ -161,17 +174,20 @@ IMAGENET_UNSURE = (
     ("any", "mlkd-z", "the released configuration does not run: temperature and weight are KD+Z's"),
     ("any", "ttm wttm", "no exponent and weight are published: those of CIFAR-100"),
     ("any", "ttm-z wttm-z", "no paper has it"),
+    ("any", "dist-z rld-z", "no paper has it: DIST's weight, DKD+Z's numbers"),
+    ("any", "rld ea", "the published number was read in another paper"),
     ("any", "at rkd crd simkd", "the weight is CIFAR-100's: no other was found"),
 )
 
 
-def key(method, zscore, feature=None):
-    """The name of a method in the tables: "kd", "kd-z", "kd-z-crd"; "crd" alone."""
-    name = f"{method}-z" if zscore else method
+def key(method, zscore, feature=None, entropy=False):
+    """The name of a method in the tables: "kd", "kd-z", "kd-z-ea", "kd-z-crd"; "crd" alone."""
+    name = method + "-z" * bool(zscore) + "-ea" * bool(entropy)
     return name if feature is None else feature if method == "none" else f"{name}-{feature}"
 
 
-def recipe(teacher, student, method, zscore=False, source="authors", data="cifar100", feature=None):
+def recipe(teacher, student, method, zscore=False, source="authors", data="cifar100", feature=None,
+           entropy=False):
     """Every number of one run, a dict. ValueError for an unknown method or feature.
 
     known: whether a paper has this pair (for "none" without a feature: this network); one that none has takes
@@ -179,6 +195,7 @@ def recipe(teacher, student, method, zscore=False, source="authors", data="cifar
     divided by ten. base_temp: tau, the temperature of every method. kd_weight, ce_weight: lambda_KD,
     lambda_CE. alpha, beta: DKD's, before kd_weight multiplies both; warmup: epochs of its ramp. span: CTKD's
     range of temperatures above base_temp; ramp: epochs of its reversal.
+    entropy_temp: that of EA-KD's weights, where `entropy` asks for them. gamma: DIST's.
     With a feature: feature, its name; feature_weight; feature_ramp: epochs of ReviewKD's ramp; resolution,
     normalize: the side of CAT-KD's maps, whether they are normalised; factor: how much narrower SimKD's
     projector is inside. SimKD has no cross-entropy, whatever the method.
@@ -204,11 +221,18 @@ def recipe(teacher, student, method, zscore=False, source="authors", data="cifar
     elif method == "dkd":
         beta = (2 if teacher == "resnet50" else 0.5) if large else dkd_z[2] if logs else beta or 8
         r |= {"alpha": 1.0, "warmup": 1 if large else 20, "beta": float(beta)}
+    elif method == "dist":
+        r |= {"beta": 1.0 if large else 2.0, "gamma": 1.0 if large else 2.0}
+    elif method == "rld":
+        r |= {"alpha": 1.0, "warmup": 1 if large else 20,
+              "beta": 8.0 if not large else 2.0 if teacher == "resnet50" else 0.5}
     elif method == "mlkd":
         lr, epochs = (0.2 if teacher == "resnet50" else 0.1, 100) if large else mlkd_z[2:]
         r |= {"lr": lr, "epochs": epochs, "zscore_relations": logs}
     elif method == "ctkd":
         r |= {"span": 40.0 if logs else 20.0, "ramp": 5 if large else 10}
+    if entropy:
+        r["entropy_temp"] = 2.0 if large else 3.0
     return r if feature is None else r | _feature(teacher, student, feature)
 
 
@@ -232,7 +256,8 @@ def known(of, data="cifar100"):
     return recipe(*names, data=data, feature=of.get("feature"))["known"]
 
 
-def unsure(teacher, student, method, zscore=False, source="authors", data="cifar100", feature=None):
+def unsure(teacher, student, method, zscore=False, source="authors", data="cifar100", feature=None,
+           entropy=False):
     """Why a recipe's numbers are in doubt, a list of reasons, empty where they are not."""
     name, pair = key(method, zscore), f"{teacher}-{student}"
     if data == "imagenet":
@@ -245,11 +270,13 @@ def unsure(teacher, student, method, zscore=False, source="authors", data="cifar
     numbers = dict(zip(("reviewkd", "catkd"), FEATURE_PAIRS.get((teacher, student), (None, None))))
     if feature and (data == "imagenet" or numbers.get(feature, 0) is None):
         doubts.add(feature)
+    if entropy:
+        doubts.add("ea")
     return [reason for pairs, names, reason in (IMAGENET_UNSURE if data == "imagenet" else UNSURE)
             if doubts & {*names.split()} and {pair, "any"} & {*pairs.split()}]
 
 
-def published(teacher, student, method, zscore=False, data="cifar100", feature=None):
+def published(teacher, student, method, zscore=False, data="cifar100", feature=None, entropy=False):
     """Published top-1 (%), "none": the student's alone, "teacher": the teacher's; None if there is none.
 
     With a feature the poster's, which has them without a method ("none") only.
@@ -260,12 +287,14 @@ def published(teacher, student, method, zscore=False, data="cifar100", feature=N
         return dict(zip(FEATURES, rows.get((teacher, student), ()))).get(feature)
     if method in ("none", "teacher"):
         return alone.get(teacher if method == "teacher" else student)
-    return dict(zip(COLUMNS, rows.get((teacher, student), ()))).get(key(method, zscore))
+    pair, name = (teacher, student), key(method, zscore, None, entropy)
+    return dict(zip(COLUMNS + NEWER_COLUMNS, (*rows.get(pair, (None,) * len(COLUMNS)), *NEWER.get(pair, ()))
+                    )).get(name)
 
 
-def logged(teacher, student, method, zscore=False, data="cifar100", feature=None):
+def logged(teacher, student, method, zscore=False, data="cifar100", feature=None, entropy=False):
     """Top-1 (%) of the last epoch of the authors' log; None where there is none, as for every feature."""
-    rows = {} if feature else IMAGENET_LOGGED if data == "imagenet" else PAIRS
+    rows = {} if feature or entropy else IMAGENET_LOGGED if data == "imagenet" else PAIRS
     return dict(zip(LOGGED_COLUMNS, rows.get((teacher, student), ())[-4:])).get(key(method, zscore))
 
 
@@ -345,6 +374,11 @@ def table(data="cifar100"):
               "CTKD's temperature lies between the given one and it + 20, + 40 with Z. MLKD+Z standardizes "
               "relations too." + " The released code has + 20, raw relations." * (not large)]
 
+    dist, rld = (recipe(*next(iter(pairs)), method, data=data) for method in ("dist", "rld"))
+    lines.append(f"DIST: temperature {dist['base_temp']:g}, weight {dist['kd_weight']:g}, beta and gamma "
+                 f"{dist['beta']:g}. RLD: {rld['base_temp']:g}, {rld['kd_weight']:g}, beta {rld['beta']:g}."
+                 + " EA-KD is KD's recipe with --entropy-weight.")
+
     name = "ImageNet top-1 / top-5" if large else "CIFAR-100 top-1"
     lines += ["", f"Published {name}, %; in brackets the last epoch of the authors' log, top-1:", ""]
     rows = [["teacher -> student", "teacher", "alone", *shown.values()]]
@@ -357,6 +391,11 @@ def table(data="cifar100"):
                          + (f" ({last:.2f})" if last else ""))
         rows.append(cells)
     lines += _aligned(rows)
+    newer = {pair: numbers for pair, numbers in NEWER.items() if pair in pairs}
+    lines += ["", "DIST, RLD, and KD with --entropy-weight (EA-KD), of their own or other papers:", ""]
+    lines += _aligned([["teacher -> student", "DIST", "RLD", "KD, EA"],
+                       *([" -> ".join(pair), *(f"{x:.2f}" if x else "-" for x in numbers)]
+                         for pair, numbers in newer.items())])
     if not large:
         rows = [["teacher -> student", *FEATURE_NAMES.values()]]
         rows += [[" -> ".join(pair), *map("{:.2f}".format, row)] for pair, row in FEATURE_PUBLISHED.items()]

@@ -39,7 +39,8 @@ PAIRS = ("resnet32x4-resnet8x4", "resnet32x4-ShuffleV2", "resnet32x4-wrn_16_2", 
          "wrn_40_2-wrn_16_2", "resnet56-resnet20", "resnet110-resnet32", "resnet110-resnet20")
 METHODS = ("none", "kd", "kd-z", "dkd", "dkd-z", "mlkd-z", "mlkd-z-released", "ctkd-z", "wttm")
 KNOWN_METHODS = ("none", *(f"{c}{r}" for c in recipes.COLUMNS for r in ("", "-released")), *recipes.FEATURES,
-                 *(f"{c}-{f}" for c in recipes.COLUMNS for f in recipes.FEATURES))
+                 *(f"{c}-{f}" for c in recipes.COLUMNS for f in recipes.FEATURES),
+                 "dist", "dist-z", "rld", "rld-z", "kd-ea", "kd-z-ea", "dkd-z-ea")
 KEPT = ("resnet32x4-resnet8x4", "resnet8x4", *TEACHERS)     # whose students are kept in checkpoints/
 LARGEST = 16e6      # bytes of a checkpoint that is kept
 NOISE = 0.25        # points: how the last epoch of full-length runs deviates from seed to seed
@@ -86,10 +87,10 @@ def rows_of(pairs, methods):
 
 
 def words(method):
-    """(method, zscore, released, feature) of a name as in KNOWN_METHODS: kd-z, crd, kd-z-crd."""
+    """(method, zscore, released, feature, entropy) of a name in KNOWN_METHODS: kd-z, crd, kd-z-crd, kd-ea."""
     name, *rest = method.split("-")
     feature = next((word for word in (name, *rest) if word in recipes.FEATURES), None)
-    return "none" if name == feature else name, "z" in rest, "released" in rest, feature
+    return "none" if name == feature else name, "z" in rest, "released" in rest, feature, "ea" in rest
 
 
 def budget_of(recipe):
@@ -120,9 +121,9 @@ class Reproduction:
         self.hashes = {}        # of files of weights
 
     def row(self, teacher, student, method, seed):
-        flags, (name, z, released, feature) = self.flags, words(method)
+        flags, (name, z, released, feature, entropy) = self.flags, words(method)
         arguments = options(teacher=teacher, student=student, method=name, feature=feature)
-        arguments += ["--zscore"] * z + ["--recipe", "released"] * released
+        arguments += ["--zscore"] * z + ["--entropy-weight"] * entropy + ["--recipe", "released"] * released
         arguments += options(teacher_checkpoint=flags["teacher_checkpoint"] if teacher else None, seed=seed,
                              **{k: flags[k] for k in ("epochs", "train_images", "precision")},
                              data=None if flags["data"] == "cifar100" else flags["data"])
@@ -363,17 +364,18 @@ HEAD = ("pair", "method", "last epoch, top-1", "best, chosen on test", "paper", 
 def table_row(key, cells):
     """One line of a table; "" where there is nothing to say."""
     (teacher, student, method), cell = key, cells[key]
-    (name, z, released, feature), record = words(method), next(iter(cell.values()))
+    (name, z, released, *more), record = words(method), next(iter(cell.values()))
+    feature, entropy = more
     plain = cells.get((teacher, student, method.replace("-z", "")), {}) if z else {}
     alike = ("teacher_sha256", "precision", "compile")      # the two methods' recipes differ anyway
     seeds = [s for s in cell if s in plain and not differences(
         *({k: c[s]["recipe"][k] for k in alike if k in c[s]["recipe"]} for c in (plain, cell)))]
     last = [[c[s]["last"]["top1"] for s in seeds] for c in (cell, plain)]
     gain = [a - b for a, b in zip(*last)]
-    published, baseline = (recipes.published(teacher, student, name, on, feature=feature)
-                           for on in (z, False))
-    logged = recipes.logged(teacher, student, name, z, feature=feature)
-    shown = [name.upper() + "+Z" * z] if name != "none" else []
+    more = {"feature": feature, "entropy": entropy}
+    published, baseline = (recipes.published(teacher, student, name, on, **more) for on in (z, False))
+    logged = recipes.logged(teacher, student, name, z, **more)
+    shown = [name.upper() + "+Z" * z + ", EA" * entropy] if name != "none" else []
     shown += [recipes.FEATURE_NAMES[feature]] if feature else []
     deployed = (f"{record['parameters']:,} parameters, {record['macs'] / 1e6:.1f} M multiply-accumulates"
                 if feature == "simkd" else "")

@@ -33,13 +33,13 @@ from data import CIFAR, Data, Pixels, Split, crop_and_flip, epoch_draws, load_da
 from distill import check_teacher, distil, evaluate
 from distributed import World
 from folders import load_small
+from logit_kd import METHODS
 from models import MODELS, class_count, weights_sha256
 from networks import (begin_with, check, check_feature, create, fitting, identify, label, layout, pixels_of,
                       restored, settle)
 from randaugment import strong_draws, strong_view
 from run import RunError
 from teacher import ARCHIVE_URL, CHECKPOINTS, Teacher, check_names, find_teacher, load_teacher
-from zscore_kd import METHODS
 
 # images that are augmented, and the teacher is asked about, at once
 CHUNK = {"cuda": 8192, "mps": 1024, "cpu": 1024}
@@ -115,7 +115,7 @@ def evaluation(split, pixels):
 def resolve(flags, device):
     """The run's recipe: the pair's, with the flags that were given. Returns (recipe, lines to print)."""
     names = [flags[k] for k in ("teacher", "student", "method", "zscore", "recipe")]
-    more = {"feature": flags["feature"]}
+    more = {"feature": flags["feature"], "entropy": flags["entropy_weight"]}
     recipe, lines = cli.resolve(flags, recipes.recipe(*names, **more), recipes.unsure(*names, **more), device)
     recipe |= {"data": flags["data"], "train_images": flags["train_images"]}
     if flags["data"] == "folder":
@@ -127,7 +127,8 @@ def run_name(recipe):
     """The folder's name: resnet32x4-resnet8x4-kd-z-seed0."""
     pair = [label(recipe["teacher"])] if recipe["teacher"] else []
     data = [] if recipe["data"] == "cifar100" else [recipe.get("folder", recipe["data"])]
-    method = recipes.key(recipe["method"], recipe["zscore"], recipe.get("feature"))
+    method = recipes.key(recipe["method"], recipe["zscore"], recipe.get("feature"),
+                         recipe.get("entropy_temp"))
     return "-".join([*pair, label(recipe["student"]), method, *data, f"seed{recipe['seed']}"])
 
 
@@ -171,7 +172,7 @@ def run_one(recipe, data, teacher, flags, world, stop_after=None):
         recipe["student_sha256"] = weights_sha256(student)
     student.to(world.device, memory_format=layout(student))
     names = [recipe[k] for k in ("teacher", "student", "method", "zscore")]
-    more = {"feature": recipe.get("feature")}
+    more = {"feature": recipe.get("feature"), "entropy": bool(recipe.get("entropy_temp"))}
     known = ({"published": recipes.published(*names, **more), "logged": recipes.logged(*names, **more)}
              if recipe["data"] == "cifar100" else {})
     folder = Path(flags["out"]) / run_name(recipe)
@@ -302,8 +303,8 @@ def train_teacher(recipe, flags, world):
     own = recipe["data"] not in CIFAR
     alone = {**flags, **dict.fromkeys(cli.GIVEN), "teacher": None, "teacher_checkpoint": None,
              "student": recipe["teacher"], "student_checkpoint": None, "method": "none", "feature": None,
-             "zscore": False, "recipe": "authors", "val_from_train": 0, "seed": 0, "train_images": None,
-             "precision": recipe["precision"]}
+             "entropy_weight": False, "zscore": False, "recipe": "authors", "val_from_train": 0, "seed": 0,
+             "train_images": None, "precision": recipe["precision"]}
     if own:
         alone |= {k: flags[k] for k in ("epochs", "batch_size", "train_images", "val_from_train")}
     try:

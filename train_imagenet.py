@@ -29,6 +29,7 @@ from distill import check_teacher, distil, evaluate, micro_batches
 from distributed import World
 from folders import (FolderImages, folder_batches, folder_keys, imagenet_pixels, load_folders,
                      normalise_folder, shown)
+from logit_kd import METHODS
 from models import MODELS, class_count, weights_sha256
 from networks import (TORCHVISION, begin_with, check, check_feature, create, fitting, identify,
                       known_weights, label, layout, pixels_of, restored, settle,
@@ -36,7 +37,6 @@ from networks import (TORCHVISION, begin_with, check, check_feature, create, fit
 from randaugment import StrongDraws, strong_draws, strong_operations
 from run import RunError, first_line
 from teacher import Teacher, load_teacher
-from zscore_kd import METHODS
 
 BAD = 0.001         # the share of training images that may be undecodable
 
@@ -175,7 +175,7 @@ def get_teacher(recipe, folders, flags, world):
 def resolve(flags, world):
     """The run's recipe: the pair's, with the flags that were given. Returns (recipe, lines to print)."""
     names = [flags[k] for k in ("teacher", "student", "method", "zscore")]
-    data = {"data": "imagenet", "feature": flags["feature"]}
+    data = {"data": "imagenet", "feature": flags["feature"], "entropy": flags["entropy_weight"]}
     recipe, lines = cli.resolve(flags, recipes.recipe(*names, **data), recipes.unsure(*names, **data),
                                 world.device)
     if flags["feature"] == "crd" and world.size > 1:
@@ -188,7 +188,8 @@ def resolve(flags, world):
 
 def run_name(recipe):
     pair = [label(recipe["teacher"])] if recipe["teacher"] else []
-    method = recipes.key(recipe["method"], recipe["zscore"], recipe.get("feature"))
+    method = recipes.key(recipe["method"], recipe["zscore"], recipe.get("feature"),
+                         recipe.get("entropy_temp"))
     return "-".join([*pair, label(recipe["student"]), method, recipe["data"], f"seed{recipe['seed']}"])
 
 
@@ -218,7 +219,7 @@ def run_one(recipe, folders, teacher, flags, world, stop_after=None):
     names, data = [recipe[k] for k in ("teacher", "student")], {"data": "imagenet"}
     real = classes == 1000 and folders.eval_name == "val"       # these may be ImageNet itself
     method = recipe["method"], recipe["zscore"]
-    more = data | {"feature": recipe.get("feature")}
+    more = data | {"feature": recipe.get("feature"), "entropy": bool(recipe.get("entropy_temp"))}
     known = ({"published": recipes.published(*names, *method, **more),
               "logged": recipes.logged(*names, *method, **more)} if real else {})
 

@@ -221,24 +221,28 @@ class CurriculumTemperature(torch.nn.Module):
 
 def distillation_loss(method, student_logits, teacher_logits, target=None, base_temp=2.0, *,
                       student_strong=None, teacher_strong=None, alpha=1.0, beta=8.0, zscore=True,
-                      zscore_relations=True, correction=0):
+                      zscore_relations=True, correction=0, reduction="mean"):
     """The loss of `method` by its name, one of METHODS; see that method's function for its arguments.
 
     base_temp is the temperature of every method (a tensor for "ctkd"); the two strong views are for "mlkd",
-    target, alpha and beta for "dkd". TypeError where one of these is missing.
+    target, alpha and beta for "dkd". TypeError where one of these is missing, or reduction is not "mean" for
+    "mlkd".
     """
     needed = {"dkd": {"target": target},
               "mlkd": {"student_strong": student_strong, "teacher_strong": teacher_strong}}.get(method, {})
     if missing := [name for name, value in needed.items() if value is None]:
         raise TypeError(f"method {method!r} needs {' and '.join(missing)}")
     z, v, how = student_logits, teacher_logits, {"zscore": zscore, "correction": correction}
+    if method == "mlkd":
+        if reduction != "mean":
+            raise TypeError("method 'mlkd' has no loss of a sample")
+        return mlkd_loss(z, v, student_strong, teacher_strong, base_temp,
+                         zscore_relations=zscore_relations, **how)
+    how["reduction"] = reduction
     if method in ("kd", "ctkd"):
         return kd_loss(z, v, base_temp, **how)
     if method == "dkd":
         return dkd_loss(z, v, target, base_temp, alpha=alpha, beta=beta, **how)
-    if method == "mlkd":
-        return mlkd_loss(z, v, student_strong, teacher_strong, base_temp,
-                         zscore_relations=zscore_relations, **how)
     if method == "ttm":
         return ttm_loss(z, v, base_temp, **how)
     if method == "wttm":

@@ -1,5 +1,6 @@
 """logit_kd.py and what zscore_kd.py has of weights, masks and shapes, against a second implementation."""
 
+import functools
 import re
 import subprocess
 import types
@@ -13,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import logit_kd
 import zscore_kd
 from logit_kd import crld_loss, dist_loss, entropy_weight, linear_kd_loss, rld_loss
 from test_zscore import dkd_reference, logits
@@ -830,3 +832,43 @@ def test_the_teachers_top_probability_of_a_real_shaped_row(k, deviations, top):
     if deviations == 8:
         lines = [line.split() for line in zscore_kd.__doc__.splitlines()]
         assert [float(x) for x in [line for line in lines if line[:1] == [str(k)]][-1][1:]] == list(top)
+
+
+# ---------------------------------------------------------------- by their names, as the scripts call them
+
+
+@pytest.mark.parametrize("zscore", [False, True])
+def test_the_newer_methods_by_name(zscore):
+    """A swapped argument would be another method under the right name."""
+    torch.manual_seed(0)
+    z, v = (torch.randn(6, 9, dtype=torch.float64) for _ in range(2))
+    y = torch.arange(6)
+    call = functools.partial(logit_kd.distillation_loss, zscore=zscore)
+    assert torch.equal(call("dist", z, v, y, 3.0, beta=1.5, gamma=0.5),
+                       dist_loss(z, v, 3.0, beta=1.5, gamma=0.5, zscore=zscore))
+    assert torch.equal(call("rld", z, v, y, 3.0, alpha=0.5, beta=2.0),
+                       rld_loss(z, v, y, 3.0, alpha=0.5, beta=2.0, zscore=zscore))
+    for method in METHODS:
+        views = {"student_strong": z + 1, "teacher_strong": v * 2}
+        assert torch.equal(call(method, z, v, y, 3.0, **views),
+                           distillation_loss(method, z, v, y, 3.0, zscore=zscore, **views))
+
+
+@pytest.mark.parametrize("method", ["kd", "ctkd", "dkd", "ttm", "wttm", "rld"])
+def test_entropy_weights_multiply_the_losses_of_the_samples(method):
+    """EA-KD's mean is over the batch, not over its weights; they come from the raw logits."""
+    torch.manual_seed(0)
+    z, v = (torch.randn(6, 9, dtype=torch.float64) for _ in range(2))
+    y = torch.arange(6)
+    weights = entropy_weight(z, v, 2.0)
+    each = [logit_kd.distillation_loss(method, z[i:i + 1], v[i:i + 1], y[i:i + 1], 3.0, zscore=True)
+            for i in range(6)]
+    loss = logit_kd.distillation_loss(method, z, v, y, 3.0, zscore=True, entropy_temp=2.0)
+    assert loss.item() == pytest.approx((weights * torch.stack(each)).mean().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("method", ["mlkd", "dist"])
+def test_entropy_weights_are_for_losses_of_samples(method):
+    z = torch.randn(6, 9)
+    with pytest.raises(TypeError, match=f"method '{method}' has no loss of a sample"):
+        logit_kd.distillation_loss(method, z, z, None, student_strong=z, teacher_strong=z, entropy_temp=3.0)

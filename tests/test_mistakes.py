@@ -94,7 +94,7 @@ USAGE = [       # exit code 2: the command itself is wrong
     (PAIR + "--train-images 0", "'--train-images': 0 is not in the range x>=1"),
     (PAIR + "--val-from-train -5", "'--val-from-train': -5 is not in the range x>=0"),
     (PAIR + "--save-every 0", "'--save-every': 0.0 is not in the range x>0"),
-    (PAIR + "--beta 2", "--beta is for --method dkd, not kd"),
+    (PAIR + "--beta 2", "--beta is for --method dkd, rld, dist, not kd"),
     (PAIR + "--method dkd --no-zscore-relations", "--zscore-relations is for --method mlkd, not dkd"),
     (PAIR + "--method dkd --alpha -1", "'--alpha': -1.0 is not in the range x>=0"),
     (PAIR + "--method mlkd --zscore-relations", "--zscore-relations needs --zscore"),

@@ -193,7 +193,8 @@ def test_what_is_unsure_is_said():
 def test_the_list_holds_every_pair_and_its_doubts_under_them(data, pairs, row, cells):
     text = table(data)
     recipes_part, published_part = text.split("\nPublished")
-    for part, cell in zip((recipes_part.split("\nFeature")[0], published_part.split("\nThe same")[0]), cells):
+    parts = recipes_part.split("\nFeature")[0], published_part.split("\nDIST, RLD")[0]
+    for part, cell in zip(parts, cells):
         assert cell in next(line for line in part.splitlines() if line.startswith(row))
         assert all(part.count(f"\n{t} -> {s} ") == 1 for t, s in pairs)
     for _, names, why in recipes.IMAGENET_UNSURE if data == "imagenet" else recipes.UNSURE:
@@ -375,3 +376,37 @@ def test_the_list_says_what_the_features_weights_and_numbers_are():
                  "no repository", "OFD and ReviewKD", "resnet38x2", "more than 0.2 in places"):
         assert said in " ".join(poster.split()), said
     assert "\nFeature" not in table("imagenet") and "poster" not in table("imagenet")
+
+
+# ---------------------------------------------------------------- newer methods
+
+
+def test_the_newer_methods_have_their_papers_numbers():
+    cifar, large = ("resnet32x4", "resnet8x4"), ("resnet50", "MobileNetV1")
+    wanted = {"base_temp": 4.0, "kd_weight": 2.0, "ce_weight": 1.0, "beta": 2.0, "gamma": 2.0}
+    assert recipe(*cifar, "dist") | wanted == recipe(*cifar, "dist")
+    wanted = {"base_temp": 1.0, "kd_weight": 2.0, "ce_weight": 1.0, "beta": 1.0, "gamma": 1.0}
+    assert recipe(*large, "dist", data="imagenet") | wanted == recipe(*large, "dist", data="imagenet")
+    wanted = {"base_temp": 4.0, "kd_weight": 1.0, "ce_weight": 1.0, "alpha": 1.0, "beta": 8.0, "warmup": 20}
+    assert recipe(*cifar, "rld") | wanted == recipe(*cifar, "rld")
+    wanted = {"base_temp": 1.0, "kd_weight": 1.0, "alpha": 1.0, "beta": 2.0, "warmup": 1}
+    assert recipe(*large, "rld", data="imagenet") | wanted == recipe(*large, "rld", data="imagenet")
+    assert recipe("resnet34", "resnet18", "rld", data="imagenet")["beta"] == 0.5
+    plain = recipe(*cifar, "kd", True)
+    assert recipe(*cifar, "kd", True, entropy=True) == plain | {"entropy_temp": 3.0}
+    assert recipe(*large, "kd", data="imagenet", entropy=True)["entropy_temp"] == 2.0
+
+
+def test_what_is_published_of_the_newer_methods_and_what_is_second_hand():
+    cifar, large = ("resnet32x4", "resnet8x4"), ("resnet34", "resnet18")
+    assert [published(*cifar, m) for m in ("dist", "rld")] == [76.31, 76.64]
+    assert [published(*large, m, data="imagenet") for m in ("dist", "rld")] == [72.07, 71.91]
+    assert published(*cifar, "kd", entropy=True) == 75.46
+    assert published(*cifar, "kd", True, entropy=True) is None
+    assert published("vgg13", "vgg8", "dist") is None and published(*cifar, "dist", True) is None
+    assert unsure(*cifar, "dist") == [] and "no paper has it" in unsure(*cifar, "dist", True)[0]
+    assert "another paper" in unsure(*large, "rld", data="imagenet")[0]
+    assert "elsewhere" in unsure(*cifar, "kd", True, entropy=True)[-1]
+    assert recipes.key("kd", True, None, True) == "kd-z-ea" and recipes.key("dist", False) == "dist"
+    assert "76.31  76.64  75.46" in table() and "72.07  71.91  71.79" in table("imagenet")
+    assert "DIST: temperature 4, weight 2, beta and gamma 2. RLD: 4, 1, beta 8." in table()
