@@ -1,10 +1,11 @@
 """Speed of the training scripts, part by part, beside the plain loop of the field in the same process.
 
 \b
-  python bench.py                                 all experiments but the last on this machine
+  python bench.py                                 all experiments but the last two on this machine
   python bench.py --compile --json bench.json     with torch.compile beside it; every round's numbers
   python bench.py --only resnet56-resnet20        one of them
-  python bench.py --only features                 the last: feature methods, which take long on a CPU
+  python bench.py --only features                 feature methods, which take long on a CPU
+  python bench.py --only vocabulary               KD on language models' tokens: speed and memory
 
 The baseline is what the field's code does: eager, float32, contiguous, the teacher run for every batch, loss
 and accuracy read after every step; with torchvision's transforms in two loading workers, and with this
@@ -22,7 +23,7 @@ import warnings
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from itertools import chain, count, cycle, islice, repeat
+from itertools import chain, count, cycle, islice, product, repeat
 from pathlib import Path
 from statistics import median
 
@@ -41,19 +42,22 @@ from data import IMAGENET_MEAN, IMAGENET_STD, MEAN, STD, VIEWS, Data, Split, syn
 from distill import Distiller, Tally, make_optimizer, make_step, top_k_hits
 from feature_kd import CRD, nce_loss
 from folders import Folders, folder_keys
+from logit_kd import linear_kd_loss
 from models import create_model
 from networks import TORCHVISION, create, feature_method, settle
 from recipes import FEATURE_NAMES, IMAGENET
 from run import RunError, collect_facts, first_line, rounded
 from teacher import BATCH, Teacher
+from zscore_kd import kd_loss
 
 EXPERIMENTS = "resnet56-resnet20", "resnet32x4-resnet8x4", "resnet32x4-resnet8x4-mlkd"
-ALL = *EXPERIMENTS, "imagenet", "features"
+ALL = *EXPERIMENTS, "imagenet", "features", "vocabulary"
 ROWS = "data", "teacher", "student", "whole, first epoch", "whole, cached"
 DATA, TEACHER, STUDENT, FIRST, CACHED = ROWS
 COLUMNS = {"workers": "baseline, 2 workers", "baseline": "baseline", "this": "this program",
            "compiled": "with --compile", "roofline": "roofline"}
 LOADED = 512        # images, at least, that ImageNet's loading is measured with
+HIDDEN, VOCABULARIES, TOKENS = 512, (32_000, 128_256), (2_048, 8_192)
 PAIR, IMAGES = "resnet32x4-resnet8x4", 50_000       # of the feature methods; in CRD's banks
 
 # What is measured: `use` on `steps` of `batches`, (views, target, ...); the first `skip` do not count.
@@ -352,6 +356,35 @@ def features(world, rounds, compile):
         f"images are in memory; CRD's baseline draws in {min(8, os.cpu_count() or 1)} loading workers"]}
 
 
+def tokens(words, n, plain, device):
+    """(tokens per second, peak MiB beside operands and gradients) of KD+Z's two passes, in a new process."""
+    cli.keep_memory(2**20)      # or fragments of the C library's heap are counted
+    student, teacher = ([torch.randn(rows, HIDDEN, device=device) for rows in (n, words)] for _ in range(2))
+    for x in student:
+        x.requires_grad_().grad = torch.zeros_like(x)
+    before, begun = cli.peak_memory(torch.device(device)), time.perf_counter()
+    if plain:
+        kd_loss(student[0] @ student[1].mT, teacher[0] @ teacher[1].mT, 0.5).backward()
+    else:
+        linear_kd_loss(*student, *teacher, 0.5).backward()
+    getattr(torch, device).synchronize()
+    return n / (time.perf_counter() - begun), cli.peak_memory(torch.device(device)) - before
+
+
+def vocabulary(world):
+    """KD+Z on tokens of two vocabularies: all logits at once, as far as they fit, and `linear_kd_loss`."""
+    rates, notes = {}, []
+    for words, n in product(VOCABULARIES, TOKENS):
+        row = rates.setdefault(f"{words:,} words, {n:,} tokens", {})
+        for column in ("baseline", "this")[n > TOKENS[0]:]:
+            with ProcessPoolExecutor(1, max_tasks_per_child=1) as pool:
+                rate, memory = pool.submit(tokens, words, n, column == "baseline", world.device.type).result()
+            row[column] = [rate]
+            notes.append(f"{words:,} words, {n:,} tokens, {COLUMNS[column]}: {memory:,.0f} MiB")
+    return {"experiment": f"KD+Z, hidden states of {HIDDEN}", "unit": "tokens/s", "rates": rates, "notes": [
+        "Peak memory beside operands and their gradients:", *notes]}
+
+
 def limits(rates):
     """A line for each pair: whether loading or the step limits, and the time of its 100 epochs."""
     rate, lines = {row: median(cells["this"]) for row, cells in rates.items()}, []
@@ -375,7 +408,8 @@ def table(result):
         shown = f", x {' / '.join(ratios)}" if ratios and column in ("this", "compiled") else ""
         return f"{median(values):,.0f} ({min(values):,.0f} to {max(values):,.0f}){shown}"
 
-    rows = {f"{result['experiment']}, images/s": COLUMNS, "---": dict.fromkeys(columns, "---")}
+    unit = result.get("unit", "images/s")
+    rows = {f"{result['experiment']}, {unit}": COLUMNS, "---": dict.fromkeys(columns, "---")}
     rows |= {row: {c: text(c, cells) for c in cells} for row, cells in result["rates"].items()}
     if "hours" in result:
         spent = {c: cli.duration(3600 * h) for c, h in result["hours"].items()}
@@ -403,11 +437,13 @@ def main(only, rounds, compile, device, file, image_dir, imagenet_batch):
                f"Python {facts['python']}\n{rounds} rounds; x: ratios to the baselines and the roofline")
     if cuda and torch.cuda.get_device_capability() >= (8, 0):
         click.echo("the baseline's float32 convolutions are TF32, PyTorch's default")
-    for name in only or ALL[:-1]:
+    for name in only or ALL[:-2]:
         if name in EXPERIMENTS:
             results.append(experiment(name, world, rounds, compile))
         elif name == "features":
             results.append(features(world, rounds, compile))
+        elif name == "vocabulary":
+            results.append(vocabulary(world))
         else:
             with tempfile.TemporaryDirectory() as made:
                 images, batch = image_dir or jpeg_folder(made), imagenet_batch or (512 if cuda else 16)

@@ -314,11 +314,11 @@ def pick_kernels(deterministic, precision="fp32"):
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def keep_memory():
-    """Lets the C library keep freed memory: to fault it in again at every step costs 10 % on a CPU."""
+def keep_memory(block=2**30):
+    """Lets the C library keep freed blocks up to a size: faulting them in again takes 10 % of a step."""
     try:
         mallopt = ctypes.CDLL(None).mallopt         # glibc's; M_MMAP_THRESHOLD and M_TRIM_THRESHOLD
-        if mallopt(-3, 2**30) or mallopt(-3, 2**25):        # older ones take 32 MiB at most
+        if mallopt(-3, block) or mallopt(-3, 2**25):        # older ones take 32 MiB at most
             mallopt(-1, 2**31 - 1)
     except (AttributeError, OSError, TypeError):    # another C library
         pass

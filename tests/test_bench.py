@@ -190,3 +190,31 @@ def test_the_arithmetic_is_counted():
         assert flops["whole, first epoch"] == pytest.approx(flops["teacher"] + flops["student"])
     assert two["student"] == pytest.approx(2 * one["student"])
     assert two["whole, cached"] == pytest.approx(two["student"] + one["teacher"])
+
+
+def test_a_vocabularys_rows_say_speed_and_memory(monkeypatch):
+    """Only the first number of tokens is asked of all logits at once: more may not fit."""
+    seen = []
+
+    class Pool:
+        def __init__(self, *_, **__):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def submit(self, function, *arguments):
+            seen.append(arguments)
+            return types.SimpleNamespace(result=lambda: function(*arguments))
+
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(bench, "VOCABULARIES", (40, 90))
+    monkeypatch.setattr(bench, "TOKENS", (8, 300))
+    result = bench.vocabulary(types.SimpleNamespace(device=torch.device("cpu")))
+    assert seen == [(40, 8, True, "cpu"), (40, 8, False, "cpu"), (40, 300, False, "cpu"),
+                    (90, 8, True, "cpu"), (90, 8, False, "cpu"), (90, 300, False, "cpu")]
+    text = bench.table(result)
+    assert "tokens/s" in text and "90 words, 300 tokens, this program: " in text and len(result["notes"]) == 7
