@@ -40,8 +40,8 @@ ROOMS = {       # ground first: each imports from those above it alone
                 "teacher"},
     "reproduce": {"torch", "click", "weights", "models", "data", "recipes", "run", "cli", "distill",
                   "teacher", "train_cifar"},
-    "bench": {"torch", "torchvision", "numpy", "click", "zscore_kd", "logit_kd", "feature_kd", "models", "data",
-              "folders", "recipes", "run", "cli", "networks", "distill", "teacher", "train_cifar",
+    "bench": {"torch", "torchvision", "numpy", "click", "zscore_kd", "logit_kd", "feature_kd", "models",
+              "data", "folders", "recipes", "run", "cli", "networks", "distill", "teacher", "train_cifar",
               "train_imagenet"},
 }
 FILES = [p for p in sorted(ROOT.glob("*.py")) if not p.stem.startswith(("test_", "conftest"))]
