@@ -470,7 +470,8 @@ def finish(recipe, data, distiller, run, row, best, minutes, world):
 
 @torch.no_grad()
 def cost(network, size, device):
-    """Parameters of a network in evaluation mode, and multiply-accumulates of one image of size x size."""
+    """Parameters of a network, and multiply-accumulates of one image of size x size."""
+    network.eval()      # a run that goes on at its very end has not evaluated, and its batch norms would move
     try:
         with FlopCounterMode(display=False) as counter:
             network(torch.zeros(2, 3, size, size, device=device))

@@ -188,7 +188,7 @@ def feature_method(recipe, student, teacher, labels, size, call=False):
                                    for network in (student, teacher))
             method = feature_kd.METHODS[recipe["feature"]](student, teacher, s, t, labels, **options)
             if call:
-                method.eval().answered(logits, s, t, None, torch.arange(2))
+                method.eval().answered(logits, s, t, torch.arange(2), torch.arange(2))
         return method
     except ValueError:
         raise

@@ -421,11 +421,11 @@ def tables(records):
             continue
         (data, epochs, images), real = budget, budget[0] == "cifar100"
         timed = [r["minutes"] for r in group if not r.get("background")]
-        of = f"the {len(group)} runs" if len(timed) == len(group) else f"{len(timed)} of the {len(group)} runs"
+        of = "" if len(timed) == len(group) else f"{len(timed)} of "
         text.append(
             f"**A short budget: {epochs} epochs on {f'{images:,}' if images else 'all'} training images"
-            f"{'' if real else f' of {data}'}, {cli.duration(60 * sum(timed))} for {of}.** It "
-            f"shows that the machinery works{' on real images' * real}, not the paper's ranking. "
+            f"{'' if real else f' of {data}'}, {cli.duration(60 * sum(timed))} for {of}the {len(group)} "
+            f"runs.** It shows that the machinery works{' on real images' * real}, not the paper's ranking. "
             + markdown(group))
     return "\n".join(text + [RULE] * any("Δ of Z" in part for part in text)).strip()
 

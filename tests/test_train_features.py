@@ -281,6 +281,8 @@ def test_a_row_of_crds_banks_is_one_image(files, tmp_path, monkeypatch):
     seen, targets = [], data.load_data("synthetic", None, "cpu", train_images=48).train.targets
 
     def forward(method, s, t, target, index, real=feature_kd.CRD.forward):
+        if not method.training:     # whether it takes these networks, before the run
+            return real(method, s, t, target, index)
         assert torch.equal(target, targets[index]) and torch.equal(method.labels, targets)
         negatives = method._negatives(index)
         assert (targets[negatives] != target[:, None]).all()
@@ -409,6 +411,8 @@ def test_folders_of_images_with_simkd_and_crd(tmp_path, monkeypatch):
     targets, seen = torch.tensor([i % 3 for i in range(12)]).sort().values, []
 
     def forward(method, s, t, target, index, real=feature_kd.CRD.forward):
+        if not method.training:     # whether it takes these networks, before the run
+            return real(method, s, t, target, index)
         assert torch.equal(target, targets[index]) and torch.equal(method.labels, targets)
         seen.extend(index.tolist())
         return real(method, s, t, target, index)
@@ -591,11 +595,11 @@ def test_ofds_teacher_takes_the_batchs_statistics_and_keeps_its_own(files, modes
                                           .train.images[index], views))), rtol=2e-3, atol=2e-3)
     # one Teacher serves all the runs of a process
     modes.clear()
-    again, *_ = begun(flags("fitnet", files), shared)
+    again, *_ = begun(flags("fitnet", files, method="kd"), shared)
     assert again is taught and len(modes) == 6 and all(True not in mode for mode, *_ in modes)
-    name = "resnet14-resnet8-fitnet-synthetic-seed0"
-    assert equal(torch.load(tmp_path / "runs" / name / "last.pt")["model"],
-                 torch.load(whole("fitnet") / "last.pt")["model"])
+    begun([*flags("fitnet", files, method="kd"), "--out", "fresh"])
+    name = "resnet14-resnet8-kd-fitnet-synthetic-seed0"
+    assert equal(*(torch.load(tmp_path / out / name / "last.pt")["model"] for out in ("runs", "fresh")))
 
 
 @pytest.mark.parametrize("feature", [name for name in METHODS if name != "ofd"])
