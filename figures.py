@@ -24,6 +24,7 @@ import cli
 import run as runs
 from data import CIFAR100_CLASSES, load_data, normalise
 from models import MODELS, create_model
+from recipes import FEATURE_NAMES
 from run import RunError
 from teacher import load_teacher
 from weights import facts_of, read_checkpoint
@@ -67,7 +68,7 @@ def save(figure, flags, name, rows):
 def label(method, n):
     """KD+Z (n = 3) for kd-z."""
     name, *rest = method.split("-")
-    name = "alone" if method == "none" else name.upper() + "+Z" * ("z" in rest)
+    name = "alone" if method == "none" else FEATURE_NAMES.get(name, name.upper()) + "+Z" * ("z" in rest)
     return f"{name}{', released' * ('released' in rest)} (n = {n})"
 
 
