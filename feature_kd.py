@@ -24,7 +24,6 @@ The authors' own code, where it differs from their paper, is followed: it made t
 """
 
 import math
-from contextlib import contextmanager
 
 import torch
 import torch.fx
@@ -51,7 +50,7 @@ def at_loss(student_maps, teacher_maps, p=2):
 
 
 def rkd_loss(student, teacher, distance=25.0, angle=50.0):
-    """Relational KD (Park et al., CVPR 2019, eq. 3 to 6): `distance` times RKD-D plus `angle` times RKD-A.
+    """Relational KD (Park et al., CVPR 2019): `distance` times RKD-D plus `angle` times RKD-A.
 
     student (B, D), teacher (B, D'), B >= 2. Huber loss (delta 1) between the pairs' distances, each side's
     divided by their mean, and between the triplets' cosines (B^3 of them). Two equal rows have no gradient.
@@ -61,7 +60,7 @@ def rkd_loss(student, teacher, distance=25.0, angle=50.0):
         other = 1 - torch.eye(len(x), device=x.device, dtype=x.dtype)
         d = difference.square().sum(-1).clamp(min=EPS).sqrt() * other
         e = _unit(difference)
-        return d / (d.sum() / other.sum()), e @ e.mT                            # eq. 3, 4; eq. 5
+        return d / (d.sum() / other.sum()), e @ e.mT        # RKD-D's potential; RKD-A's, a cosine at i
 
     with _full_precision(student):
         (d, a), (d_teacher, a_teacher) = relations(_up(student)), relations(_up(teacher.detach()))
@@ -69,8 +68,10 @@ def rkd_loss(student, teacher, distance=25.0, angle=50.0):
 
 
 def nce_loss(scores, n_data):
-    """CRD's noise-contrastive loss (Tian et al., ICLR 2020, eq. 18). scores (B, 1 + K): the positive, then K
-    negatives; n_data: the number of images that these are drawn from. Batch mean."""
+    """CRD's noise-contrastive loss (Tian et al., ICLR 2020), batch mean.
+
+    scores (B, 1 + K): the positive's, then K negatives'; n_data: the number of images that these are of.
+    """
     with _full_precision(scores):
         x = _up(scores)
         k = x.shape[1] - 1
@@ -82,7 +83,7 @@ def nce_loss(scores, n_data):
 def ofd_margin(norm):
     """The mean of the negative part of a batch norm's output, for each channel (C,), float64 on the CPU.
 
-    The output is taken as N(beta, gamma^2) (Heo et al., ICCV 2019, eq. 6); -3 |gamma| where less than a
+    The output is taken as N(beta, gamma^2) (Heo et al., ICCV 2019); -3 |gamma| where less than a
     thousandth of it is negative, min(beta, 0) where gamma is 0.
     """
     mean, sigma = (x.detach().cpu().double() for x in (norm.bias, norm.weight.abs()))
@@ -94,7 +95,7 @@ def ofd_margin(norm):
 
 
 def ofd_loss(student_maps, teacher_maps, margins):
-    """Overhaul's partial L2 distance (Heo et al., ICCV 2019, eq. 3, 4); of maps of the same shapes.
+    """Overhaul's partial L2 distance (Heo et al., ICCV 2019); of maps of the same shapes.
 
     Per image: (s - max(t, margin))^2 where s is above that or t is positive, summed; a stage counts half as
     much as the next. margins: (C,) a stage, as `ofd_margin`.
@@ -110,7 +111,7 @@ def ofd_loss(student_maps, teacher_maps, margins):
 
 
 def hcl_loss(student_maps, teacher_maps):
-    """ReviewKD's hierarchical context loss (Chen et al., CVPR 2021, 3.4); of maps of the same shapes.
+    """ReviewKD's hierarchical context loss (Chen et al., CVPR 2021); of maps of the same shapes.
 
     For a pair the weighted mean of the MSE at full size (1) and of the maps average-pooled to 4, 2 and 1
     where they are larger (1/2, 1/4, 1/8). Summed over the pairs.
@@ -136,10 +137,8 @@ def cam_loss(student_cam, teacher_cam, normalize=False):
         return _mse(normal(_up(student_cam)), normal(_up(teacher_cam.detach())))
 
 
-@contextmanager
 def _full_precision(x):
-    with torch.autocast(x.device.type, enabled=False):
-        yield
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _up(x):
@@ -181,10 +180,10 @@ def _pairs(student_maps, teacher_maps):
 
 
 class Method(nn.Module):
-    """What learns beside the student, and the loss.
+    """What learns beside the student, and the loss. Made of both networks and their features of one batch.
 
-    reads: which of the teacher's features, of its first `depth` stages where that is not None. notice: a line
-    for people, or empty.
+    ValueError, one line, where the method does not take these networks. reads: which of the teacher's
+    features, of its first `depth` stages where that is not None. notice: a line for people, or empty.
     """
 
     teacher_mode, reads, depth, notice = "eval", (), None, ""
@@ -227,6 +226,8 @@ class FitNet(Method):
 
 
 class AT(Method):
+    """Attention transfer of all stages: see `at_loss`."""
+
     reads = ("post",)
 
     def __init__(self, student, teacher, s, t, labels=None):
@@ -241,6 +242,8 @@ class AT(Method):
 
 
 class RKD(Method):
+    """Relational KD of the pooled features: see `rkd_loss`."""
+
     reads = ("pooled",)
 
     def __init__(self, student, teacher, s, t, labels=None):

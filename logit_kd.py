@@ -22,7 +22,7 @@ METHODS = (*zscore_kd.METHODS, "dist", "rld")
 
 def dist_loss(student_logits, teacher_logits, base_temp=4.0, *, beta=2.0, gamma=2.0, zscore=True,
               correction=0):
-    """DIST (Huang et al., NeurIPS 2022, eq. 9): tau^2 (beta inter + gamma intra), of probabilities at tau.
+    """DIST (Huang et al., NeurIPS 2022): tau^2 (beta inter + gamma intra), of probabilities at tau.
 
     inter: 1 - Pearson's correlation of the student's and the teacher's probabilities of a sample, mean over
     the samples; intra: the same of a class over the batch, mean over the classes. What is constant correlates
@@ -39,7 +39,7 @@ def dist_loss(student_logits, teacher_logits, base_temp=4.0, *, beta=2.0, gamma=
 
 def rld_loss(student_logits, teacher_logits, target, base_temp=4.0, *, alpha=1.0, beta=8.0, zscore=True,
              correction=0, reduction="mean", weight=None, ignore_index=-100):
-    """Refined logit distillation (Sun et al., ICCV 2025, eq. 7 to 9): tau^2 (alpha SCD + beta MCD).
+    """Refined logit distillation (Sun et al., ICCV 2025): tau^2 (alpha SCD + beta MCD).
 
     SCD is the KL of (largest p of the teacher, rest) from (p of the target of the student, rest); MCD the KL
     among the classes that the teacher ranks below the target, 0 where there is none. Where the teacher's
@@ -100,6 +100,7 @@ def linear_kd_loss(student_hidden, student_weight, teacher_hidden, teacher_weigh
 
     The logits of `chunk` tokens at a time are computed, and once more in the backward pass, so that memory
     does not grow with N. weight: (N,), for instance the mask of the tokens that count. Returns a scalar.
+    ValueError, with the values, for shapes that do not go together and as in `kd_loss`.
     """
     for hidden, matrix in ((student_hidden, student_weight), (teacher_hidden, teacher_weight)):
         if hidden.dim() != 2 or matrix.dim() != 2 or hidden.shape[1] != matrix.shape[1]:

@@ -364,8 +364,7 @@ HEAD = ("pair", "method", "last epoch, top-1", "best, chosen on test", "paper", 
 def table_row(key, cells):
     """One line of a table; "" where there is nothing to say."""
     (teacher, student, method), cell = key, cells[key]
-    (name, z, released, *more), record = words(method), next(iter(cell.values()))
-    feature, entropy = more
+    (name, z, released, feature, entropy), record = words(method), next(iter(cell.values()))
     plain = cells.get((teacher, student, method.replace("-z", "")), {}) if z else {}
     alike = ("teacher_sha256", "precision", "compile")      # the two methods' recipes differ anyway
     seeds = [s for s in cell if s in plain and not differences(

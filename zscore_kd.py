@@ -87,8 +87,8 @@ def kd_loss(student_logits, teacher_logits, base_temp=2.0, *, zscore=True, corre
     student_logits z, teacher_logits v: (B, K). base_temp: tau, a positive number or a tensor, one for all or
     (B, 1), that may need a gradient. zscore=False is Hinton's KD, logits / tau on both sides. correction:
     see `weighted_zscore`. reduction, weight: see above. Returns a scalar, unweighted (multiply by lambda_KD).
-    Errors: see `weighted_zscore`, and shapes that differ. NormKD (Chi et al., 2023) is this with the weight
-    sigma^2, each row's variance of the teacher's logits.
+    Errors: see `weighted_zscore`, and shapes that differ. NormKD (Chi et al., 2023) is the mean of these
+    losses, reduction="none", each times the variance of its row of teacher's logits.
     """
     z, v, base_temp, weight = _pair(student_logits, teacher_logits, base_temp, weight)
     with _full_precision(z):
