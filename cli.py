@@ -46,7 +46,7 @@ def check_method(flags, networks):
             flags["teacher"] = flags["teacher_checkpoint"] = None
     if flags["feature_weight"] is not None and not flags["feature"]:
         raise click.UsageError("--feature-weight is for --feature NAME, which is not given")
-    if flags["entropy_weight"] and flags["method"] in ("none", "mlkd", "dist"):
+    if flags["entropy_weight"] and flags["method"] in ("none", "dist"):
         raise click.UsageError("--entropy-weight weights the losses of samples, which --method "
                                f"{flags['method']} does not have")
     for flag, *methods in (("alpha", "dkd", "rld"), ("beta", "dkd", "rld", "dist"),

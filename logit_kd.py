@@ -131,8 +131,8 @@ def distillation_loss(method, student_logits, teacher_logits, target=None, base_
                       entropy_temp=None, **options):
     """`zscore_kd.distillation_loss` of these METHODS, which has the other options.
 
-    gamma: for "dist". entropy_temp: that of EA-KD's weights, by which the samples' losses are multiplied
-    before the mean; None: by nothing. TypeError for methods without a loss of a sample, "mlkd" and "dist".
+    gamma: for "dist". entropy_temp: that of EA-KD's weights, by which the samples' losses, of "mlkd" each
+    view's KLs, are multiplied before the mean; None: by nothing. TypeError for "dist", which has neither.
     """
     z, v = student_logits, teacher_logits
     if method == "dist":
@@ -140,6 +140,11 @@ def distillation_loss(method, student_logits, teacher_logits, target=None, base_
             raise TypeError("method 'dist' has no loss of a sample")
         wanted = {k: options[k] for k in ("beta", "zscore", "correction") if k in options}
         return dist_loss(z, v, base_temp, gamma=gamma, **wanted)
+    if method == "mlkd":
+        strong = options.get("student_strong"), options.get("teacher_strong")
+        if entropy_temp and all(x is not None for x in strong):     # a missing one is said below
+            options["kl_weights"] = entropy_weight(z, v, entropy_temp), entropy_weight(*strong, entropy_temp)
+        return zscore_kd.distillation_loss(method, z, v, target, base_temp, **options)
     reduction = {"reduction": "none" if entropy_temp else "mean"}
     if method == "rld":
         wanted = {k: options[k] for k in ("alpha", "beta", "zscore", "correction") if k in options}

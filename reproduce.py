@@ -40,7 +40,7 @@ PAIRS = ("resnet32x4-resnet8x4", "resnet32x4-ShuffleV2", "resnet32x4-wrn_16_2", 
 METHODS = ("none", "kd", "kd-z", "dkd", "dkd-z", "mlkd-z", "mlkd-z-released", "ctkd-z", "wttm")
 KNOWN_METHODS = ("none", *(f"{c}{r}" for c in recipes.COLUMNS for r in ("", "-released")), *recipes.FEATURES,
                  *(f"{c}-{f}" for c in recipes.COLUMNS for f in recipes.FEATURES),
-                 "dist", "dist-z", "rld", "rld-z", "kd-ea", "kd-z-ea", "dkd-z-ea")
+                 "dist", "dist-z", "rld", "rld-z", "kd-ea", "kd-z-ea", "dkd-z-ea", "mlkd-ea", "mlkd-z-ea")
 KEPT = ("resnet32x4-resnet8x4", "resnet8x4", *TEACHERS)     # whose students are kept in checkpoints/
 LARGEST = 16e6      # bytes of a checkpoint that is kept
 NOISE = 0.25        # points: how the last epoch of full-length runs deviates from seed to seed

@@ -135,7 +135,7 @@ def dkd_loss(student_logits, teacher_logits, target, base_temp=2.0, *, alpha=1.0
 
 
 def mlkd_loss(student_weak, teacher_weak, student_strong, teacher_strong, base_temp=2.0, *,
-              zscore=True, zscore_relations=True, correction=0):
+              zscore=True, zscore_relations=True, correction=0, kl_weights=(None, None)):
     """Multi-level logit distillation (Jin et al., CVPR 2023) in closed form: instances, classes and batch.
 
     The four logits are (B, K): the student's and the teacher's of a weakly and of a strongly augmented view.
@@ -143,7 +143,8 @@ def mlkd_loss(student_weak, teacher_weak, student_strong, teacher_strong, base_t
     even B and K; the last batch of an epoch may be odd, and theirs is then (n + 1) / 2n), and its strong
     terms at 2 and 6 see the weak view. zscore_relations: standardize the class and batch relations too (the
     released code does not). The relations have no temperature squared. It takes no weight: class relations
-    are no sum over samples. Returns a scalar, unweighted; errors as in `kd_loss`.
+    are no sum over samples; kl_weights, of the weak and of the strong view, (B,), are factors of the samples'
+    KLs alone, of which the mean stays over B (EA-KD). Returns a scalar, unweighted; errors as in `kd_loss`.
     """
     z, v, base_temp, _ = _pair(student_weak, teacher_weak, base_temp)
     z_strong, v_strong, *_ = _pair(student_strong, teacher_strong, base_temp)
@@ -156,8 +157,13 @@ def mlkd_loss(student_weak, teacher_weak, student_strong, teacher_strong, base_t
             z, v, z_strong, v_strong = (weighted_zscore(x, correction=correction)
                                         for x in (z, v, z_strong, v_strong))
         temperatures = (base_temp, 3.0, 5.0, 2.0, 6.0)
-        weak = [kd_loss(z, v, t, zscore=False) for t in temperatures]
-        strong = [kd_loss(z_strong, v_strong, t, zscore=False) for t in temperatures[:3]]
+
+
+        def kl(z, v, t, weight):
+            return kd_loss(z, v, t, zscore=False, reduction="none", weight=weight).mean()
+
+        weak = [kl(z, v, t, kl_weights[0]) for t in temperatures]
+        strong = [kl(z_strong, v_strong, t, kl_weights[1]) for t in temperatures[:3]]
 
         relations = 0.0
         for t in temperatures:
@@ -221,12 +227,12 @@ class CurriculumTemperature(torch.nn.Module):
 
 def distillation_loss(method, student_logits, teacher_logits, target=None, base_temp=2.0, *,
                       student_strong=None, teacher_strong=None, alpha=1.0, beta=8.0, zscore=True,
-                      zscore_relations=True, correction=0, reduction="mean"):
+                      zscore_relations=True, correction=0, reduction="mean", kl_weights=(None, None)):
     """The loss of `method` by its name, one of METHODS; see that method's function for its arguments.
 
-    base_temp is the temperature of every method (a tensor for "ctkd"); the two strong views are for "mlkd",
-    target, alpha and beta for "dkd". TypeError where one of these is missing, or reduction is not "mean" for
-    "mlkd".
+    base_temp is the temperature of every method (a tensor for "ctkd"); the two strong views and kl_weights
+    are for "mlkd", target, alpha and beta for "dkd". TypeError where one of these is missing, or reduction is
+    not "mean" for "mlkd".
     """
     needed = {"dkd": {"target": target},
               "mlkd": {"student_strong": student_strong, "teacher_strong": teacher_strong}}.get(method, {})
@@ -237,7 +243,7 @@ def distillation_loss(method, student_logits, teacher_logits, target=None, base_
         if reduction != "mean":
             raise TypeError("method 'mlkd' has no loss of a sample")
         return mlkd_loss(z, v, student_strong, teacher_strong, base_temp,
-                         zscore_relations=zscore_relations, **how)
+                         zscore_relations=zscore_relations, kl_weights=kl_weights, **how)
     how["reduction"] = reduction
     if method in ("kd", "ctkd"):
         return kd_loss(z, v, base_temp, **how)

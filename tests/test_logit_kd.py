@@ -867,8 +867,32 @@ def test_entropy_weights_multiply_the_losses_of_the_samples(method):
     assert loss.item() == pytest.approx((weights * torch.stack(each)).mean().item(), rel=1e-12)
 
 
-@pytest.mark.parametrize("method", ["mlkd", "dist"])
-def test_entropy_weights_are_for_losses_of_samples(method):
+def test_entropy_weights_are_not_for_dist():
     z = torch.randn(6, 9)
-    with pytest.raises(TypeError, match=f"method '{method}' has no loss of a sample"):
-        logit_kd.distillation_loss(method, z, z, None, student_strong=z, teacher_strong=z, entropy_temp=3.0)
+    with pytest.raises(TypeError, match="method 'dist' has no loss of a sample"):
+        logit_kd.distillation_loss("dist", z, z, None, entropy_temp=3.0)
+    with pytest.raises(TypeError, match="'mlkd' needs teacher_strong"):
+        logit_kd.distillation_loss("mlkd", z, z, None, student_strong=z, entropy_temp=3.0)
+
+
+@pytest.mark.parametrize("zscore", [False, True])
+def test_entropy_weights_of_mlkd_are_on_the_kls_of_their_own_view_alone(zscore):
+    """As EA-KD's code has it: weights of the raw logits of the view, relations without any."""
+    torch.manual_seed(0)
+    z, z2, v, v2 = (scale * torch.randn(6, 10, dtype=torch.float64) for scale in (1, 1, 3, 3))
+    weak, strong = (torch.tensor(entropy_weight_reference(*view, 3.0), dtype=torch.float64)
+                    for view in ((z.numpy(), v.numpy()), (z2.numpy(), v2.numpy())))
+
+    def kls(z, v, temperatures, w):
+        z, v = (weighted_zscore(x) if zscore else x for x in (z, v))
+        return sum((t**2 * w * (F.softmax(v / t, -1) * ((v / t).log_softmax(-1) - (z / t).log_softmax(-1))
+                                ).sum(-1)).mean() for t in temperatures)
+
+    def terms(w, w2):
+        return (0.5 * kls(z, v, (2, 3, 5, 2, 6), w) + kls(z2, v2, (2, 3, 5), w2) + kls(z, v, (2, 6), w))
+
+    ours, plain = (logit_kd.distillation_loss("mlkd", z, v, None, 2.0, zscore=zscore, student_strong=z2,
+                                              teacher_strong=v2, entropy_temp=t) for t in (3.0, None))
+    one = torch.ones(6, dtype=torch.float64)
+    torch.testing.assert_close(ours - plain, terms(weak, strong) - terms(one, one), rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(weak, strong)

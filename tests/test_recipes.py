@@ -395,6 +395,10 @@ def test_the_newer_methods_have_their_papers_numbers():
     plain = recipe(*cifar, "kd", True)
     assert recipe(*cifar, "kd", True, entropy=True) == plain | {"entropy_temp": 3.0}
     assert recipe(*large, "kd", data="imagenet", entropy=True)["entropy_temp"] == 2.0
+    ea = {"entropy_temp": 3.0, "zscore_relations": False}       # EA-KD's code: raw relations, weight 4
+    assert recipe(*cifar, "mlkd", entropy=True) == recipe(*cifar, "mlkd") | ea
+    ea["kd_weight"] = 4.0
+    assert recipe(*cifar, "mlkd", True, entropy=True) == recipe(*cifar, "mlkd", True) | ea
 
 
 def test_what_is_published_of_the_newer_methods_and_what_is_second_hand():
@@ -403,6 +407,7 @@ def test_what_is_published_of_the_newer_methods_and_what_is_second_hand():
     assert [published(*large, m, data="imagenet") for m in ("dist", "rld")] == [72.07, 71.91]
     assert published(*cifar, "kd", entropy=True) == 75.46
     assert published(*cifar, "kd", True, entropy=True) is None
+    assert [published(*cifar, "mlkd", z, entropy=True) for z in (False, True)] == [77.65, 78.38]
     assert published("vgg13", "vgg8", "dist") is None and published(*cifar, "dist", True) is None
     assert unsure(*cifar, "dist") == [] and "no paper has it" in unsure(*cifar, "dist", True)[0]
     assert "another paper" in unsure(*large, "rld", data="imagenet")[0]
