@@ -21,10 +21,10 @@ import click
 import torch
 
 import cli
+import recipes
 import run as runs
 from data import CIFAR100_CLASSES, load_data, normalise
 from models import MODELS, create_model
-from recipes import FEATURE_NAMES
 from run import RunError
 from teacher import load_teacher
 from weights import facts_of, read_checkpoint
@@ -66,10 +66,7 @@ def save(figure, flags, name, rows):
 
 
 def label(method, n):
-    """KD+Z (n = 3) for kd-z."""
-    name, *rest = method.split("-")
-    name = "alone" if method == "none" else FEATURE_NAMES.get(name, name.upper()) + "+Z" * ("z" in rest)
-    return f"{name}{', released' * ('released' in rest)} (n = {n})"
+    return f"{recipes.title(method)} (n = {n})"
 
 
 def toy(flags):
@@ -206,9 +203,11 @@ def histogram(flags, logits, titles, targets):
         image = panel.pcolormesh(*(e.numpy() for e in edges), count.T.numpy(), cmap="cividis", norm=scale,
                                  rasterized=True)
         deviation = points[who][:, 1]
-        panel.set(title=f"{titles[who]}:\ndeviation {deviation.mean():.2f} ± {deviation.std():.2f}",
-                  xlabel="mean of an image's logits")
+        panel.set(title=f"{titles[who]}:\ndeviation {deviation.mean():.2f} ± {deviation.std():.2f}")
+        panel.set_xlabel("mean of an image's logits", loc="left")       # its power of ten stands on the right
     axes[0].set_ylabel("standard deviation of an image's logits")
+    axes[0].ticklabel_format(axis="x", scilimits=(-2, 3))
+    axes[0].locator_params(axis="x", nbins=4)
     figure.colorbar(image, ax=axes, label="test images in a cell")
     save(figure, flags, "logits", [
         {"network": who, "mean_from": edges[0][i].item(), "mean_to": edges[0][i + 1].item(),

@@ -186,6 +186,21 @@ def key(method, zscore, feature=None, entropy=False):
     return name if feature is None else feature if method == "none" else f"{name}-{feature}"
 
 
+def words(name):
+    """(method, zscore, released, feature, entropy) of a name as of `key`, "-released" at its end or not."""
+    method, *rest = name.split("-")
+    feature = next((word for word in (method, *rest) if word in FEATURES), None)
+    return "none" if method == feature else method, "z" in rest, "released" in rest, feature, "ea" in rest
+
+
+def title(name):
+    """What the tables call it: alone, KD+Z, MLKD+Z, released, KD, EA, CRD, KD+Z and CRD."""
+    method, zscore, released, feature, entropy = words(name)
+    parts = [method.upper() + "+Z" * zscore + ", EA" * entropy] if method != "none" else []
+    parts += [FEATURE_NAMES[feature]] if feature else []
+    return " and ".join(parts) + ", released" * released or "alone"
+
+
 def recipe(teacher, student, method, zscore=False, source="authors", data="cifar100", feature=None,
            entropy=False):
     """Every number of one run, a dict. ValueError for an unknown method or feature.
@@ -345,7 +360,7 @@ def table(data="cifar100"):
     """The recipes, right under them what is unsure, and the published accuracies: what `--list` prints."""
     large = data == "imagenet"
     methods = {c: (c.removesuffix("-z"), c.endswith("-z")) for c in COLUMNS}
-    shown = {c: c.upper().replace("-Z", "+Z") for c in COLUMNS}
+    shown = {c: title(c) for c in COLUMNS}
 
     def numbers(pair, column, source="authors"):
         method = methods[column]
@@ -365,7 +380,7 @@ def table(data="cifar100"):
     doubts = []
     for names, of, reason in IMAGENET_UNSURE if large else UNSURE:
         where = "" if names == "any" else ", " + names.replace(" ", ", ").replace("-", " -> ")
-        of = ", ".join(FEATURE_NAMES.get(name) or name.upper().replace("-Z", "+Z") for name in of.split())
+        of = ", ".join(title(name) for name in of.split())
         doubts.append(f"  ? {of}{where}: {reason}")
     lines += doubts if large else _feature_lines() + doubts
     r = recipe("", "", "kd", data=data)
@@ -377,10 +392,10 @@ def table(data="cifar100"):
               "relations too." + " The released code has + 20, raw relations." * (not large)]
 
     dist, rld = (recipe(*next(iter(pairs)), method, data=data) for method in ("dist", "rld"))
-    lines.append(f"DIST: temperature {dist['base_temp']:g}, weight {dist['kd_weight']:g}, beta and gamma "
-                 f"{dist['beta']:g}. RLD: {rld['base_temp']:g}, {rld['kd_weight']:g}, beta {rld['beta']:g}. "
-                 "EA-KD: --entropy-weight with the method's own numbers, but MLKD+Z's "
-                 "weight is 4 on CIFAR-100 and MLKD's relations stay raw.")
+    lines += [f"DIST: temperature {dist['base_temp']:g}, weight {dist['kd_weight']:g}, beta and gamma "
+              f"{dist['beta']:g}. RLD: {rld['base_temp']:g}, {rld['kd_weight']:g}, beta {rld['beta']:g}.",
+              "EA-KD: --entropy-weight with the method's own numbers, but MLKD's relations stay raw"
+              + ", MLKD+Z's weight is 4" * (not large) + "."]
 
     name = "ImageNet top-1 / top-5" if large else "CIFAR-100 top-1"
     lines += ["", f"Published {name}, %; in brackets the last epoch of the authors' log, top-1:", ""]

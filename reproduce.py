@@ -86,13 +86,6 @@ def rows_of(pairs, methods):
     return list(rows)
 
 
-def words(method):
-    """(method, zscore, released, feature, entropy) of a name in KNOWN_METHODS: kd-z, crd, kd-z-crd, kd-ea."""
-    name, *rest = method.split("-")
-    feature = next((word for word in (name, *rest) if word in recipes.FEATURES), None)
-    return "none" if name == feature else name, "z" in rest, "released" in rest, feature, "ea" in rest
-
-
 def budget_of(recipe):
     """What is shorter than the published recipe, as parts of a name."""
     epochs = [] if recipe["epochs"] == recipe["full_epochs"] else [f"{recipe['epochs']}epochs"]
@@ -121,7 +114,7 @@ class Reproduction:
         self.hashes = {}        # of files of weights
 
     def row(self, teacher, student, method, seed):
-        flags, (name, z, released, feature, entropy) = self.flags, words(method)
+        flags, (name, z, released, feature, entropy) = self.flags, recipes.words(method)
         arguments = options(teacher=teacher, student=student, method=name, feature=feature)
         arguments += ["--zscore"] * z + ["--entropy-weight"] * entropy + ["--recipe", "released"] * released
         arguments += options(teacher_checkpoint=flags["teacher_checkpoint"] if teacher else None, seed=seed,
@@ -276,13 +269,13 @@ def keep(row, record, folder, data, device):
     path, card = CHECKPOINTS / f"{name}.pt", CHECKPOINTS / f"{name}.json"
     if path.exists() and card.exists():
         return f"{path} is there already and stays"
-    weights = read_checkpoint(folder / "student.pt")["model"]
-    half = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
+    content = read_checkpoint(folder / "student.pt")
+    half = {k: v.half() if v.is_floating_point() else v for k, v in content["model"].items()}
     partial, top1 = CHECKPOINTS / f"{name}.{os.getpid()}.part", []
     cli.pick_kernels(deterministic=False)       # in float32, whatever the row's own precision was
     with runs.explained(CHECKPOINTS):
         CHECKPOINTS.mkdir(exist_ok=True)
-        runs.write_checkpoint(partial, {"model": half, "student": row.student})
+        runs.write_checkpoint(partial, content | {"model": half})       # and its facts, for export.py
         try:
             for file in (folder / "student.pt", partial):       # by the same arithmetic: float32
                 student = load_teacher(create_model(row.student), file, device, prefer="student")
@@ -364,7 +357,7 @@ HEAD = ("pair", "method", "last epoch, top-1", "best, chosen on test", "paper", 
 def table_row(key, cells):
     """One line of a table; "" where there is nothing to say."""
     (teacher, student, method), cell = key, cells[key]
-    (name, z, released, feature, entropy), record = words(method), next(iter(cell.values()))
+    (name, z, _, feature, entropy), record = recipes.words(method), next(iter(cell.values()))
     plain = cells.get((teacher, student, method.replace("-z", "")), {}) if z else {}
     alike = ("teacher_sha256", "precision", "compile")      # the two methods' recipes differ anyway
     seeds = [s for s in cell if s in plain and not differences(
@@ -374,8 +367,6 @@ def table_row(key, cells):
     more = {"feature": feature, "entropy": entropy}
     published, baseline = (recipes.published(teacher, student, name, on, **more) for on in (z, False))
     logged = recipes.logged(teacher, student, name, z, **more)
-    shown = [name.upper() + "+Z" * z + ", EA" * entropy] if name != "none" else []
-    shown += [recipes.FEATURE_NAMES[feature]] if feature else []
     deployed = (f"{record['parameters']:,} parameters, {record['macs'] / 1e6:.1f} M multiply-accumulates"
                 if feature == "simkd" else "")
     minutes = [r["minutes"] for r in cell.values() if not r.get("background")]      # they hold waiting
@@ -383,7 +374,7 @@ def table_row(key, cells):
                for d in (r["facts"] for r in cell.values())}
     command = re.sub(" --seed [0-9]+", "", record["command"].removeprefix("python train_cifar.py "))
     return [f"{teacher} → {student}" if teacher else student,
-            " and ".join(shown) + ", released" * released if teacher else "alone",
+            recipes.title(method),
             *(spread([r[k]["top1"] for r in cell.values()]) for k in ("last", "best")),
             f"{published:.2f}" if published else "", f"{logged:.2f}" if logged else "",
             f"{spread(gain, '+')}, {verdict(*last, record['full_length'])}" if gain else "",

@@ -444,7 +444,7 @@ def kept(small):
     torch.manual_seed(1)
     network = create_model("resnet8")
     images = data.load_data("synthetic", None, "cpu", train_images=100)
-    torch.save({"model": network.state_dict(), "student": "resnet8"}, small / "student.pt")
+    torch.save({"model": network.state_dict(), "student": "resnet8", "seed": 3}, small / "student.pt")
     made = record("none", 0, 1.0, None, "resnet8", best_chosen_on="test")
     row = Row(None, "resnet8", "none", 0, [], [], made["recipe"], "resnet8-none-seed0")
     return reproduce.keep(row, made, small, images, torch.device("cpu")), network
@@ -457,6 +457,7 @@ def test_a_kept_teacher_is_half_as_large_and_found_again(small):
     assert path.stat().st_size < 0.6 * (small / "student.pt").stat().st_size
     again = create_model("resnet8")
     load_weights(again, path)
+    assert torch.load(path)["seed"] == 3        # export.py's temperature needs to know the training views
     for name, value in again.state_dict().items():
         torch.testing.assert_close(value, network.state_dict()[name], rtol=1e-3, atol=1e-6)
     card = path.with_suffix(".json")
