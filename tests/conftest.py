@@ -1,5 +1,6 @@
 """Fixtures that several test files use."""
 
+import contextlib
 import functools
 import http.server
 import multiprocessing
@@ -14,6 +15,7 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
 import teacher
+from run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 if "PYTEST_XDIST_WORKER" in os.environ:     # one thread for each test process, and for what it starts
@@ -66,6 +68,25 @@ def no_gpu(request, monkeypatch):
     if not request.node.get_closest_marker("gpu"):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
+@pytest.fixture
+def killed(monkeypatch):
+    """A context in which a run is killed by its save of (epochs, steps) that are done: --save-every 1e-9."""
+    class Killed(BaseException):
+        pass
+
+    @contextlib.contextmanager
+    def context(epoch=1, step=2):
+        def save(run, state, real=Run.save):
+            real(run, state)
+            if (state["epoch"], state["step"]) == (epoch, step):
+                raise Killed
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Run, "save", save)
+            yield
+    return context
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):

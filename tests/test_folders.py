@@ -22,7 +22,6 @@ from torchvision.transforms import functional as per_image
 
 import cli
 import data
-import distill
 import folders
 import predict
 import recipes
@@ -253,20 +252,11 @@ def test_a_cached_teacher_is_the_teacher(pair):
 
 
 @pytest.mark.parametrize("method", ["none", "kd", "mlkd"])
-def test_a_stopped_run_goes_on_with_the_bits_of_an_unbroken_one(pair, monkeypatch, method):
+def test_a_stopped_run_goes_on_with_the_bits_of_an_unbroken_one(pair, killed, method):
     """Else a night's run that was cut off is another run. Strong views (mlkd) at this size too."""
-    class Killed(BaseException):
-        pass
-
-    def save(run, state, real=distill.Run.save):
-        real(run, state)
-        if (state["epoch"], state["step"]) == (1, 2):
-            raise Killed
-
     flags = [*pair, "--method", method, *["--zscore"] * (method != "none"), "--size", 40, "--epochs", 2]
     call("cifar", *flags, "--out", "whole")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(distill.Run, "save", save)
+    with killed():
         call("cifar", *flags, "--save-every", "1e-9", "--out", "broken")
     assert "going on from epoch 1, step 2" in call("cifar", *flags, "--out", "broken")
     whole, broken = (torch.load(only(f"{out}/*/last.pt")) for out in ("whole", "broken"))
@@ -537,18 +527,10 @@ def odd(folder):
 
 @both
 @pytest.mark.parametrize("charset", ["utf-8", "ascii"])
-def test_names_that_are_not_utf8_work_everywhere(odd, monkeypatch, script, charset):
+def test_names_that_are_not_utf8_work_everywhere(odd, killed, script, charset):
     """Trained, stopped, gone on with, evaluated, refused; the student keeps the names' bytes."""
-    class Killed(BaseException):
-        pass
-
-    def save(run, state, real=distill.Run.save):
-        real(run, state)
-        raise Killed
-
     flags = [*ALONE, "--data-dir", odd, "--epochs", 2]
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(distill.Run, "save", save)
+    with killed(0, 1):
         call(script, *flags, "--save-every", "1e-9", charset=charset)
     assert "going on from epoch 0, step 1" in call(script, *flags, charset=charset)
     path = only("runs/*/student.pt")

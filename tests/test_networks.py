@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from torchvision.models import _api
 
 import cli
-import distill
 import folders
 import networks
 import teacher
@@ -260,19 +259,10 @@ def test_a_network_of_ones_own_is_teacher_and_student(script, name):
 
 
 @both
-def test_a_run_with_ones_own_network_goes_on_with_its_bits(script, monkeypatch):
-    class Killed(BaseException):
-        pass
-
-    def save(run, state, real=distill.Run.save):
-        real(run, state)
-        if (state["epoch"], state["step"]) == (1, 2):
-            raise Killed
-
+def test_a_run_with_ones_own_network_goes_on_with_its_bits(script, killed):
     flags = [*TAUGHT, "--student", "nets.py:Both", "--zscore", "--epochs", 2]
     call(script, *flags, "--out", "whole")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(distill.Run, "save", save)
+    with killed():
         call(script, *flags, "--save-every", "1e-9", "--out", "broken")
     assert "going on from epoch 1, step 2" in call(script, *flags, "--out", "broken")
     whole, broken = (torch.load(only(f"{out}/*/last.pt"))["model"] for out in ("whole", "broken"))
@@ -280,16 +270,11 @@ def test_a_run_with_ones_own_network_goes_on_with_its_bits(script, monkeypatch):
 
 
 @both
-def test_a_save_of_another_network_of_the_same_name_is_one_line(script, monkeypatch):
+def test_a_save_of_another_network_of_the_same_name_is_one_line(script, killed):
     """The file was edited between two halves of a run."""
-    def save(run, state, real=distill.Run.save):
-        real(run, state)
-        raise KeyboardInterrupt
-
     flags = ["--method", "none", "--student", "nets.py:Net"]
-    with monkeypatch.context() as patch:
-        patch.setattr(distill.Run, "save", save)
-        call(script, *flags, "--save-every", "1e-9", code=1)
+    with killed(0, 1):
+        call(script, *flags, "--save-every", "1e-9")
     Path("nets.py").write_text(NETS.replace("Linear(8", "Linear(8 + 0 * num_classes"))
     networks._module.cache_clear()
     Path("parts.py").write_text(PARTS.replace("stride=2", "stride=2, bias=False"))

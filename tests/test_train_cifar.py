@@ -117,27 +117,13 @@ def test_a_finished_run_prints_its_result_and_does_nothing(pair, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [["--zscore"], ["--method", "none"]])
-@pytest.mark.parametrize("leave", ["after an epoch", "in an epoch"])
-def test_a_stopped_run_ends_with_an_unbroken_runs_bits(pair, tmp_path, monkeypatch, flags, leave):
+@pytest.mark.parametrize("at", [(1, 0), (1, 2)])        # after an epoch, in one
+def test_a_stopped_run_ends_with_an_unbroken_runs_bits(pair, tmp_path, killed, flags, at):
     name = "resnet8-none-synthetic-seed0" if "none" in flags else "resnet14-resnet8-kd-z-synthetic-seed0"
     call(*pair, *SMALL, *flags, "--out", "whole")
-
-    class Killed(BaseException):
-        pass
-
-    saves = []
-
-    def save(run, state, real=distill.Run.save):
-        real(run, state)
-        saves.append((state["epoch"], state["step"]))
-        if saves[-1] == ((1, 0) if leave == "after an epoch" else (1, 2)):
-            raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(distill.Run, "save", save)
+    with killed(*at):
         call(*pair, *SMALL, *flags, "--save-every", "1e-9", "--out", "broken")
-    assert (f"going on from epoch {saves[-1][0]}, step {saves[-1][1]}"
-            in call(*pair, *SMALL, *flags, "--out", "broken"))
+    assert "going on from epoch {}, step {}".format(*at) in call(*pair, *SMALL, *flags, "--out", "broken")
 
     whole, broken = (torch.load(tmp_path / out / name / "last.pt") for out in ("whole", "broken"))
     for key, value in whole["model"].items():
@@ -372,20 +358,11 @@ METHODS = [[method, z] for method in ("kd", "dkd", "mlkd", "ctkd", "ttm", "wttm"
 
 
 @pytest.mark.parametrize("method, z", METHODS)
-def test_every_method_trains_by_its_recipe_stops_and_goes_on(pair, tmp_path, monkeypatch, method, z):
+def test_every_method_trains_by_its_recipe_stops_and_goes_on(pair, tmp_path, killed, method, z):
     """One run that is killed in an epoch ends with an unbroken one's weights; loss is the weighted sum."""
-    class Killed(BaseException):
-        pass
-
-    def save(run, state, real=distill.Run.save):
-        real(run, state)
-        if (state["epoch"], state["step"]) == (1, 2):
-            raise Killed
-
     flags = [*pair, *SMALL, "--method", method, z, "--epochs", "2"]
     call(*flags, "--out", "whole")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(distill.Run, "save", save)
+    with killed():
         call(*flags, "--save-every", "1e-9", "--out", "broken")
     call(*flags, "--out", "broken")
     name = f"resnet14-resnet8-{method}{'-z' if z == '--zscore' else ''}-synthetic-seed0"

@@ -301,18 +301,9 @@ def test_a_row_of_crds_banks_is_one_image(files, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("feature", METHODS)
-def test_a_killed_run_goes_on_with_the_bits_of_an_unbroken_one(whole, files, tmp_path, monkeypatch, feature):
+def test_a_killed_run_goes_on_with_the_bits_of_an_unbroken_one(whole, files, tmp_path, killed, feature):
     """Connectors, banks and constants begin anew else, and the weights differ from the unbroken run's."""
-    class Killed(BaseException):
-        pass
-
-    def save(run, state, real=distill.Run.save):
-        real(run, state)
-        if (state["epoch"], state["step"]) == (1, 2):
-            raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(distill.Run, "save", save)
+    with killed():
         call(*flags(feature, files), "--save-every", "1e-9")
     output = call(*flags(feature, files))
     assert "going on from epoch 1, step 2" in output

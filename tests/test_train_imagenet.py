@@ -340,21 +340,12 @@ def test_a_signal_saves_and_leaves_all_processes_promptly_and_another_number_goe
 
 
 @pytest.mark.parametrize("student", ["MobileNetV1", "squeezenet1_1"])       # the latter has dropout
-def test_a_run_goes_on_with_the_bits_of_an_unbroken_one(student, monkeypatch):
+def test_a_run_goes_on_with_the_bits_of_an_unbroken_one(student, killed):
     name = NAME.replace("MobileNetV1", student)
-
-    class Killed(BaseException):
-        pass
-
-    def save(run, state, real=distill.Run.save):
-        real(run, state)
-        if (state["epoch"], state["step"]) == (1, 2):
-            raise Killed
 
     flags = [*SMALL[:-1], "2", "--zscore", "--student", student]
     call(*flags, "--out", "whole")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(distill.Run, "save", save)
+    with killed():
         CliRunner().invoke(main, [*flags, "--save-every", "1e-9", "--out", "broken"], catch_exceptions=False)
     assert "going on from epoch 1, step 2" in call(*flags, "--out", "broken")
     same(name, "whole", "broken")
