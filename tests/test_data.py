@@ -150,7 +150,7 @@ def test_a_whole_part_is_only_checked(slow):
             assert not path.with_name("here.part").exists()
 
 
-def test_the_mirror_comes_first_and_then_the_official_place(slow, monkeypatch):
+def test_the_mirror_comes_first_and_then_the_official_place(slow):
     content, md5, url, server, path = slow
     data.fetch(["http://127.0.0.1:9/none", url], path, md5)
     assert path.read_bytes() == content

@@ -172,7 +172,7 @@ def test_rows_are_run_once(made):
     assert len(made) == 7 and Path("RESULTS.md").read_text() != text        # the table, without those rows
 
 
-def test_a_missing_teacher_is_a_row_of_its_own_kept_in_float16(made, monkeypatch):
+def test_a_missing_teacher_is_a_row_of_its_own_kept_in_float16(made):
     """At full length whatever the students' budget, with result, card and weights; later rows find it."""
     output = call(*CIFAR, "--methods", "kd")
     call(*CIFAR, "--methods", "kd-z")

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import cli
-import run as runs
 from cli import duration, pick_device
 from run import Run, RunError, rounded, write_checkpoint
 

@@ -235,7 +235,7 @@ def test_schedules_are_the_recipes_and_scale_with_the_epochs():
     assert [at(reversal, e * 782, ramp=10) for e in range(11)] == pytest.approx(ramp, abs=6e-4)
 
 
-def test_two_epochs_equal_a_plain_loop(pair, tmp_path, monkeypatch):
+def test_two_epochs_equal_a_plain_loop(pair, tmp_path):
     """An independent loop: torchvision's order of operations, torch's own losses, MultiStepLR."""
     call(*pair, *SMALL, "--epochs", "2", "--train-images", "100", "--batch-size", "64", "--lr", "0.05",
          "--weight-decay", "0.1")

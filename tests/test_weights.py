@@ -147,7 +147,7 @@ def test_safetensors_loads(tmp_path):
         load_weights(model, tmp_path / "x.safetensors")
 
 
-def test_no_numpy_code_runs_on_a_files_bytes(tmp_path, monkeypatch):
+def test_no_numpy_code_runs_on_a_files_bytes(tmp_path):
     """The scalar's bytes stand in the file; what comes out is a stand-in that has forgotten them."""
     torch.save({"model": {}, "lr": np.float64(0.1), "array": np.arange(3)}, tmp_path / "x.pt")
     content = read_checkpoint(tmp_path / "x.pt")
