@@ -212,7 +212,7 @@ def test_the_numbers_in_the_text_are_the_pictures():
 
 def test_the_text_shows_pictures_that_are_there():
     shown = re.findall(r"^!\[.*\]\((figures/.*)\)", "\n".join(TEXTS), re.M)
-    assert {"figures/logits.png", "figures/difference.png"} <= set(shown)
+    assert {f"figures/{name}.png" for name in ("logits", "difference", "curves", "grid")} <= set(shown)
     for name in shown:
-        sizes = [(ROOT / name).with_suffix(suffix).stat().st_size for suffix in (".png", ".svg", ".csv")]
-        assert min(sizes) > 1000
+        png, svg, table = ((ROOT / name).with_suffix(end).stat().st_size for end in (".png", ".svg", ".csv"))
+        assert min(png, svg) > 1000 and table > 100
