@@ -143,14 +143,19 @@ def check_batch(recipe, images, smallest):
     if batch > images:
         raise click.UsageError(f"--batch-size {batch}: there are {images} training images; "
                                "give a smaller one, and a --lr that is smaller in proportion")
-    if recipe.get("feature") in ("rkd", "reviewkd") and smallest == 1:
-        raise click.UsageError(f"--feature {recipe['feature']} compares images, and of {images} in batches "
-                               f"of {batch} one is alone: give another --batch-size or --at-once")
+    method = (f"--feature {recipe['feature']}" if recipe.get("feature") in ("rkd", "reviewkd") else
+              "--method dist" if recipe["method"] == "dist" else None)
+    if method and smallest == 1:
+        raise click.UsageError(f"{method} compares images, and of {images} in batches of {batch} one is "
+                               "alone: give another --batch-size or --at-once")
 
 
 def temperature_line(recipe, count):
     """Which temperature the ceiling of Z (see zscore_kd.py) suggests for `count` classes, and why."""
     tau, used = suggested_temperature(count), recipe["base_temp"]
+    if count > 10_000:
+        return (f"for {count} classes, without a recipe, take base temperature {tau:g} or less (--base-temp "
+                f"{tau:g}), or no standardization: the second table in zscore_kd.py; this run has {used:g}")
     return (f"for {count} classes, without a recipe, the table in zscore_kd.py suggests base temperature "
             f"{tau:g}: the teacher's top probability can reach {ceiling(count, tau):.2f}"
             + ("" if used == tau else f", at this run's {used:g} only {ceiling(count, used):.2f} "

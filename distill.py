@@ -34,8 +34,9 @@ SHOWN = ("lr", "epochs", "batch_size", "weight_decay", "ce_weight", "kd_weight",
          "gamma", "entropy_temp", "span", "zscore_relations", "feature_weight", "feature_ramp", "resolution",
          "normalize", "factor",
          "precision", "compile", "exact_teacher", "size", "images", "train_images", "val_from_train")
-FACTS = ("student", "teacher", "method", "zscore", "feature", "base_temp", "epochs", "seed", "data", "size",
-         "train_images", "val_from_train")      # of the recipe, kept in student.pt
+OPTIONS = "zscore", "alpha", "beta", "gamma", "entropy_temp", "zscore_relations"     # a method's, in a recipe
+FACTS = ("student", "teacher", "method", "zscore", "feature", "entropy_temp", "base_temp", "epochs", "seed",
+         "data", "size", "train_images", "val_from_train")      # of the recipe, kept in student.pt
 
 
 class Distiller(nn.Module):
@@ -107,11 +108,11 @@ class Distiller(nn.Module):
         kd = torch.zeros_like(ce)
         if v:
             tau = self.temperature(self.reversal) if self.temperature else r["base_temp"]
-            options = {k: r[k] for k in ("alpha", "beta", "gamma", "entropy_temp", "zscore_relations")
-                       if k in r}
-            kd = distillation_loss(r["method"], z[0], v[0], target, tau,            # lines 3, 4: tau^2 L_KD
-                                   zscore=r["zscore"], student_strong=z[-1], teacher_strong=v[-1],
-                                   **options)
+            options = {k: r[k] for k in OPTIONS if k in r}
+            if len(v) > 1:
+                options |= {"student_strong": z[1], "teacher_strong": v[1]}
+            # lines 3, 4: tau^2 L_KD
+            kd = distillation_loss(r["method"], z[0], v[0], target, tau, **options)
         loss = r["ce_weight"] * ce + self.kd_weight * kd                            # line 6
         for term in more:
             loss = loss + self.feature_weight * term

@@ -41,7 +41,6 @@ COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
          "svg.fonttype": "none", "svg.hashsalt": "figures", "savefig.dpi": 200}  # equal pictures, equal files
 LINES, MARKERS = ("-", "--", "-.", ":"), "osD^vPX*"
-ORDER = "none kd kd-z ctkd ctkd-z dkd dkd-z mlkd mlkd-z mlkd-z-released ttm wttm".split()   # reproduce.py's
 TOY = {"teacher": (1.0, 5.0, 6.0), "student 1": (1.0, 5.9, 5.6), "student 2": (0.125, 0.625, 0.75)}
 
 
@@ -110,7 +109,7 @@ def records_of(flags):
     if len({r["recipe"].get("teacher_sha256") for r in found[budget] if r["teacher"]}) > 1:
         raise RunError(f"the rows of {flags['pair']} were taught by different teachers and are not compared")
     groups = {}
-    for r in sorted(found[budget], key=lambda r: ((ORDER + [r["method"]]).index(r["method"]), r["seed"])):
+    for r in sorted(found[budget], key=lambda r: (recipes.NAMES.index(r["method"]), r["seed"])):
         groups.setdefault(r["method"], []).append(r)
     real, full, epochs, images, data = budget
     length = "full length" if full else f"{epochs} epochs on {images:,} images"
@@ -180,7 +179,8 @@ def logits_of(flags):
     for who in ("teacher", "plain", "zscore"):
         name, path = (teacher, flags["teacher_checkpoint"]) if who == "teacher" else (student, flags[who])
         facts = facts_of(read_checkpoint(path, name))
-        said, method = facts.get("zscore"), facts.get("method", "KD").upper() + "+Z" * (who == "zscore")
+        said, method = facts.get("zscore"), recipes.title(recipes.key(
+            facts.get("method", "kd"), who == "zscore", facts.get("feature"), facts.get("entropy_temp")))
         if who != "teacher" and said not in (None, who == "zscore"):
             how = "with" if said else "without"
             raise RunError(f"--{who} {path}: this student was distilled {how} --zscore")

@@ -4,8 +4,8 @@ Copy it together with zscore_kd.py.
 
 Arguments, shapes and errors as in zscore_kd.py: logits (B, K), half precision is cast up, the teacher is
 detached, a scalar, unweighted, is returned; with zscore both sides are standardized first. Each is as its
-authors' code executes it. Of LLMs' vocabularies: above 10,000 classes take a base temperature of at most 0.5,
-or no standardization (the table in zscore_kd.py).
+authors' code executes it, but for slips. Above 10,000 classes, the vocabularies of language models, take a
+base temperature of at most 0.5, or no standardization (the table in zscore_kd.py).
 """
 
 import math
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import zscore_kd
-from zscore_kd import _full_precision, _mean, _pair, _softened, kd_loss, weighted_zscore
+from zscore_kd import _decoupled, _full_precision, _mean, _pair, _softened, kd_loss, weighted_zscore
 
 METHODS = (*zscore_kd.METHODS, "dist", "rld")
 
@@ -25,8 +25,9 @@ def dist_loss(student_logits, teacher_logits, base_temp=4.0, *, beta=2.0, gamma=
     """DIST (Huang et al., NeurIPS 2022): tau^2 (beta inter + gamma intra), of probabilities at tau.
 
     inter: 1 - Pearson's correlation of the student's and the teacher's probabilities of a sample, mean over
-    the samples; intra: the same of a class over the batch, mean over the classes. What is constant correlates
-    with nothing. ImageNet: tau, beta and gamma 1. It takes no weight: intra is no sum over samples.
+    the samples; intra: the same of a class over the batch, mean over the classes. What is constant, like a
+    class in a batch of one, correlates with nothing. ImageNet: tau, beta and gamma 1. It takes no weight:
+    intra is no sum over samples.
     """
     z, v, base_temp, _ = _pair(student_logits, teacher_logits, base_temp)
     with _full_precision(z):
@@ -49,18 +50,12 @@ def rld_loss(student_logits, teacher_logits, target, base_temp=4.0, *, alpha=1.0
                                     ignore_index)
     with _full_precision(z):
         is_target = target[:, None] == torch.arange(z.shape[1], device=z.device)
-        raw = torch.where(is_target, v, -torch.inf).amax(-1, keepdim=True)     # v_y; Z and tau keep the order
-        below = v < raw
+        below = v < torch.where(is_target, v, -torch.inf).amax(-1, keepdim=True)    # Z and tau keep the order
         z, v = (_softened(x, base_temp, zscore, correction) for x in (z, v))
         is_largest = torch.arange(z.shape[1], device=z.device) == v.argmax(-1, keepdim=True)
-        known = is_target.any(-1) | (weight == 0)
-        t_one, t_rest = _two(v, is_largest)
-        s_one, s_rest = _two(z, is_target)
-        scd = t_one.exp() * (t_one - s_one) + t_rest.exp() * (t_rest - s_rest)
-        log_p, log_q = (_among(x, below) for x in (v, z))
-        mcd = (log_p.exp().masked_fill(~below, 0.0) * (log_p - log_q)).sum(-1)
-        loss = torch.where(known, alpha * scd + beta * mcd, torch.nan)
-        return _mean(base_temp**2 * loss[:, None], reduction, weight)
+        scd, mcd = _decoupled(z, v, is_target, is_largest, below)
+        known = torch.where(is_target.any(-1) | (weight == 0), 1.0, torch.nan)
+        return _mean(base_temp**2 * (known * (alpha * scd + beta * mcd))[:, None], reduction, weight)
 
 
 def crld_loss(student_weak, teacher_weak, student_strong, teacher_strong, base_temp=4.0, *, within=2.0,
@@ -95,63 +90,72 @@ def entropy_weight(student_logits, teacher_logits, temperature=3.0):
 
 
 def linear_kd_loss(student_hidden, student_weight, teacher_hidden, teacher_weight, base_temp=1.0, *,
-                   zscore=True, weight=None, chunk=256):
+                   zscore=True, correction=0, weight=None, chunk=256):
     """`kd_loss` of hidden states (N, H), (N, H') and the heads' weights (V, H), (V, H'), without any (N, V).
 
     The logits of `chunk` tokens at a time are computed, and once more in the backward pass, so that memory
     does not grow with N. weight: (N,), for instance the mask of the tokens that count. Returns a scalar.
-    ValueError, with the values, for shapes that do not go together and as in `kd_loss`.
+    ValueError, with the values, for shapes and dtypes that do not go together, and as in `kd_loss`.
     """
     for hidden, matrix in ((student_hidden, student_weight), (teacher_hidden, teacher_weight)):
-        if hidden.dim() != 2 or matrix.dim() != 2 or hidden.shape[1] != matrix.shape[1]:
-            raise ValueError("hidden states (N, H) and a weight (V, H) are needed, got "
-                             f"{tuple(hidden.shape)} and {tuple(matrix.shape)}")
+        mixed = hidden.dtype != matrix.dtype and not torch.is_autocast_enabled(hidden.device.type)
+        if hidden.dim() != 2 or matrix.dim() != 2 or hidden.shape[1] != matrix.shape[1] or mixed:
+            raise ValueError("hidden states (N, H) and a weight (V, H) of one dtype are needed, got "
+                             f"{tuple(hidden.shape)} and {tuple(matrix.shape)}, {hidden.dtype} and "
+                             f"{matrix.dtype}; tokens (B, T, H) are rows h.flatten(0, 1)")
+    n = len(student_hidden)
+    if len(teacher_hidden) != n or n == 0:
+        raise ValueError(f"{n} student's and {len(teacher_hidden)} teacher's tokens: give as many of both")
+    if not isinstance(chunk, int) or chunk < 1:
+        raise ValueError(f"chunk must be a whole number of tokens, at least 1, got {chunk}")
+    if weight is not None and weight.shape != (n,):
+        raise ValueError(f"weight must be ({n},), got shape {tuple(weight.shape)}")
     if isinstance(base_temp, torch.Tensor) and base_temp.numel() != 1:
         raise ValueError(f"a tensor temperature must be one number, got shape {tuple(base_temp.shape)}")
-    n = len(student_hidden)
-    if len(teacher_hidden) != n or n == 0 or chunk < 1 or weight is not None and weight.shape != (n,):
-        raise ValueError(f"{n} student's and {len(teacher_hidden)} teacher's tokens, chunk {chunk}, weight "
-                         f"{None if weight is None else tuple(weight.shape)}: the first two must be equal")
 
     def part(h_student, h_teacher, w):
         h_student, h_teacher = (h.masked_fill((w == 0)[:, None], 0.0) for h in (h_student, h_teacher))
         with torch.no_grad():
             v = h_teacher @ teacher_weight.mT
-        return kd_loss(h_student @ student_weight.mT, v, base_temp, zscore=zscore, reduction="none",
-                       weight=w).sum()
+        return kd_loss(h_student @ student_weight.mT, v, base_temp, zscore=zscore, correction=correction,
+                       reduction="none", weight=w).sum()
 
     counts = torch.ones(n, device=student_hidden.device) if weight is None else weight
-    total = sum(checkpoint(part, *xs, use_reentrant=False) for xs in
+    total = sum(checkpoint(part, *xs, use_reentrant=False, preserve_rng_state=False) for xs in
                 zip(*(x.split(chunk) for x in (student_hidden, teacher_hidden, counts))))
     number = counts.to(total.dtype).sum()
     return total / torch.where(number == 0, 1.0, number)
 
 
-def distillation_loss(method, student_logits, teacher_logits, target=None, base_temp=4.0, *, gamma=2.0,
-                      entropy_temp=None, **options):
-    """`zscore_kd.distillation_loss` of these METHODS, which has the other options.
+def distillation_loss(method, student_logits, teacher_logits, target, base_temp, *, entropy_temp=None,
+                      reduction="mean", **options):
+    """The loss of `method` by its name, one of METHODS; options: those of its function alone.
 
-    gamma: for "dist". entropy_temp: that of EA-KD's weights, by which the samples' losses, of "mlkd" each
-    view's KLs, are multiplied before the mean; None: by nothing. TypeError for "dist", which has neither.
+    entropy_temp: that of EA-KD's weights, by which the samples' losses, of "mlkd" each view's KLs, are
+    multiplied before the mean; None: by nothing. TypeError for "dist", which has neither.
     """
-    z, v = student_logits, teacher_logits
+    z, v, options = student_logits, teacher_logits, dict(options)
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
     if method == "dist":
-        if entropy_temp:
+        if entropy_temp is not None or reduction != "mean":
             raise TypeError("method 'dist' has no loss of a sample")
-        wanted = {k: options[k] for k in ("beta", "zscore", "correction") if k in options}
-        return dist_loss(z, v, base_temp, gamma=gamma, **wanted)
-    if method == "mlkd":
+        return dist_loss(z, v, base_temp, **options)
+    options["reduction"] = reduction if entropy_temp is None or method == "mlkd" else "none"
+    if method == "mlkd" and entropy_temp is not None:
         strong = options.get("student_strong"), options.get("teacher_strong")
-        if entropy_temp and all(x is not None for x in strong):     # a missing one is said below
+        if all(x is not None for x in strong):      # a missing one is said below
             options["kl_weights"] = entropy_weight(z, v, entropy_temp), entropy_weight(*strong, entropy_temp)
-        return zscore_kd.distillation_loss(method, z, v, target, base_temp, **options)
-    reduction = {"reduction": "none" if entropy_temp else "mean"}
-    if method == "rld":
-        wanted = {k: options[k] for k in ("alpha", "beta", "zscore", "correction") if k in options}
-        loss = rld_loss(z, v, target, base_temp, **wanted, **reduction)
+    if method != "rld":
+        loss = zscore_kd.distillation_loss(method, z, v, target, base_temp, **options)
+    elif target is None:
+        raise TypeError("method 'rld' needs target")
     else:
-        loss = zscore_kd.distillation_loss(method, z, v, target, base_temp, **options, **reduction)
-    return (entropy_weight(z, v, entropy_temp) * loss).mean() if entropy_temp else loss
+        loss = rld_loss(z, v, target, base_temp, **options)
+    if entropy_temp is None or method == "mlkd":
+        return loss
+    loss = entropy_weight(z, v, entropy_temp) * loss
+    return loss.mean() if reduction == "mean" else loss
 
 
 def _correlation(x, y):
@@ -159,17 +163,3 @@ def _correlation(x, y):
     if x.shape[-1] == 1:        # a batch of one: a class's only number is constant
         return 0.0
     return (weighted_zscore(x) * weighted_zscore(y)).mean()
-
-
-def _two(x, one):
-    """log p of the class in the mask `one` (B, K) and of all others together, both (B,)."""
-    x = x - x.detach().amax(-1, keepdim=True)       # +inf becomes NaN, and shows
-    gap = x.masked_fill(~one, 0.0).sum(-1) - x.masked_fill(one, -torch.inf).logsumexp(-1)
-    return F.logsigmoid(gap), F.logsigmoid(-gap)
-
-
-def _among(x, mask):
-    """log p (B, K) among the classes of a mask; 0 elsewhere, and where a row has none."""
-    x = x - x.detach().amax(-1, keepdim=True)
-    none = ~mask.any(-1, keepdim=True)
-    return F.log_softmax(x.masked_fill(~(mask | none), -torch.inf), -1).masked_fill(~mask, 0.0)

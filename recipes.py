@@ -17,6 +17,9 @@ SOURCES = ("authors", "released")
 COLUMNS = ("kd", "kd-z", "ctkd", "ctkd-z", "dkd", "dkd-z", "mlkd", "mlkd-z", "ttm", "wttm")
 NEWER_COLUMNS = ("dist", "rld", "kd-ea", "mlkd-ea", "mlkd-z-ea")    # of other papers, in NEWER
 LOGGED_COLUMNS = ("kd-z", "ctkd-z", "dkd-z", "mlkd-z")
+NAMES = ("none", *(name + end for name in COLUMNS for end in ("", "-released")),    # in the tables' order
+         "dist", "dist-z", "rld", "rld-z", *(f"{name}-ea" for name in (*COLUMNS, "rld", "rld-z")),
+         *FEATURES, *(f"{name}-{feature}" for name in COLUMNS for feature in FEATURES))
 
 # Common to all runs of a data set; MobileNets and ShuffleNets take 0.01 on CIFAR-100, the field's rule.
 CIFAR_100 = {"lr": 0.05, "epochs": 240, "stages": (150, 180, 210), "batch_size": 64, "momentum": 0.9,
@@ -131,7 +134,7 @@ IMAGENET_TOP5 = {   # teacher, student alone, then the same columns
     ("resnet34", "resnet18"):    (91.42, 89.07, 90.05, 90.29, 90.27, 90.46, 90.41, 90.58, 90.55, 90.74),
     ("resnet50", "MobileNetV1"): (92.86, 88.76, 89.80, 90.80, 90.11, 91.25, 91.05, 91.23, 91.42, 91.59),
 }
-NEWER = {       # DIST: its paper's; RLD: its paper's on CIFAR-100; the others read in other papers
+NEWER = {       # DIST: its paper's; RLD: its paper's on CIFAR-100; the others, * in the list, read elsewhere
     #                            DIST   RLD    EA: KD MLKD   MLKD+Z
     ("resnet32x4", "resnet8x4"): (76.31, 76.64, 75.46, 77.65, 78.38),
     ("resnet34", "resnet18"):    (72.07, 71.91, 71.79, None,  None),
@@ -159,8 +162,9 @@ UNSURE = (
     ("any", "wttm", "not published per pair: exponent 0.2, weight 4 are those of vgg13 -> vgg8 with CRD"),
     ("any", "ttm-z", "no paper has TTM with standardization: the numbers are TTM's"),
     ("any", "wttm-z", "no paper has WTTM with standardization: the numbers are WTTM's"),
-    ("any", "dist-z rld-z", "no paper has it: DIST's weight, DKD+Z's numbers"),
-    ("any", "ea", "with a standardized loss it is published for MLKD alone; the numbers were read elsewhere"),
+    ("any", "dist-z", "no paper has it: DIST's weight, at temperature 2"),
+    ("any", "rld-z", "no paper has it: temperature 2, weight 9, beta 8"),
+    ("any", "ea", "it is published with KD, DKD, MLKD and MLKD+Z alone"),
     ("ResNet50-MobileNetV2", "reviewkd", "a user of mdistiller reached the published accuracy with 30"),
     ("any", "reviewkd catkd", "no number is published for the pair: that of pairs like it is run"),
 )
@@ -174,8 +178,8 @@ IMAGENET_UNSURE = (
     ("any", "mlkd-z", "the released configuration does not run: temperature and weight are KD+Z's"),
     ("any", "ttm wttm", "no exponent and weight are published: those of CIFAR-100"),
     ("any", "ttm-z wttm-z", "no paper has it"),
-    ("any", "dist-z rld-z", "no paper has it: DIST's weight, DKD+Z's numbers"),
-    ("any", "rld ea", "the published number was read in another paper"),
+    ("any", "dist-z rld-z", "no paper has it: DIST's numbers, KD+Z's temperature and weight"),
+    ("any", "ea", "it is published with KD, DKD and DKD+Z alone"),
     ("any", "at rkd crd simkd", "the weight is CIFAR-100's: no other was found"),
 )
 
@@ -208,9 +212,9 @@ def recipe(teacher, student, method, zscore=False, source="authors", data="cifar
     known: whether a paper has this pair (for "none" without a feature: this network); one that none has takes
     temperature 2 and weight 9 with Z. epochs: at full length. stages: epochs after which the learning rate is
     divided by ten. base_temp: tau, the temperature of every method. kd_weight, ce_weight: lambda_KD,
-    lambda_CE. alpha, beta: DKD's, before kd_weight multiplies both; warmup: epochs of its ramp. span: CTKD's
-    range of temperatures above base_temp; ramp: epochs of its reversal.
-    entropy_temp: that of EA-KD's weights, where `entropy` asks for them. gamma: DIST's.
+    lambda_CE. alpha, beta: DKD's and RLD's, before kd_weight multiplies both; warmup: epochs of its ramp.
+    beta, gamma: DIST's. span: CTKD's range of temperatures above base_temp; ramp: epochs of its reversal.
+    entropy_temp: that of EA-KD's weights, where `entropy` asks for them.
     With a feature: feature, its name; feature_weight; feature_ramp: epochs of ReviewKD's ramp; resolution,
     normalize: the side of CAT-KD's maps, whether they are normalised; factor: how much narrower SimKD's
     projector is inside. SimKD has no cross-entropy, whatever the method.
@@ -233,14 +237,12 @@ def recipe(teacher, student, method, zscore=False, source="authors", data="cifar
     if method == "none":
         r["known"] = (student in (IMAGENET_ALONE if large else ALONE) if feature is None else
                       r["known"] or not large and pair in FEATURE_PAIRS)
-    elif method == "dkd":
-        beta = (2 if teacher == "resnet50" else 0.5) if large else dkd_z[2] if logs else beta or 8
+    elif method in ("dkd", "rld"):
+        beta = 8 if method == "rld" else dkd_z[2] if logs else beta or 8
+        beta = beta if not large else 2 if teacher == "resnet50" else 0.5
         r |= {"alpha": 1.0, "warmup": 1 if large else 20, "beta": float(beta)}
     elif method == "dist":
         r |= {"beta": 1.0 if large else 2.0, "gamma": 1.0 if large else 2.0}
-    elif method == "rld":
-        r |= {"alpha": 1.0, "warmup": 1 if large else 20,
-              "beta": 8.0 if not large else 2.0 if teacher == "resnet50" else 0.5}
     elif method == "mlkd":
         lr, epochs = (0.2 if teacher == "resnet50" else 0.1, 100) if large else mlkd_z[2:]
         r |= {"lr": lr, "epochs": epochs, "zscore_relations": logs}
@@ -279,15 +281,15 @@ def unsure(teacher, student, method, zscore=False, source="authors", data="cifar
     name, pair = key(method, zscore), f"{teacher}-{student}"
     if data == "imagenet":
         sure = method == "kd" and teacher == "resnet50"
-    elif source == "released":      # the code's own defaults; it has no TTM
-        sure = method not in ("ttm", "wttm")
+    elif source == "released":      # the code's own defaults; it has none of these
+        sure = method not in ("ttm", "wttm", "dist", "rld")
     else:
         sure = name == "dkd" and PAIRS.get((teacher, student), (0, None))[1]
     doubts = set() if sure or (pair, name) == ("vgg13-vgg8", "ttm") else {name}
     numbers = dict(zip(("reviewkd", "catkd"), FEATURE_PAIRS.get((teacher, student), (None, None))))
     if feature and (data == "imagenet" or numbers.get(feature, 0) is None):
         doubts.add(feature)
-    if entropy:
+    if entropy and name not in ("kd", "dkd", *(("dkd-z",) if data == "imagenet" else ("mlkd", "mlkd-z"))):
         doubts.add("ea")
     return [reason for pairs, names, reason in (IMAGENET_UNSURE if data == "imagenet" else UNSURE)
             if doubts & {*names.split()} and {pair, "any"} & {*pairs.split()}]
@@ -326,7 +328,7 @@ def learning_rate(epoch, recipe):
 
 
 def kd_weight(epoch, recipe):
-    """lambda_KD, for DKD with its linear warm-up."""
+    """lambda_KD, for DKD and RLD with their linear warm-up."""
     return recipe["kd_weight"] * min(epoch / recipe.get("warmup", 1), 1)
 
 
@@ -352,8 +354,12 @@ def ceiling(classes, base_temp):
 
 
 def suggested_temperature(classes):
-    """The largest of some temperatures that leaves a ceiling of 0.6, what tau = 2 has of the papers' 100."""
-    return next((tau for tau in (2.0, 1.5, 1.0) if ceiling(classes, tau) >= 0.6), 1.0)
+    """The largest of some temperatures that leaves a ceiling of 0.6, what tau = 2 has of the papers' 100.
+
+    Above 10,000 classes, where no real row comes near it, 0.5.
+    """
+    return next((tau for tau in (2.0, 1.5, 1.0) if ceiling(classes, tau) >= 0.6), 1.0) if (
+        classes <= 10_000) else 0.5
 
 
 def table(data="cifar100"):
@@ -391,11 +397,15 @@ def table(data="cifar100"):
               "CTKD's temperature lies between the given one and it + 20, + 40 with Z. MLKD+Z standardizes "
               "relations too." + " The released code has + 20, raw relations." * (not large)]
 
-    dist, rld = (recipe(*next(iter(pairs)), method, data=data) for method in ("dist", "rld"))
-    lines += [f"DIST: temperature {dist['base_temp']:g}, weight {dist['kd_weight']:g}, beta and gamma "
-              f"{dist['beta']:g}. RLD: {rld['base_temp']:g}, {rld['kd_weight']:g}, beta {rld['beta']:g}.",
-              "EA-KD: --entropy-weight with the method's own numbers, but MLKD's relations stay raw"
-              + ", MLKD+Z's weight is 4" * (not large) + "."]
+    for method in ("dist", "rld"):
+        name = title(method)
+        r, z = (recipe(*next(iter(pairs)), method, z, data=data) for z in (False, True))
+        lines.append(f"{name}: temperature {r['base_temp']:g}, weight {r['kd_weight']:g}; {name}+Z: "
+                     f"{z['base_temp']:g}, {z['kd_weight']:g}; beta {r['beta']:g}"
+                     + (f", gamma {r['gamma']:g}." if "gamma" in r else " (resnet50: 2)." if large else "."))
+    ea = recipe(*next(iter(pairs)), "mlkd", True, data=data, entropy=True)
+    lines.append(f"EA-KD: --entropy-weight, entropies at temperature {ea['entropy_temp']:g}; MLKD+Z's weight "
+                 f"is {ea['kd_weight']:g} then, its relations stay raw.")
 
     name = "ImageNet top-1 / top-5" if large else "CIFAR-100 top-1"
     lines += ["", f"Published {name}, %; in brackets the last epoch of the authors' log, top-1:", ""]
@@ -410,9 +420,11 @@ def table(data="cifar100"):
         rows.append(cells)
     lines += _aligned(rows)
     newer = {pair: numbers for pair, numbers in NEWER.items() if pair in pairs}
-    lines += ["", "DIST, RLD, and --entropy-weight (EA-KD), of their own or other papers:", ""]
-    lines += _aligned([["teacher -> student", "DIST", "RLD", "KD, EA", "MLKD, EA", "MLKD+Z, EA"],
-                       *([" -> ".join(pair), *(f"{x:.2f}" if x else "-" for x in numbers)]
+    lines += ["", "Of newer methods, from their own papers; * read in another one:", ""]
+    elsewhere = [name.endswith("-ea") or large and name == "rld" for name in NEWER_COLUMNS]
+    lines += _aligned([["teacher -> student", *map(title, NEWER_COLUMNS)],
+                       *([" -> ".join(pair), *(f"{x:.2f}" + "*" * star if x else "-"
+                                               for x, star in zip(numbers, elsewhere))]
                          for pair, numbers in newer.items())])
     if not large:
         rows = [["teacher -> student", *FEATURE_NAMES.values()]]

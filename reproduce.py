@@ -38,9 +38,6 @@ TEACHERS = ("resnet32x4", "wrn_40_2", "resnet56", "resnet110", "vgg13", "ResNet5
 PAIRS = ("resnet32x4-resnet8x4", "resnet32x4-ShuffleV2", "resnet32x4-wrn_16_2", "resnet32x4-wrn_40_2",
          "wrn_40_2-wrn_16_2", "resnet56-resnet20", "resnet110-resnet32", "resnet110-resnet20")
 METHODS = ("none", "kd", "kd-z", "dkd", "dkd-z", "mlkd-z", "mlkd-z-released", "ctkd-z", "wttm")
-KNOWN_METHODS = ("none", *(f"{c}{r}" for c in recipes.COLUMNS for r in ("", "-released")), *recipes.FEATURES,
-                 *(f"{c}-{f}" for c in recipes.COLUMNS for f in recipes.FEATURES),
-                 "dist", "dist-z", "rld", "rld-z", "kd-ea", "kd-z-ea", "dkd-z-ea", "mlkd-ea", "mlkd-z-ea")
 KEPT = ("resnet32x4-resnet8x4", "resnet8x4", *TEACHERS)     # whose students are kept in checkpoints/
 LARGEST = 16e6      # bytes of a checkpoint that is kept
 NOISE = 0.25        # points: how the last epoch of full-length runs deviates from seed to seed
@@ -55,7 +52,7 @@ class Row(NamedTuple):
     """A command line of train_cifar.py, and what it is resolved to."""
     teacher: str | None
     student: str
-    method: str         # as in KNOWN_METHODS
+    method: str         # as in recipes.NAMES
     seed: int
     arguments: list     # that make the row on any machine
     where: list         # on this one
@@ -386,7 +383,7 @@ def markdown(records):
     """Which teachers taught, and a table of the rows, without columns that have nothing to say."""
     cells = cells_of(records)
     pairs = [*TEACHERS, *PAIRS, *(f"{teacher}-{student}" for teacher, student, _ in cells if teacher)]
-    order = dict.fromkeys([*rows_of(pairs, [*METHODS, *KNOWN_METHODS]), *cells])
+    order = dict.fromkeys([*rows_of(pairs, recipes.NAMES), *cells])
     rows = [table_row(key, cells) for key in order if key in cells]
     used = [i for i in range(len(HEAD)) if any(row[i] for row in rows)]
     teachers = {(r["teacher"], r["teacher_source"], r["teacher_top1"], r["recipe"]["teacher_sha256"])
@@ -453,8 +450,8 @@ def main(pairs, methods, results, readme, table, list_rows, **flags):
         if pair.count("-") > 1:
             raise click.UsageError(f"--pairs {pair}: a pair is TEACHER-STUDENT, for instance {PAIRS[0]}")
     for method in methods:
-        if method not in KNOWN_METHODS:
-            nearest = cli.nearest_first(method, list(KNOWN_METHODS))
+        if method not in recipes.NAMES:
+            nearest = cli.nearest_first(method, list(recipes.NAMES))
             raise click.UsageError(f"--methods {method}: known, the nearest first: {nearest}")
     if flags["teacher_checkpoint"] and len({pair.split("-")[0] for pair in pairs if "-" in pair}) != 1:
         raise click.UsageError("--teacher-checkpoint is one teacher's: name its pairs alone in --pairs")

@@ -17,8 +17,8 @@ Every loss takes logits (B, K), casts half precision up to float32, detaches the
 mean over the batch, unweighted: the weights stand in the training loop. A row with a NaN or +inf makes the
 loss NaN, never a silent number; a row of equal logits has Z = 0 and no gradient.
 
-weight: (B,), a sample's weight or a mask; the mean is then sum(w loss) / sum(w), 0 where all are 0, and a row
-of weight 0 may hold anything. reduction="none" returns the (weighted) losses (B,).
+weight: (B,), a sample's weight, not negative, or a mask; the mean is then sum(w loss) / sum(w), 0 where all
+are 0, and a row of weight 0 may hold anything. reduction="none" returns the (weighted) losses (B,).
 Maps (B, K, H, W) are rows z.movedim(1, -1).flatten(0, -2), tokens (B, T, K) are rows z.flatten(0, 1); Z
 itself takes any shape, but over the last axis, which of maps is the wrong one.
 A teacher that does not know all classes: give the columns of those that it knows, z[:, known].
@@ -48,6 +48,7 @@ import torch
 import torch.nn.functional as F
 
 METHODS = ("kd", "dkd", "mlkd", "ctkd", "ttm", "wttm")
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def weighted_zscore(logits, base_temp=1.0, *, correction=0):
@@ -116,22 +117,9 @@ def dkd_loss(student_logits, teacher_logits, target, base_temp=2.0, *, alpha=1.0
     with _full_precision(z):
         z, v = (_softened(x, base_temp, zscore, correction) for x in (z, v))
         is_target = target[:, None] == torch.arange(z.shape[1], device=z.device)
-
-        known = is_target.any(-1) | (weight == 0)
-
-        def split(x):
-            """log p of the target (B,), of all others together (B,), and of each other among these (B, K)."""
-            x = x - x.detach().amax(-1, keepdim=True)       # the same p; +inf becomes NaN, and shows
-            others = x.masked_fill(is_target, -torch.inf)
-            own = x.masked_fill(~is_target, 0.0).sum(-1)        # gather's backward pass scatters
-            gap = torch.where(known, own, torch.nan) - others.logsumexp(-1)
-            return (F.logsigmoid(gap), F.logsigmoid(-gap),
-                    F.log_softmax(others, -1).masked_fill(is_target, 0.0))
-
-        (t_target, t_rest, t_other), (s_target, s_rest, s_other) = split(v), split(z)
-        tckd = t_target.exp() * (t_target - s_target) + t_rest.exp() * (t_rest - s_rest)
-        nckd = (t_other.exp().masked_fill(is_target, 0.0) * (t_other - s_other)).sum(-1)
-        return _mean(base_temp**2 * (alpha * tckd + beta * nckd)[:, None], reduction, weight)
+        tckd, nckd = _decoupled(z, v, is_target, is_target, ~is_target)
+        known = torch.where(is_target.any(-1) | (weight == 0), 1.0, torch.nan)
+        return _mean(base_temp**2 * (known * (alpha * tckd + beta * nckd))[:, None], reduction, weight)
 
 
 def mlkd_loss(student_weak, teacher_weak, student_strong, teacher_strong, base_temp=2.0, *,
@@ -157,7 +145,6 @@ def mlkd_loss(student_weak, teacher_weak, student_strong, teacher_strong, base_t
             z, v, z_strong, v_strong = (weighted_zscore(x, correction=correction)
                                         for x in (z, v, z_strong, v_strong))
         temperatures = (base_temp, 3.0, 5.0, 2.0, 6.0)
-
 
         def kl(z, v, t, weight):
             return kd_loss(z, v, t, zscore=False, reduction="none", weight=weight).mean()
@@ -261,13 +248,34 @@ def _softened(x, temperature, zscore, correction):
     return weighted_zscore(x, temperature, correction=correction) if zscore else x / temperature
 
 
+def _decoupled(z, v, own, top, others):
+    """KLs (B,) of (p of one class, of all other), and of the p among some classes, in log space.
+
+    Masks (B, K): own, the one class of the student z; top, that of the teacher v; others, the some.
+    """
+    z, v = (x - x.detach().amax(-1, keepdim=True) for x in (z, v))      # the same p; +inf shows, as NaN
+
+    def two(x, one):
+        gap = x.masked_fill(~one, 0.0).sum(-1) - x.masked_fill(one, -torch.inf).logsumexp(-1)
+        return F.logsigmoid(gap), F.logsigmoid(-gap)    # (a sum, as gather's backward pass scatters)
+
+    out = ~others
+    hidden = out & others.any(-1, keepdim=True)
+
+    def among(x):       # 0 elsewhere, and where a row has none
+        return F.log_softmax(x.masked_fill(hidden, -torch.inf), -1).masked_fill(out, 0.0)
+
+    (t_one, t_rest), (s_one, s_rest), log_p, log_q = two(v, top), two(z, own), among(v), among(z)
+    return (t_one.exp() * (t_one - s_one) + t_rest.exp() * (t_rest - s_rest),
+            (log_p.exp().masked_fill(out, 0.0) * (log_p - log_q)).sum(-1))
+
+
 def _mean(losses, reduction, weight):
     """The mean of losses (B,) or (B, 1), or themselves (B,), with weights (B,) where there are some."""
     if reduction not in ("mean", "none"):
         raise ValueError(f'reduction must be "mean" or "none", got {reduction!r}')
     if weight is None:
         return losses.mean() if reduction == "mean" else losses.flatten()
-    weight = weight.to(losses.dtype)
     losses = weight * losses.flatten()
     if reduction == "none":
         return losses
@@ -277,7 +285,7 @@ def _mean(losses, reduction, weight):
 
 def _counts(target, logits, ignore_index):
     """Which targets (B,) are not ignored, as a mask. ValueError for what is no class, if it is seen."""
-    if target.shape != logits.shape[:1] or target.is_floating_point():
+    if target.shape != logits.shape[:1] or target.dtype not in INTEGERS:
         raise ValueError(f"target must be {len(logits)} class numbers, "
                          f"got {target.dtype} of shape {tuple(target.shape)}")
     target = target.long()      # 255 is -1 in int8
@@ -305,8 +313,9 @@ def _pair(student_logits, teacher_logits, base_temp, weight=None, min_classes=2,
                 4: "; maps (B, K, H, W) are rows z.movedim(1, -1).flatten(0, -2)"}.get(dims, "")
         raise ValueError("student and teacher logits must have one shape (B, K), got "
                          f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}{hint}")
-    if weight is not None and weight.shape != student_logits.shape[:1]:
-        raise ValueError(f"weight must be ({len(student_logits)},), got shape {tuple(weight.shape)}")
+    if weight is not None and (weight.shape != student_logits.shape[:1] or weight.is_complex()):
+        raise ValueError(f"weight must be ({len(student_logits)},) real numbers, "
+                         f"got {weight.dtype} of shape {tuple(weight.shape)}")
     if student_logits.shape[0] == 0:
         raise ValueError(f"the batch is empty: logits of shape {tuple(student_logits.shape)}")
     if (isinstance(base_temp, torch.Tensor) and base_temp.numel() != 1
@@ -323,6 +332,7 @@ def _pair(student_logits, teacher_logits, base_temp, weight=None, min_classes=2,
         counts = _counts(target, z, ignore_index)
         weight = counts if weight is None else weight * counts
     if weight is not None:
+        weight = weight.to(dtype)
         z, v = (x.masked_fill((weight == 0)[:, None], 0.0) for x in (z, v))
     return z, v, temp, weight
 

@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import distill
 import logit_kd
 import zscore_kd
 from logit_kd import crld_loss, dist_loss, entropy_weight, linear_kd_loss, rld_loss
@@ -570,8 +571,13 @@ def test_the_error_for_maps_and_tokens_names_the_line_that_helps(shape, name):
 def test_a_wrong_weight_or_reduction_is_said(name):
     z, v, y = logits(4, 8, seed=72), logits(4, 8, seed=73), torch.arange(4)
     for shape in ((3,), (4, 1), (), (8,)):
-        with pytest.raises(ValueError, match=rf"weight must be \(4,\), got shape {re.escape(str(shape))}"):
+        with pytest.raises(ValueError, match=rf"weight must be \(4,\) real .* shape {re.escape(str(shape))}"):
             SUMS[name](z, v, y, True, weight=torch.ones(shape))
+    with pytest.raises(ValueError, match="real numbers, got torch.complex64"):
+        SUMS[name](z, v, y, True, weight=torch.ones(4, dtype=torch.complex64))
+    tiny = torch.full((4,), 1e-60, dtype=torch.float64)      # 0 in float32: never a mean of nothing over it
+    loss = SUMS[name](z.float(), v.float(), y, True, weight=tiny)
+    assert loss.item() == 0
     for reduction in ("sum", "batchmean", None):
         with pytest.raises(ValueError, match=f'"mean" or "none", got {reduction!r}'):
             SUMS[name](z, v, y, True, reduction=reduction)
@@ -794,11 +800,14 @@ def test_linear_kd_keeps_nothing_of_a_vocabularys_width():
     ("5 student's and 4 teacher's tokens", {2: torch.rand(4, 9)}),
     ("0 student's and 0 teacher's tokens", {0: torch.rand(0, 6), 2: torch.rand(0, 9)}),
     (r"one shape.*\(5, 40\) and \(5, 41\)", {3: torch.rand(41, 9)}),
-    ("chunk 0", {"chunk": 0}), ("chunk -1", {"chunk": -1}),
-    (r"weight \(4,\)", {"weight": torch.ones(4)}), (r"weight \(5, 1\)", {"weight": torch.ones(5, 1)}),
+    ("chunk must .* got 0", {"chunk": 0}), ("got -1", {"chunk": -1}), ("got 2.5", {"chunk": 2.5}),
+    (r"weight must be \(5,\), got shape \(4,\)", {"weight": torch.ones(4)}),
+    (r"weight must be \(5,\), got shape \(5, 1\)", {"weight": torch.ones(5, 1)}),
+    ("float32 and torch.bfloat16", {1: torch.rand(40, 6).bfloat16()}),
+    (r"rows h.flatten\(0, 1\)", {0: torch.rand(5, 2, 6)}),
     ("positive number, got 0", {"base_temp": 0}),
     # a temperature for each token would be cut with no chunk, or be one chunk's for all
-    (r"shape \(5, 1\)|\(5, 1\)", {"base_temp": torch.ones(5, 1), "chunk": 2}),
+    (r"one number, got shape \(5, 1\)", {"base_temp": torch.ones(5, 1), "chunk": 2}),
     (r"\(2, 1\)", {"base_temp": torch.ones(2, 1), "chunk": 2, 0: torch.rand(4, 6), 2: torch.rand(4, 9)}),
 ])
 def test_linear_kd_refuses_with_the_values(words, change):
@@ -849,9 +858,66 @@ def test_the_newer_methods_by_name(zscore):
     assert torch.equal(call("rld", z, v, y, 3.0, alpha=0.5, beta=2.0),
                        rld_loss(z, v, y, 3.0, alpha=0.5, beta=2.0, zscore=zscore))
     for method in METHODS:
-        views = {"student_strong": z + 1, "teacher_strong": v * 2}
+        views = {"student_strong": z + 1, "teacher_strong": v * 2} if method == "mlkd" else {}
         assert torch.equal(call(method, z, v, y, 3.0, **views),
                            distillation_loss(method, z, v, y, 3.0, zscore=zscore, **views))
+    for method in ("kd", "dkd", "ttm", "rld"):
+        for temp in (None, 2.0):
+            each = call(method, z, v, y, 3.0, entropy_temp=temp, reduction="none")
+            assert each.shape == (6,)
+            assert torch.equal(each.mean(), call(method, z, v, y, 3.0, entropy_temp=temp))
+
+
+@pytest.mark.parametrize("error, words, method, more", [
+    (ValueError, "unknown method 'ddd'; known: kd, .*, dist, rld", "ddd", {}),
+    (TypeError, "'dist' has no loss of a sample", "dist", {"entropy_temp": 3.0}),
+    (TypeError, "'dist' has no loss of a sample", "dist", {"reduction": "none"}),
+    (TypeError, "'mlkd' has no loss of a sample", "mlkd", {"reduction": "none", "student_strong": 1,
+                                                          "teacher_strong": 1}),
+    (TypeError, "'mlkd' needs teacher_strong", "mlkd", {"entropy_temp": 3.0, "student_strong": 1}),
+    (TypeError, "'rld' needs target", "rld", {}),
+    (TypeError, "unexpected keyword argument 'betta'", "dist", {"betta": 3.0}),
+    (TypeError, "unexpected keyword argument 'gamma'", "rld", {"target": torch.arange(6), "gamma": 3.0}),
+    (TypeError, "unexpected keyword argument 'gamma'", "kd", {"gamma": 3.0}),
+    (ValueError, "positive number, got 0", "kd", {"entropy_temp": 0.0}),
+])
+def test_what_a_method_does_not_take_is_said(error, words, method, more):
+    z, more = torch.randn(6, 9), {"target": None} | more
+    with pytest.raises(error, match=words):
+        logit_kd.distillation_loss(method, z, z, base_temp=3.0, **more)
+
+
+DIST = {"method": "dist", "beta": 1.5, "gamma": 0.5}
+RLD = {"method": "rld", "alpha": 0.5, "beta": 2.0}
+EA = {"entropy_temp": 2.0}
+
+
+@pytest.mark.parametrize("zscore", [False, True])
+@pytest.mark.parametrize("recipe", [DIST, RLD, RLD | EA, {"method": "kd"} | EA, {"method": "dkd"} | EA,
+                                    {"method": "mlkd", "zscore_relations": False} | EA])
+def test_a_recipes_numbers_reach_the_loss_of_a_run(recipe, zscore):
+    """Else --entropy-weight, or DIST's gamma, would do nothing under the right name."""
+    torch.manual_seed(0)
+    z, z2, v, v2 = (torch.randn(6, 9) for _ in range(4))
+    y, method = torch.arange(6), recipe["method"]
+    distiller = distill.Distiller(torch.nn.Flatten(), recipe | {
+        "precision": "fp32", "base_temp": 3.0, "zscore": zscore, "ce_weight": 1.0})
+    distiller.kd_weight.fill_(2.0)
+    views, answers = ([z, z2], [v, v2]) if method == "mlkd" else ([z], [v])
+    loss, (ce, kd), _ = distiller([x.view(6, 1, 3, 3) for x in views], y, y, answers)
+    w, w2 = entropy_weight(z, v, 2.0), entropy_weight(z2, v2, 2.0)
+    how = {"zscore": zscore}
+    if method == "dist":
+        expected = dist_loss(z, v, 3.0, beta=1.5, gamma=0.5, **how)
+    elif method == "mlkd":
+        expected = zscore_kd.mlkd_loss(z, v, z2, v2, 3.0, zscore_relations=False, kl_weights=(w, w2), **how)
+    else:
+        each = {"rld": lambda: rld_loss(z, v, y, 3.0, alpha=0.5, beta=2.0, reduction="none", **how),
+                "kd": lambda: kd_loss(z, v, 3.0, reduction="none", **how),
+                "dkd": lambda: dkd_loss(z, v, y, 3.0, reduction="none", **how)}[method]()
+        expected = (w * each if "entropy_temp" in recipe else each).mean()
+    assert kd.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert loss.item() == pytest.approx((ce + 2 * kd).item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("method", ["kd", "ctkd", "dkd", "ttm", "wttm", "rld"])
@@ -865,14 +931,6 @@ def test_entropy_weights_multiply_the_losses_of_the_samples(method):
             for i in range(6)]
     loss = logit_kd.distillation_loss(method, z, v, y, 3.0, zscore=True, entropy_temp=2.0)
     assert loss.item() == pytest.approx((weights * torch.stack(each)).mean().item(), rel=1e-12)
-
-
-def test_entropy_weights_are_not_for_dist():
-    z = torch.randn(6, 9)
-    with pytest.raises(TypeError, match="method 'dist' has no loss of a sample"):
-        logit_kd.distillation_loss("dist", z, z, None, entropy_temp=3.0)
-    with pytest.raises(TypeError, match="'mlkd' needs teacher_strong"):
-        logit_kd.distillation_loss("mlkd", z, z, None, student_strong=z, entropy_temp=3.0)
 
 
 @pytest.mark.parametrize("zscore", [False, True])

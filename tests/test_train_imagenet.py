@@ -249,7 +249,8 @@ def test_imagenet_itself_is_compared_with_the_published_numbers(folder, monkeypa
 @pytest.mark.parametrize("flags", [
     "--method none", "--method kd", "--method dkd --zscore", "--method dkd", "--method mlkd",
     "--method ctkd", "--method ttm", "--method wttm --zscore", "--method kd --zscore --precision bf16",
-    "--method kd --val-from-train 6"])
+    "--method kd --val-from-train 6", "--method dist", "--method rld --zscore --entropy-weight",
+    "--method mlkd --zscore --entropy-weight"])
 def test_every_method_learns_and_says_so(flags):
     call(*SMALL, *flags.split())
     folder, = Path("runs").iterdir()
@@ -258,6 +259,7 @@ def test_every_method_learns_and_says_so(flags):
     student = torch.load(folder / "student.pt")
     assert (student["method"] == flags.split()[1] and student["zscore"] == ("--zscore" in flags)
             and student["classes"] == ["class0", "class1", "class2"])
+    assert student.get("entropy_temp") == (2.0 if "--entropy-weight" in flags else None)
 
 
 def test_accuracy_is_exact_when_images_do_not_divide(folder):
