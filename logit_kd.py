@@ -53,7 +53,7 @@ def rld_loss(student_logits, teacher_logits, target, base_temp=4.0, *, alpha=1.0
         below = v < torch.where(is_target, v, -torch.inf).amax(-1, keepdim=True)    # Z and tau keep the order
         z, v = (_softened(x, base_temp, zscore, correction) for x in (z, v))
         is_largest = torch.arange(z.shape[1], device=z.device) == v.argmax(-1, keepdim=True)
-        scd, mcd = _decoupled(z, v, is_target, is_largest, below)
+        scd, mcd = _decoupled(z, v, is_target, is_largest, ~below, ~below & below.any(-1, keepdim=True))
         known = torch.where(is_target.any(-1) | (weight == 0), 1.0, torch.nan)
         return _mean(base_temp**2 * (known * (alpha * scd + beta * mcd))[:, None], reduction, weight)
 

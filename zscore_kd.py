@@ -117,7 +117,7 @@ def dkd_loss(student_logits, teacher_logits, target, base_temp=2.0, *, alpha=1.0
     with _full_precision(z):
         z, v = (_softened(x, base_temp, zscore, correction) for x in (z, v))
         is_target = target[:, None] == torch.arange(z.shape[1], device=z.device)
-        tckd, nckd = _decoupled(z, v, is_target, is_target, ~is_target)
+        tckd, nckd = _decoupled(z, v, is_target, is_target, is_target, is_target)
         known = torch.where(is_target.any(-1) | (weight == 0), 1.0, torch.nan)
         return _mean(base_temp**2 * (known * (alpha * tckd + beta * nckd))[:, None], reduction, weight)
 
@@ -248,10 +248,11 @@ def _softened(x, temperature, zscore, correction):
     return weighted_zscore(x, temperature, correction=correction) if zscore else x / temperature
 
 
-def _decoupled(z, v, own, top, others):
+def _decoupled(z, v, own, top, out, hidden):
     """KLs (B,) of (p of one class, of all other), and of the p among some classes, in log space.
 
-    Masks (B, K): own, the one class of the student z; top, that of the teacher v; others, the some.
+    Masks (B, K): own, the one class of the student z; top, that of the teacher v; out, the classes that are
+    not among the some; hidden, the same, but none in a row that has no other.
     """
     z, v = (x - x.detach().amax(-1, keepdim=True) for x in (z, v))      # the same p; +inf shows, as NaN
 
@@ -259,10 +260,7 @@ def _decoupled(z, v, own, top, others):
         gap = x.masked_fill(~one, 0.0).sum(-1) - x.masked_fill(one, -torch.inf).logsumexp(-1)
         return F.logsigmoid(gap), F.logsigmoid(-gap)    # (a sum, as gather's backward pass scatters)
 
-    out = ~others
-    hidden = out & others.any(-1, keepdim=True)
-
-    def among(x):       # 0 elsewhere, and where a row has none
+    def among(x):       # 0 elsewhere
         return F.log_softmax(x.masked_fill(hidden, -torch.inf), -1).masked_fill(out, 0.0)
 
     (t_one, t_rest), (s_one, s_rest), log_p, log_q = two(v, top), two(z, own), among(v), among(z)
