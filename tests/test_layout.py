@@ -109,7 +109,7 @@ def test_the_documents_commands_have_flags_that_exist():
     assert len(commands) > 15
     for script, rest in commands:
         known = flags_of(script.removesuffix(".py"))
-        for flag in re.findall(r"--[a-z-]+", rest):
+        for flag in re.findall(r"--[a-z0-9-]+", rest):
             assert flag in known, f"{script} {flag}"
 
 
@@ -120,4 +120,4 @@ def flags_of(script):
         commands = [main, *getattr(main, "commands", {}).values()]
         parameters = [p for command in commands for p in command.params]
         return {flag for p in parameters for flag in (*p.opts, *p.secondary_opts)} | {"--help"}
-    return set(re.findall(r"--[a-z-]+", (ROOT / f"{script}.py").read_text()))
+    return set(re.findall(r"--[a-z0-9-]+", (ROOT / f"{script}.py").read_text()))
