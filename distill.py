@@ -24,7 +24,7 @@ from cli import Progress, check_batch, duration, peak_memory
 from logit_kd import distillation_loss
 from models import float32_head
 from networks import feature_method
-from recipes import key, recipe_epoch, schedule
+from recipes import name_of, recipe_epoch, schedule
 from run import Run, RunError, Stop, Stopped, collect_facts, first_line
 from zscore_kd import CurriculumTemperature
 
@@ -533,10 +533,9 @@ def distil(recipe, data, student, folder, world, *, teacher=None, published=None
     """
     run = Run(folder, recipe, collect_facts(world.device) | {"processes": world.size})
     values = ", ".join(f"{k} {recipe[k]}" for k in SHOWN
-                       if recipe.get(k) not in (None, False) or k == "ce_weight")
-    feature = recipe.get("feature")
-    method = key(recipe["method"], recipe["zscore"], feature, recipe.get("entropy_temp"))
-    world.print(f"{run.folder}: {method}, {values}")
+                       if recipe.get(k) not in (None, False) or k in recipe
+                       and k in ("ce_weight", "zscore_relations"))
+    world.print(f"{run.folder}: {name_of(recipe)}, {values}")
     batch = recipe["batch_size"]
     share = batch // world.size // micro_batches(batch, world.size, how.get("micro_batch"))
     check_batch(recipe, data.train_images, min(share, data.images % batch or batch))
@@ -549,7 +548,8 @@ def distil(recipe, data, student, folder, world, *, teacher=None, published=None
             before()
         with Stop() as stop:
             if not result:
-                if feature:
+                feature = None
+                if recipe.get("feature"):
                     feature = feature_method(recipe, student, teacher.whole, data.targets, data.facts["size"])
                     teacher.prepare(feature)
                     if feature.notice:

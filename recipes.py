@@ -190,6 +190,11 @@ def key(method, zscore, feature=None, entropy=False):
     return name if feature is None else feature if method == "none" else f"{name}-{feature}"
 
 
+def name_of(recipe):
+    """`key` of a recipe."""
+    return key(recipe["method"], recipe["zscore"], recipe.get("feature"), recipe.get("entropy_temp"))
+
+
 def words(name):
     """(method, zscore, released, feature, entropy) of a name as of `key`, "-released" at its end or not."""
     method, *rest = name.split("-")
@@ -315,6 +320,13 @@ def logged(teacher, student, method, zscore=False, data="cifar100", feature=None
     """Top-1 (%) of the last epoch of the authors' log; None where there is none, as for every feature."""
     rows = {} if feature or entropy else IMAGENET_LOGGED if data == "imagenet" else PAIRS
     return dict(zip(LOGGED_COLUMNS, rows.get((teacher, student), ())[-4:])).get(key(method, zscore))
+
+
+def results_of(of, data="cifar100"):
+    """What is `published` and `logged` of a recipe."""
+    names = [of[k] for k in ("teacher", "student", "method", "zscore")]
+    more = {"data": data, "feature": of.get("feature"), "entropy": bool(of.get("entropy_temp"))}
+    return {"published": published(*names, **more), "logged": logged(*names, **more)}
 
 
 def recipe_epoch(step, steps_per_epoch, recipe):

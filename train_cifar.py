@@ -127,9 +127,8 @@ def run_name(recipe):
     """The folder's name: resnet32x4-resnet8x4-kd-z-seed0."""
     pair = [label(recipe["teacher"])] if recipe["teacher"] else []
     data = [] if recipe["data"] == "cifar100" else [recipe.get("folder", recipe["data"])]
-    method = recipes.key(recipe["method"], recipe["zscore"], recipe.get("feature"),
-                         recipe.get("entropy_temp"))
-    return "-".join([*pair, label(recipe["student"]), method, *data, f"seed{recipe['seed']}"])
+    name = recipes.name_of(recipe)
+    return "-".join([*pair, label(recipe["student"]), name, *data, f"seed{recipe['seed']}"])
 
 
 def read_data(flags, device, **part):
@@ -171,10 +170,7 @@ def run_one(recipe, data, teacher, flags, world, stop_after=None):
         begin_with(student, flags["student_checkpoint"], click.echo)
         recipe["student_sha256"] = weights_sha256(student)
     student.to(world.device, memory_format=layout(student))
-    names = [recipe[k] for k in ("teacher", "student", "method", "zscore")]
-    more = {"feature": recipe.get("feature"), "entropy": bool(recipe.get("entropy_temp"))}
-    known = ({"published": recipes.published(*names, **more), "logged": recipes.logged(*names, **more)}
-             if recipe["data"] == "cifar100" else {})
+    known = recipes.results_of(recipe) if recipe["data"] == "cifar100" else {}
     folder = Path(flags["out"]) / run_name(recipe)
     batches = Batches(data, recipe, teacher if recipe["method"] != "none" else None, world.device)
     result = distil(recipe, batches, student, folder, world, teacher=teacher, **known, more=True,

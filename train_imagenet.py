@@ -188,9 +188,8 @@ def resolve(flags, world):
 
 def run_name(recipe):
     pair = [label(recipe["teacher"])] if recipe["teacher"] else []
-    method = recipes.key(recipe["method"], recipe["zscore"], recipe.get("feature"),
-                         recipe.get("entropy_temp"))
-    return "-".join([*pair, label(recipe["student"]), method, recipe["data"], f"seed{recipe['seed']}"])
+    name = recipes.name_of(recipe)
+    return "-".join([*pair, label(recipe["student"]), name, recipe["data"], f"seed{recipe['seed']}"])
 
 
 def digest(folders):
@@ -216,19 +215,16 @@ def run_one(recipe, folders, teacher, flags, world, stop_after=None):
     classes = len(folders.classes)
     batches = Batches(folders, recipe, teacher if recipe["method"] != "none" else None, world,
                       flags["workers"], flags["at_once"])
-    names, data = [recipe[k] for k in ("teacher", "student")], {"data": "imagenet"}
     real = classes == 1000 and folders.eval_name == "val"       # these may be ImageNet itself
-    method = recipe["method"], recipe["zscore"]
-    more = data | {"feature": recipe.get("feature"), "entropy": bool(recipe.get("entropy_temp"))}
-    known = ({"published": recipes.published(*names, *method, **more),
-              "logged": recipes.logged(*names, *method, **more)} if real else {})
+    known = recipes.results_of(recipe, "imagenet") if real else {}
 
     def before():
-        if recipe["zscore"] and not (real and recipes.known(recipe, **data)) and flags["base_temp"] is None:
+        if (recipe["zscore"] and flags["base_temp"] is None
+                and not (real and recipes.known(recipe, "imagenet"))):
             world.print(cli.temperature_line(recipe, classes))
         if teacher:
-            check_teacher(teacher, batches.evaluation(), f"{folders.eval_name} images", world,
-                          recipes.published(*names, "teacher", **data) if real else None)
+            top1 = recipes.published(recipe["teacher"], None, "teacher", data="imagenet") if real else None
+            check_teacher(teacher, batches.evaluation(), f"{folders.eval_name} images", world, top1)
 
     torch.manual_seed(recipe["seed"])
     student = create(recipe["student"], classes, TORCHVISION)
