@@ -600,7 +600,8 @@ def load_weights(model, path, *, prefer="student", say=print):
     if missing or unexpected or reshaped:
         differ = ([f"{k} is missing" for k in missing] + [f"{k} is not in {name}" for k in unexpected]
                   + [f"{k} is {tuple(state[k].shape)}, not {tuple(want[k].shape)}" for k in reshaped])
-        guess = guess_network(content)
+        simkd = "SimKD student, which answers with its teacher's classifier"
+        guess = simkd if "simkd" in facts_of(content) else guess_network(content)
         raise ValueError(f"{path} is not a {name}" + (f" but a {guess}" if guess not in (None, name) else "")
                          + f": {'; '.join(differ[:3])}"
                          + (f"; and {len(differ) - 3} more" if len(differ) > 3 else ""))

@@ -481,6 +481,13 @@ def test_simkds_file_has_nothing_dead_in_it_and_is_the_network_of_the_run(whole)
         torch.testing.assert_close(network.eval()(images), taught.fc(x.mean((2, 3))))
 
 
+def test_simkds_file_is_no_teacher_and_says_why(whole):
+    path = whole("simkd") / "student.pt"
+    output = call("--teacher", "resnet8", "--teacher-checkpoint", path, "--student", "resnet8", "--zscore",
+                  "--data", "synthetic", code=1)
+    assert "is not a resnet8 but a SimKD student, which answers with its teacher's classifier: " in output
+
+
 def test_simkds_file_is_exported_and_classifies(whole, tmp_path, monkeypatch):
     """The ONNX file is the network with the projector, on a device without torch."""
     once = {"median_ms": 1.0, "p95_ms": 1.0, "img_s": 1.0, "samples": [1, 1]}
