@@ -147,13 +147,13 @@ def check_batch(recipe, images, smallest):
               "--method dist" if recipe["method"] == "dist" else None)
     if method and smallest == 1:
         raise click.UsageError(f"{method} compares images, and of {images} in batches of {batch} one is "
-                               "alone: give another --batch-size or --at-once")
+                               "alone: give another --batch-size (or --at-once, where there is one)")
 
 
 def temperature_line(recipe, count):
     """Which temperature the ceiling of Z (see zscore_kd.py) suggests for `count` classes, and why."""
     tau, used = suggested_temperature(count), recipe["base_temp"]
-    if count > 10_000:
+    if count >= 10_000:
         return (f"for {count} classes, without a recipe, take base temperature {tau:g} or less (--base-temp "
                 f"{tau:g}), or no standardization: the second table in zscore_kd.py; this run has {used:g}")
     return (f"for {count} classes, without a recipe, the table in zscore_kd.py suggests base temperature "

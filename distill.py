@@ -533,8 +533,8 @@ def distil(recipe, data, student, folder, world, *, teacher=None, published=None
     """
     run = Run(folder, recipe, collect_facts(world.device) | {"processes": world.size})
     values = ", ".join(f"{k} {recipe[k]}" for k in SHOWN
-                       if recipe.get(k) not in (None, False) or k in recipe
-                       and k in ("ce_weight", "zscore_relations"))
+                       if recipe.get(k) not in (None, False) or k == "ce_weight"
+                       or k == "zscore_relations" and recipe["zscore"] and k in recipe)
     world.print(f"{run.folder}: {name_of(recipe)}, {values}")
     batch = recipe["batch_size"]
     share = batch // world.size // micro_batches(batch, world.size, how.get("micro_batch"))

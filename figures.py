@@ -109,7 +109,8 @@ def records_of(flags):
     if len({r["recipe"].get("teacher_sha256") for r in found[budget] if r["teacher"]}) > 1:
         raise RunError(f"the rows of {flags['pair']} were taught by different teachers and are not compared")
     groups = {}
-    for r in sorted(found[budget], key=lambda r: (recipes.NAMES.index(r["method"]), r["seed"])):
+    place = {name: i for i, name in enumerate(recipes.NAMES)}
+    for r in sorted(found[budget], key=lambda r: (place.get(r["method"], len(place)), r["seed"])):
         groups.setdefault(r["method"], []).append(r)
     real, full, epochs, images, data = budget
     length = "full length" if full else f"{epochs} epochs on {images:,} images"

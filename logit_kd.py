@@ -106,7 +106,7 @@ def linear_kd_loss(student_hidden, student_weight, teacher_hidden, teacher_weigh
     n = len(student_hidden)
     if len(teacher_hidden) != n or n == 0:
         raise ValueError(f"{n} student's and {len(teacher_hidden)} teacher's tokens: give as many of both")
-    if not isinstance(chunk, int) or chunk < 1:
+    if chunk < 1 or chunk != int(chunk):
         raise ValueError(f"chunk must be a whole number of tokens, at least 1, got {chunk}")
     if weight is not None and weight.shape != (n,):
         raise ValueError(f"weight must be ({n},), got shape {tuple(weight.shape)}")
@@ -122,19 +122,20 @@ def linear_kd_loss(student_hidden, student_weight, teacher_hidden, teacher_weigh
 
     counts = torch.ones(n, device=student_hidden.device) if weight is None else weight
     total = sum(checkpoint(part, *xs, use_reentrant=False, preserve_rng_state=False) for xs in
-                zip(*(x.split(chunk) for x in (student_hidden, teacher_hidden, counts))))
+                zip(*(x.split(int(chunk)) for x in (student_hidden, teacher_hidden, counts))))
     number = counts.to(total.dtype).sum()
     return total / torch.where(number == 0, 1.0, number)
 
 
-def distillation_loss(method, student_logits, teacher_logits, target, base_temp, *, entropy_temp=None,
-                      reduction="mean", **options):
-    """The loss of `method` by its name, one of METHODS; options: those of its function alone.
+def distillation_loss(method, student_logits, teacher_logits, target=None, base_temp=2.0, *,
+                      entropy_temp=None, reduction="mean", **options):
+    """The loss of `method` by its name, one of METHODS.
 
-    entropy_temp: that of EA-KD's weights, by which the samples' losses, of "mlkd" each view's KLs, are
-    multiplied before the mean; None: by nothing. TypeError for "dist", which has neither.
+    options: those of `dist_loss` or `rld_loss`, else of `zscore_kd.distillation_loss`. entropy_temp: that of
+    EA-KD's weights, by which the samples' losses, of "mlkd" each view's KLs, are multiplied before the mean,
+    which is over all rows; None: by nothing. TypeError for "dist", which has neither.
     """
-    z, v, options = student_logits, teacher_logits, dict(options)
+    z, v = student_logits, teacher_logits
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
     if method == "dist":
@@ -154,8 +155,7 @@ def distillation_loss(method, student_logits, teacher_logits, target, base_temp,
         loss = rld_loss(z, v, target, base_temp, **options)
     if entropy_temp is None or method == "mlkd":
         return loss
-    loss = entropy_weight(z, v, entropy_temp) * loss
-    return loss.mean() if reduction == "mean" else loss
+    return _mean(entropy_weight(z, v, entropy_temp) * loss, reduction, None)
 
 
 def _correlation(x, y):

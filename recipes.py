@@ -178,7 +178,8 @@ IMAGENET_UNSURE = (
     ("any", "mlkd-z", "the released configuration does not run: temperature and weight are KD+Z's"),
     ("any", "ttm wttm", "no exponent and weight are published: those of CIFAR-100"),
     ("any", "ttm-z wttm-z", "no paper has it"),
-    ("any", "dist-z rld-z", "no paper has it: DIST's numbers, KD+Z's temperature and weight"),
+    ("any", "dist-z", "no paper has it: DIST's numbers"),
+    ("any", "rld-z", "no paper has it: KD+Z's temperature and weight"),
     ("any", "ea", "it is published with KD, DKD and DKD+Z alone"),
     ("any", "at rkd crd simkd", "the weight is CIFAR-100's: no other was found"),
 )
@@ -368,10 +369,10 @@ def ceiling(classes, base_temp):
 def suggested_temperature(classes):
     """The largest of some temperatures that leaves a ceiling of 0.6, what tau = 2 has of the papers' 100.
 
-    Above 10,000 classes, where no real row comes near it, 0.5.
+    From 10,000 classes on, where no real row comes near it, 0.5.
     """
     return next((tau for tau in (2.0, 1.5, 1.0) if ceiling(classes, tau) >= 0.6), 1.0) if (
-        classes <= 10_000) else 0.5
+        classes < 10_000) else 0.5
 
 
 def table(data="cifar100"):
@@ -416,8 +417,8 @@ def table(data="cifar100"):
                      f"{z['base_temp']:g}, {z['kd_weight']:g}; beta {r['beta']:g}"
                      + (f", gamma {r['gamma']:g}." if "gamma" in r else " (resnet50: 2)." if large else "."))
     ea = recipe(*next(iter(pairs)), "mlkd", True, data=data, entropy=True)
-    lines.append(f"EA-KD: --entropy-weight, entropies at temperature {ea['entropy_temp']:g}; MLKD+Z's weight "
-                 f"is {ea['kd_weight']:g} then, its relations stay raw.")
+    lines.append(f"EA-KD: --entropy-weight, entropies at temperature {ea['entropy_temp']:g}; MLKD's relations"
+                 " stay raw then" + f", MLKD+Z's weight is {ea['kd_weight']:g}" * (not large) + ".")
 
     name = "ImageNet top-1 / top-5" if large else "CIFAR-100 top-1"
     lines += ["", f"Published {name}, %; in brackets the last epoch of the authors' log, top-1:", ""]

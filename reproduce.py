@@ -367,8 +367,8 @@ def table_row(key, cells):
     deployed = (f"{record['parameters']:,} parameters, {record['macs'] / 1e6:.1f} M multiply-accumulates"
                 if feature == "simkd" else "")
     minutes = [r["minutes"] for r in cell.values() if not r.get("background")]      # they hold waiting
-    devices = {d["device"] + f", {d['threads']} thread{'s'[:d['threads'] - 1]}" * d["device"].endswith("cpu")
-               for d in (r["facts"] for r in cell.values())}
+    devices = {f"{d['device']}, {d['threads']} thread{'s'[:d['threads'] - 1]}" if d["device"].endswith("cpu")
+               else d["device"] for d in (r["facts"] for r in cell.values())}
     command = re.sub(" --seed [0-9]+", "", record["command"].removeprefix("python train_cifar.py "))
     return [f"{teacher} → {student}" if teacher else student,
             recipes.title(method),

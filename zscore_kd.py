@@ -131,8 +131,9 @@ def mlkd_loss(student_weak, teacher_weak, student_strong, teacher_strong, base_t
     even B and K; the last batch of an epoch may be odd, and theirs is then (n + 1) / 2n), and its strong
     terms at 2 and 6 see the weak view. zscore_relations: standardize the class and batch relations too (the
     released code does not). The relations have no temperature squared. It takes no weight: class relations
-    are no sum over samples; kl_weights, of the weak and of the strong view, (B,), are factors of the samples'
-    KLs alone, of which the mean stays over B (EA-KD). Returns a scalar, unweighted; errors as in `kd_loss`.
+    are no sum over samples; kl_weights, of the weak and of the strong view, (B,) or None, are factors of the
+    samples' KLs alone, of which the mean stays over B (EA-KD). Returns a scalar, unweighted; errors as in
+    `kd_loss`.
     """
     z, v, base_temp, _ = _pair(student_weak, teacher_weak, base_temp)
     z_strong, v_strong, *_ = _pair(student_strong, teacher_strong, base_temp)

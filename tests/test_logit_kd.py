@@ -880,6 +880,7 @@ def test_the_newer_methods_by_name(zscore):
     (TypeError, "unexpected keyword argument 'gamma'", "rld", {"target": torch.arange(6), "gamma": 3.0}),
     (TypeError, "unexpected keyword argument 'gamma'", "kd", {"gamma": 3.0}),
     (ValueError, "positive number, got 0", "kd", {"entropy_temp": 0.0}),
+    (ValueError, '"mean" or "none", got \'sum\'', "kd", {"entropy_temp": 2.0, "reduction": "sum"}),
 ])
 def test_what_a_method_does_not_take_is_said(error, words, method, more):
     z, more = torch.randn(6, 9), {"target": None} | more

@@ -3,8 +3,8 @@
 import copy
 import json
 import math
-import re
 import os
+import re
 import signal
 import time
 import types
