@@ -105,7 +105,7 @@ def linear_kd_loss(student_hidden, student_weight, teacher_hidden, teacher_weigh
                              f"{matrix.dtype}; tokens (B, T, H) are rows h.flatten(0, 1)")
     n = len(student_hidden)
     if len(teacher_hidden) != n or n == 0:
-        raise ValueError(f"{n} student's and {len(teacher_hidden)} teacher's tokens: give as many of both")
+        raise ValueError(f"{n} student's and {len(teacher_hidden)} teacher's tokens: some, as many of both")
     if chunk < 1 or chunk != int(chunk):
         raise ValueError(f"chunk must be a whole number of tokens, at least 1, got {chunk}")
     if weight is not None and weight.shape != (n,):
