@@ -32,8 +32,8 @@ HELD = 16       # steps
 KEPT = "the last checkpoint in {} is kept. Try a smaller --lr or --kd-weight, in another --out"
 SHOWN = ("lr", "epochs", "batch_size", "weight_decay", "ce_weight", "kd_weight", "base_temp", "alpha", "beta",
          "gamma", "entropy_temp", "span", "zscore_relations", "feature_weight", "feature_ramp", "resolution",
-         "normalize", "factor",
-         "precision", "compile", "exact_teacher", "size", "images", "train_images", "val_from_train")
+         "normalize", "factor", "precision", "compile", "exact_teacher", "size", "images", "train_images",
+         "val_from_train")
 OPTIONS = "zscore", "alpha", "beta", "gamma", "entropy_temp", "zscore_relations"     # a method's, in a recipe
 FACTS = ("student", "teacher", "method", "zscore", "feature", "entropy_temp", "base_temp", "epochs", "seed",
          "data", "size", "train_images", "val_from_train")      # of the recipe, kept in student.pt

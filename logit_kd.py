@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import zscore_kd
-from zscore_kd import _decoupled, _full_precision, _mean, _pair, _softened, kd_loss, weighted_zscore
+from zscore_kd import (_check_weight, _decoupled, _full_precision, _mean, _pair, _softened, kd_loss,
+                       weighted_zscore)
 
 METHODS = (*zscore_kd.METHODS, "dist", "rld")
 
@@ -78,10 +79,11 @@ def crld_loss(student_weak, teacher_weak, student_strong, teacher_strong, base_t
 
 
 def entropy_weight(student_logits, teacher_logits, temperature=3.0):
-    """EA-KD's weight of each sample (Su et al., ICCV 2025), (B,), for `weight=`; no gradient flows here.
+    """EA-KD's weight w of each sample (Su et al., ICCV 2025), (B,); no gradient flows here.
 
     (H_t + H_t H_s / ln K) / 2, H the entropies of the raw logits' softmaxes at `temperature` (ImageNet: 2).
-    EA-KD's loss is the mean of w times the loss: (w * kd_loss(..., reduction="none")).mean().
+    EA-KD's loss is the mean of w times the loss, kd_loss(..., weight=w, reduction="none").mean(): the mean of
+    reduction="mean" would be over the weights.
     """
     z, v, temperature, _ = _pair(student_logits.detach(), teacher_logits, temperature)
     with _full_precision(z):
@@ -108,8 +110,7 @@ def linear_kd_loss(student_hidden, student_weight, teacher_hidden, teacher_weigh
         raise ValueError(f"{n} student's and {len(teacher_hidden)} teacher's tokens: some, as many of both")
     if chunk < 1 or chunk != int(chunk):
         raise ValueError(f"chunk must be a whole number of tokens, at least 1, got {chunk}")
-    if weight is not None and weight.shape != (n,):
-        raise ValueError(f"weight must be ({n},), got shape {tuple(weight.shape)}")
+    _check_weight(weight, n)
     if isinstance(base_temp, torch.Tensor) and base_temp.numel() != 1:
         raise ValueError(f"a tensor temperature must be one number, got shape {tuple(base_temp.shape)}")
 

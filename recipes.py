@@ -204,7 +204,7 @@ def words(name):
 
 
 def title(name):
-    """What the tables call it: alone, KD+Z, MLKD+Z, released, KD, EA, CRD, KD+Z and CRD."""
+    """What the tables call it: "alone", "KD+Z", "MLKD+Z, released", "KD, EA", "CRD", "KD+Z and CRD"."""
     method, zscore, released, feature, entropy = words(name)
     parts = [method.upper() + "+Z" * zscore + ", EA" * entropy] if method != "none" else []
     parts += [FEATURE_NAMES[feature]] if feature else []
@@ -324,7 +324,7 @@ def logged(teacher, student, method, zscore=False, data="cifar100", feature=None
 
 
 def results_of(of, data="cifar100"):
-    """What is `published` and `logged` of a recipe."""
+    """{"published", "logged"} of a recipe, top-1 (%) or None: see these functions."""
     names = [of[k] for k in ("teacher", "student", "method", "zscore")]
     more = {"data": data, "feature": of.get("feature"), "entropy": bool(of.get("entropy_temp"))}
     return {"published": published(*names, **more), "logged": logged(*names, **more)}
@@ -371,8 +371,9 @@ def suggested_temperature(classes):
 
     From 10,000 classes on, where no real row comes near it, 0.5.
     """
-    return next((tau for tau in (2.0, 1.5, 1.0) if ceiling(classes, tau) >= 0.6), 1.0) if (
-        classes < 10_000) else 0.5
+    if classes >= 10_000:
+        return 0.5
+    return next((tau for tau in (2.0, 1.5, 1.0) if ceiling(classes, tau) >= 0.6), 1.0)
 
 
 def table(data="cifar100"):

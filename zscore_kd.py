@@ -312,9 +312,7 @@ def _pair(student_logits, teacher_logits, base_temp, weight=None, min_classes=2,
                 4: "; maps (B, K, H, W) are rows z.movedim(1, -1).flatten(0, -2)"}.get(dims, "")
         raise ValueError("student and teacher logits must have one shape (B, K), got "
                          f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}{hint}")
-    if weight is not None and (weight.shape != student_logits.shape[:1] or weight.is_complex()):
-        raise ValueError(f"weight must be ({len(student_logits)},) real numbers, "
-                         f"got {weight.dtype} of shape {tuple(weight.shape)}")
+    _check_weight(weight, len(student_logits))
     if student_logits.shape[0] == 0:
         raise ValueError(f"the batch is empty: logits of shape {tuple(student_logits.shape)}")
     if (isinstance(base_temp, torch.Tensor) and base_temp.numel() != 1
@@ -334,6 +332,14 @@ def _pair(student_logits, teacher_logits, base_temp, weight=None, min_classes=2,
         weight = weight.to(dtype)
         z, v = (x.masked_fill((weight == 0)[:, None], 0.0) for x in (z, v))
     return z, v, temp, weight
+
+
+def _check_weight(weight, rows):
+    if weight is not None and not isinstance(weight, torch.Tensor):
+        raise ValueError(f"weight must be a tensor ({rows},), got a {type(weight).__name__}")
+    if weight is not None and (weight.shape != (rows,) or weight.is_complex()):
+        raise ValueError(f"weight must be ({rows},) real numbers, "
+                         f"got {weight.dtype} of shape {tuple(weight.shape)}")
 
 
 def _check_classes(logits, base_temp, min_classes=2):

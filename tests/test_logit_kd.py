@@ -575,6 +575,8 @@ def test_a_wrong_weight_or_reduction_is_said(name):
             SUMS[name](z, v, y, True, weight=torch.ones(shape))
     with pytest.raises(ValueError, match="real numbers, got torch.complex64"):
         SUMS[name](z, v, y, True, weight=torch.ones(4, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"a tensor \(4,\), got a list"):
+        SUMS[name](z, v, y, True, weight=[1.0, 0.0, 1.0, 1.0])
     tiny = torch.full((4,), 1e-60, dtype=torch.float64)      # 0 in float32: never a mean of nothing over it
     loss = SUMS[name](z.float(), v.float(), y, True, weight=tiny)
     assert loss.item() == 0
@@ -599,6 +601,10 @@ def test_a_wrong_weight_or_reduction_is_said(name):
     (TypeError, "int64", lambda: dist_loss(torch.ones(2, 3).long(), torch.rand(2, 3))),
     (TypeError, "int64", lambda: crld_loss(*[torch.ones(2, 3).long()] * 4)),
     (TypeError, "int64", lambda: entropy_weight(torch.rand(2, 3), torch.ones(2, 3).long())),
+    (ValueError, "target must be 4 class numbers, got torch.bool",
+     lambda: dkd_loss(torch.rand(4, 3), torch.rand(4, 3), torch.zeros(4).bool())),
+    (ValueError, "target must be 4 class numbers, got torch.complex64",
+     lambda: rld_loss(torch.rand(4, 3), torch.rand(4, 3), torch.zeros(4, dtype=torch.complex64))),
     (ValueError, "target must be 4 class numbers, got torch.float32",
      lambda: rld_loss(torch.rand(4, 3), torch.rand(4, 3), torch.rand(4))),
     (ValueError, "target must be 4 class numbers",
@@ -801,8 +807,9 @@ def test_linear_kd_keeps_nothing_of_a_vocabularys_width():
     ("0 student's and 0 teacher's tokens", {0: torch.rand(0, 6), 2: torch.rand(0, 9)}),
     (r"one shape.*\(5, 40\) and \(5, 41\)", {3: torch.rand(41, 9)}),
     ("chunk must .* got 0", {"chunk": 0}), ("got -1", {"chunk": -1}), ("got 2.5", {"chunk": 2.5}),
-    (r"weight must be \(5,\), got shape \(4,\)", {"weight": torch.ones(4)}),
-    (r"weight must be \(5,\), got shape \(5, 1\)", {"weight": torch.ones(5, 1)}),
+    (r"weight must be \(5,\) .* shape \(4,\)", {"weight": torch.ones(4)}),
+    (r"weight must be \(5,\) .* shape \(5, 1\)", {"weight": torch.ones(5, 1)}),
+    (r"weight must be a tensor \(5,\), got a list", {"weight": [1.0] * 5}),
     ("float32 and torch.bfloat16", {1: torch.rand(40, 6).bfloat16()}),
     (r"rows h.flatten\(0, 1\)", {0: torch.rand(5, 2, 6)}),
     ("positive number, got 0", {"base_temp": 0}),

@@ -417,6 +417,26 @@ def test_what_is_published_of_the_newer_methods_and_what_is_second_hand():
             doubts = unsure(*(cifar if data == "cifar100" else large), method, z, data=data, entropy=True)
             assert any("published with KD, DKD" in reason for reason in doubts) == (name not in of)
     assert recipes.key("kd", True, None, True) == "kd-z-ea" and recipes.key("dist", False) == "dist"
+    of = {"teacher": cifar[0], "student": cifar[1], "method": "mlkd", "zscore": True}
+    assert recipes.results_of(of) == {"published": 78.28, "logged": 78.17}
+    assert recipes.results_of(of | {"entropy_temp": 3.0}) == {"published": 78.38, "logged": None}
+    assert recipes.results_of(of | {"method": "none", "zscore": False, "feature": "crd"})["published"] is None
+
+
+@pytest.mark.parametrize("name, title", [
+    ("none", "alone"), ("kd-z", "KD+Z"), ("mlkd-z-released", "MLKD+Z, released"), ("kd-z-ea", "KD+Z, EA"),
+    ("crd", "CRD"), ("dkd-z-reviewkd", "DKD+Z and ReviewKD"), ("dist", "DIST")])
+def test_a_methods_title(name, title):
+    assert recipes.title(name) == title
+
+
+def test_every_name_in_the_tables_is_that_of_its_recipe():
+    for name in recipes.NAMES:
+        method, z, released, feature, entropy = recipes.words(name)
+        found = recipe("resnet32x4", "resnet8x4", method, z, feature=feature, entropy=entropy)
+        of = found | {"method": method, "zscore": z}
+        assert recipes.name_of(of) == name.removesuffix("-released")
+    assert len({*recipes.NAMES}) == len(recipes.NAMES)
     assert "76.31  76.64  75.46*  77.65*    78.38*" in table()
     assert "72.07  71.91*  71.79*" in table("imagenet") and "73.24  72.75*  -" in table("imagenet")
     assert "DIST: temperature 4, weight 2; DIST+Z: 2, 2; beta 2, gamma 2." in table()
