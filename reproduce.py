@@ -214,8 +214,11 @@ class Reproduction:
 
 
 def run_all(rows, shared):
-    """Every row that is not done, for a Reproduction. RunError at the end, when some could not be run."""
-    problems, again = [], True
+    """Every row that is not done, for a Reproduction; whether there was one.
+
+    RunError at the end, when some could not be run.
+    """
+    problems, again, ran = [], True, False
     while again:        # once more when a row that was in another's hands may be free by now
         again, elsewhere, awaited = False, [], set()
         for row in rows:
@@ -226,7 +229,7 @@ def run_all(rows, shared):
                     raise Busy(f"{row.teacher} is being trained")
                 click.echo(f"\n{row.name}")
                 shared.run(row)
-                again = True
+                again = ran = True
             except Busy:
                 elsewhere.append(row.name)
                 if row.method == "none" and row.full_length and not shared.flags["teacher_checkpoint"]:
@@ -241,6 +244,7 @@ def run_all(rows, shared):
     if problems:
         raise RunError(f"{len(problems)} of {len(rows)} rows could not be run: {', '.join(problems)}; "
                        "their reasons are above")
+    return ran or bool(elsewhere)
 
 
 def to_json(record):
@@ -464,7 +468,8 @@ def main(pairs, methods, results, readme, table, list_rows, **flags):
                 click.echo(f"{'done' if shared.done(row) else '    '}  {row.name}")
             return
         write_tables(results, readme)       # what is missing there is better said now than after hours
-        run_all(rows, shared)
+        if not run_all(rows, shared):
+            click.echo(f"nothing to run: all rows are in {results} already")
 
 
 # flags that mean what they mean there
