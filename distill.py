@@ -2,7 +2,8 @@
 
     Distiller.forward    lines 2 to 6: the logits of both sides, their standardized softmaxes, the loss
     make_step            one update from a batch, on one device or many, as a CUDA graph where there is CUDA
-    train                line 1, the loop over batches: goes on where it was stopped, saves, evaluates, logs
+    train                the epochs: goes on where it was stopped, saves, evaluates, logs
+    Session.train_epoch  line 1, the loop over batches
     distil               one run in its folder, from its first line to its result
 """
 
@@ -328,115 +329,143 @@ def train(recipe, data, distiller, run, state, world, stop, *, save_every=60, st
     saves when it is stopped, at its end, and around an evaluation that takes long. stop_after: leave after so
     many epochs, as a kill would, and return None. how: see `make_step`.
     """
-    device, name = world.device, data.eval_name
-    optimizer = make_optimizer(distiller, recipe)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    tally = Tally(device, distiller.losses)             # of this process, since the last save
-    state = state or {"epoch": 0, "step": 0, "seconds": 0.0, "sums": tally.take(), "best": {"top1": -1.0},
-                      "row": {}}
-    if "model" in state:
-        restore(state, distiller, optimizer, run)
-        world.print(f"going on from epoch {state['epoch']}, step {state['step']} ({run.folder})")
-    sums = state["sums"].to(tally.sums)                 # of all processes
-    best, row, first_step, saved = state["best"], state["row"], state["step"], time.monotonic()
-    begun = saved - state["seconds"]            # the time of earlier sessions counts
-
-    def save(epoch, step):
-        nonlocal saved
-
-        def write():
-            if not all(x.isfinite().all() for x in distiller.state_dict().values()):
-                raise RunError(f"the student's weights became infinite in epoch {epoch}; "
-                               f"{KEPT.format(run.folder)}")
-            run.save({"epoch": epoch, "step": step, "seconds": time.monotonic() - begun, "sums": sums.cpu(),
-                      "best": best, "row": row,
-                      "model": {k: v.cpu() for k, v in distiller.state_dict().items()},
-                      "momentum": [s["momentum_buffer"].cpu() for s in optimizer.state.values()]})
-        world.on_main(write)
-        saved = time.monotonic()
-
-    def collect():
-        """Adds all processes' sums since the last time."""
-        tally.sums[-1], data.undecodable = data.undecodable, 0
-        distiller.count(tally.passes)
-        sums.add_(world.sum(tally.take()))
-        return data.check(int(sums[-1]))
-
-    def leave_if_asked(asked=None):
-        asked = world.any(stop.asked)[0] if asked is None else asked
-        if asked and world.rank == 0:
-            raise Stopped(f"stopped, and saved in {run.folder}: the same command goes on from here")
-        if asked:
-            raise click.exceptions.Exit(1)
-
-    def due():
-        return world.any(stop.asked or time.monotonic() - saved >= save_every, stop.asked)
-
-    step = make_step(distiller, optimizer, recipe["batch_size"], world, **how)
-    parts = micro_batches(recipe["batch_size"], world.size, how.get("micro_batch"))
-    done = state["epoch"] * data.images + first_step * recipe["batch_size"]
-    progress = Progress(data.images, recipe["epochs"], done, device, data.advice, data.chunk)
-    shown = None
-    for epoch in range(state["epoch"], recipe["epochs"]):
-        epoch_begun, images = time.monotonic(), data.images - first_step * recipe["batch_size"]
-        distiller.train()
-        # line 1: the loop over batches
-        for i, (views, target, index, teacher_logits) in enumerate(data.epoch(epoch, first_step), first_step):
-            now = recipe_epoch(epoch * data.steps + i, data.steps, recipe)
-            if now != shown:
-                lr, *weights = schedule(now, recipe)
-                optimizer.param_groups[0]["lr"].fill_(lr)
-                distiller.kd_weight.fill_(weights[0])
-                distiller.reversal.fill_(weights[1])
-                distiller.feature_weight.fill_(weights[2])
-                shown = now
-            seed = recipe["seed"] * 2**40 + data.place(epoch, i)
-            torch.manual_seed(seed % 2**63)
-            losses, logits = step(views, target, index, teacher_logits, seed=seed)      # lines 2 to 6
-            tally.add(losses, logits, target, len(views) * min(parts, len(target)))
-            if world.rank == 0:
-                progress.step(epoch, recipe["batch_size"] if world.size > 1 else len(target))
-            save_now, asked = due() if i < data.steps - 1 else (False, False)
-            if save_now or device.type == "cpu" or i == data.steps - 1:     # on a GPU looking waits for it
-                data.check_teacher()
-                check_finite(tally, epoch, i, logits, teacher_logits, run, world)
-            if save_now:
-                collect()
-                save(epoch, i + 1)
-                leave_if_asked(asked)
-        extra, spent = collect(), time.monotonic() - epoch_begun
-        if data.long_evaluation:
-            save(epoch, data.steps)
-        distiller.eval()
-        world.broadcast(distiller.buffers())        # all evaluate what is saved
-        scores = evaluate(distiller.predict, data.evaluation(), world,
-                          leave_if_asked if data.long_evaluation else lambda: None)
-        if not math.isfinite(scores["loss"]):
-            raise RunError(f"the evaluation's loss became {scores['loss']} in epoch {epoch + 1}; "
-                           f"{KEPT.format(run.folder)}")
-        lr, *_ = schedule(recipe_epoch((epoch + 1) * data.steps - 1, data.steps, recipe), recipe)
-        row = epoch_row(epoch, lr, sums / data.images, scores, name)
-        if distiller.temperature:
-            row["temperature"] = distiller.temperature(0.0).item()
-        row |= {"img_s": images / spent, "seconds": time.monotonic() - epoch_begun, **extra}
-        if scores["top1"] > best["top1"]:
-            best = {"top1": scores["top1"], "top5": scores["top5"], "epoch": epoch + 1}
-        first_step = 0
-        sums.zero_()
+    session = Session(recipe, data, distiller, run, state, world, stop, save_every, how)
+    for epoch in range(session.epoch, recipe["epochs"]):
+        begun = time.monotonic()
+        speed, extra = session.train_epoch(epoch)
+        row = session.eval_epoch(epoch)
+        row |= {"img_s": speed, "seconds": time.monotonic() - begun, **extra}
         world.on_main(lambda: run.log(row))
         last = epoch + 1 in (recipe["epochs"], stop_after)
-        save_now, asked = due()
+        save_now, asked = session.due()
         if save_now or last or data.long_evaluation:
-            save(epoch + 1, 0)
+            session.save(epoch + 1, 0)
         if world.rank == 0:
-            progress.print(epoch_line(row, best, name, recipe["epochs"]))
+            session.progress.print(epoch_line(row, session.best, data.eval_name, recipe["epochs"]))
         if epoch + 1 == stop_after:
             return None
         if not last:
-            leave_if_asked(asked)
+            session.leave_if_asked(asked)
+    minutes = (time.monotonic() - session.begun) / 60
+    return finish(recipe, data, distiller, run, session.row, session.best, minutes, world)
 
-    return finish(recipe, data, distiller, run, row, best, (time.monotonic() - begun) / 60, world)
+
+class Session:
+    """A run that trains: its step, what the steps add up to, its saves, and whether it is asked to stop."""
+
+    def __init__(self, recipe, data, distiller, run, state, world, stop, save_every, how):
+        self.recipe, self.data, self.distiller, self.run = recipe, data, distiller, run
+        self.world, self.stop, self.save_every = world, stop, save_every
+        self.optimizer = make_optimizer(distiller, recipe)
+        if world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(world.device)
+        self.tally = Tally(world.device, distiller.losses)      # of this process, since the last save
+        state = state or {"epoch": 0, "step": 0, "seconds": 0.0, "sums": self.tally.take(),
+                          "best": {"top1": -1.0}, "row": {}}
+        if "model" in state:
+            restore(state, distiller, self.optimizer, run)
+            world.print(f"going on from epoch {state['epoch']}, step {state['step']} ({run.folder})")
+        self.epoch, self.first_step = state["epoch"], state["step"]
+        self.best, self.row = state["best"], state["row"]
+        self.sums = state["sums"].to(self.tally.sums)           # of all processes
+        self.saved = time.monotonic()
+        self.begun = self.saved - state["seconds"]              # the time of earlier sessions counts
+        self.step = make_step(distiller, self.optimizer, recipe["batch_size"], world, **how)
+        self.parts = micro_batches(recipe["batch_size"], world.size, how.get("micro_batch"))
+        done = self.epoch * data.images + self.first_step * recipe["batch_size"]
+        self.progress = Progress(data.images, recipe["epochs"], done, world.device, data.advice, data.chunk)
+        self.shown = None       # the epoch whose schedule the step has
+
+    def train_epoch(self, epoch):
+        """The steps of an epoch that are left. Returns (images per second, what a log row says beside)."""
+        recipe, data, world, batch = self.recipe, self.data, self.world, self.recipe["batch_size"]
+        begun, images = time.monotonic(), data.images - self.first_step * batch
+        self.distiller.train()
+        # line 1: the loop over batches
+        for i, (views, target, index, teacher_logits) in enumerate(data.epoch(epoch, self.first_step),
+                                                                   self.first_step):
+            self.follow(recipe_epoch(epoch * data.steps + i, data.steps, recipe))
+            seed = recipe["seed"] * 2**40 + data.place(epoch, i)
+            torch.manual_seed(seed % 2**63)
+            losses, logits = self.step(views, target, index, teacher_logits, seed=seed)     # lines 2 to 6
+            self.tally.add(losses, logits, target, len(views) * min(self.parts, len(target)))
+            if world.rank == 0:
+                self.progress.step(epoch, batch if world.size > 1 else len(target))
+            last = i == data.steps - 1
+            save_now, asked = (False, False) if last else self.due()
+            if save_now or last or world.device.type == "cpu":      # on a GPU looking waits for it
+                data.check_teacher()
+                check_finite(self.tally, epoch, i, logits, teacher_logits, self.run, world)
+            if save_now:
+                self.collect()
+                self.save(epoch, i + 1)
+                self.leave_if_asked(asked)
+        self.first_step, extra = 0, self.collect()
+        return images / (time.monotonic() - begun), extra
+
+    def follow(self, epoch):
+        """Sets learning rate and weights to those of an epoch of the full-length recipe."""
+        if epoch != self.shown:
+            lr, *weights = schedule(epoch, self.recipe)
+            self.optimizer.param_groups[0]["lr"].fill_(lr)
+            for held, weight in zip((self.distiller.kd_weight, self.distiller.reversal,
+                                     self.distiller.feature_weight), weights, strict=True):
+                held.fill_(weight)
+            self.shown = epoch
+
+    def eval_epoch(self, epoch):
+        """Evaluates after an epoch. Returns its row, but for times; it is held for the next save."""
+        recipe, data, distiller = self.recipe, self.data, self.distiller
+        if data.long_evaluation:
+            self.save(epoch, data.steps)
+        distiller.eval()
+        self.world.broadcast(distiller.buffers())       # all evaluate what is saved
+        scores = evaluate(distiller.predict, data.evaluation(), self.world,
+                          self.leave_if_asked if data.long_evaluation else lambda: None)
+        if not math.isfinite(scores["loss"]):
+            raise RunError(f"the evaluation's loss became {scores['loss']} in epoch {epoch + 1}; "
+                           f"{KEPT.format(self.run.folder)}")
+        lr, *_ = schedule(recipe_epoch((epoch + 1) * data.steps - 1, data.steps, recipe), recipe)
+        self.row = epoch_row(epoch, lr, self.sums / data.images, scores, data.eval_name)
+        if distiller.temperature:
+            self.row["temperature"] = distiller.temperature(0.0).item()
+        if scores["top1"] > self.best["top1"]:
+            self.best = {"top1": scores["top1"], "top5": scores["top5"], "epoch": epoch + 1}
+        self.sums.zero_()
+        return self.row
+
+    def collect(self):
+        """Adds all processes' sums since the last time. Returns what a log row says beside the usual."""
+        self.tally.sums[-1], self.data.undecodable = self.data.undecodable, 0
+        self.distiller.count(self.tally.passes)
+        self.sums.add_(self.world.sum(self.tally.take()))
+        return self.data.check(int(self.sums[-1]))
+
+    def save(self, epoch, step):
+        def write():
+            weights = self.distiller.state_dict()
+            if not all(x.isfinite().all() for x in weights.values()):
+                raise RunError(f"the student's weights became infinite in epoch {epoch}; "
+                               f"{KEPT.format(self.run.folder)}")
+            self.run.save({"epoch": epoch, "step": step, "seconds": time.monotonic() - self.begun,
+                           "sums": self.sums.cpu(), "best": self.best, "row": self.row,
+                           "model": {k: v.cpu() for k, v in weights.items()},
+                           "momentum": [s["momentum_buffer"].cpu() for s in self.optimizer.state.values()]})
+        self.world.on_main(write)
+        self.saved = time.monotonic()
+
+    def due(self):
+        """(whether a save is due in any process, whether any is asked to stop)."""
+        return self.world.any(self.stop.asked or time.monotonic() - self.saved >= self.save_every,
+                              self.stop.asked)
+
+    def leave_if_asked(self, asked=None):
+        """After a save: ends all processes where one is asked to stop. asked: whether, where it is known."""
+        asked = self.world.any(self.stop.asked)[0] if asked is None else asked
+        if asked and self.world.rank == 0:
+            raise Stopped(f"stopped, and saved in {self.run.folder}: the same command goes on from here")
+        if asked:
+            raise click.exceptions.Exit(1)
 
 
 def restore(state, distiller, optimizer, run):
