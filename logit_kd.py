@@ -32,10 +32,10 @@ def dist_loss(student_logits, teacher_logits, base_temp=4.0, *, beta=2.0, gamma=
     """
     z, v, base_temp, _ = _pair(student_logits, teacher_logits, base_temp)
     with _full_precision(z):
-        q, p = (_softened(x, base_temp, zscore, correction).log_softmax(-1) for x in (z, v))
-        inter = 1 - _correlation(q.exp(), p.exp())
+        q, p = (_log_ratio(_softened(x, base_temp, zscore, correction)) for x in (z, v))
+        inter = 1 - _correlation(q.expm1(), p.expm1())      # of K p - 1, which it does not see
         # a class may be rare in all samples: its largest is brought to 1, which the correlation does not see
-        intra = 1 - _correlation(*((x - x.detach().amax(0)).exp().mT for x in (q, p)))
+        intra = 1 - _correlation(*((x - x.detach().amax(0)).expm1().mT for x in (q, p)))
         return (base_temp**2 * (beta * inter + gamma * intra)).mean()
 
 
@@ -66,16 +66,13 @@ def crld_loss(student_weak, teacher_weak, student_strong, teacher_strong, base_t
     `within` times the KDs of each view with itself where the teacher's weak view is confident (largest p at
     least 0.9), plus `across` times those of each with the other where its strong view is (0.2); batch mean.
     """
-    confident = [(x.detach().to(torch.promote_types(x.dtype, torch.float32)).softmax(-1).amax(-1)
-                  >= least).to(torch.float32)
-                 for x, least in ((teacher_weak, 0.9), (teacher_strong, 0.2))]
-
     def kd(z, v):
         return kd_loss(z, v, base_temp, zscore=zscore, correction=correction, reduction="none")
 
-    other = kd(student_strong, teacher_weak) + kd(student_weak, teacher_strong)     # first: checks both views
+    other = kd(student_strong, teacher_weak) + kd(student_weak, teacher_strong)
     own = kd(student_weak, teacher_weak) + kd(student_strong, teacher_strong)
-    return (within * confident[0] * own + across * confident[1] * other).mean()
+    weak, strong = (x.detach().to(other.dtype).softmax(-1).amax(-1) for x in (teacher_weak, teacher_strong))
+    return (within * (weak >= 0.9) * own + across * (strong >= 0.2) * other).mean()
 
 
 def entropy_weight(student_logits, teacher_logits, temperature=3.0):
@@ -83,7 +80,8 @@ def entropy_weight(student_logits, teacher_logits, temperature=3.0):
 
     (H_t + H_t H_s / ln K) / 2, H the entropies of the raw logits' softmaxes at `temperature` (ImageNet: 2).
     EA-KD's loss is the mean of w times the loss, kd_loss(..., weight=w, reduction="none").mean(): the mean of
-    reduction="mean" would be over the weights.
+    reduction="mean" would be over the weights. With a mask m of rows that hold anything give
+    weight=w.where(m, 0).
     """
     z, v, temperature, _ = _pair(student_logits.detach(), teacher_logits, temperature)
     with _full_precision(z):
@@ -96,8 +94,9 @@ def linear_kd_loss(student_hidden, student_weight, teacher_hidden, teacher_weigh
     """`kd_loss` of hidden states (N, H), (N, H') and the heads' weights (V, H), (V, H'), without any (N, V).
 
     The logits of `chunk` tokens at a time are computed, and once more in the backward pass, so that memory
-    does not grow with N. weight: (N,), for instance the mask of the tokens that count. Returns a scalar.
-    ValueError, with the values, for shapes and dtypes that do not go together, and as in `kd_loss`.
+    does not grow with N. weight: (N,), for instance the mask of the tokens that count. A bias is one more
+    column of the weight, with ones in the hidden states. Returns a scalar. ValueError, with the values, for
+    shapes and dtypes that do not go together, and as in `kd_loss`. torch.func.grad does not take it.
     """
     for hidden, matrix in ((student_hidden, student_weight), (teacher_hidden, teacher_weight)):
         mixed = hidden.dtype != matrix.dtype and not torch.is_autocast_enabled(hidden.device.type)
@@ -108,22 +107,25 @@ def linear_kd_loss(student_hidden, student_weight, teacher_hidden, teacher_weigh
     n = len(student_hidden)
     if len(teacher_hidden) != n or n == 0:
         raise ValueError(f"{n} student's and {len(teacher_hidden)} teacher's tokens: some, as many of both")
-    if chunk < 1 or chunk != int(chunk):
+    if not isinstance(chunk, int) or chunk < 1:
         raise ValueError(f"chunk must be a whole number of tokens, at least 1, got {chunk}")
     _check_weight(weight, n)
     if isinstance(base_temp, torch.Tensor) and base_temp.numel() != 1:
         raise ValueError(f"a tensor temperature must be one number, got shape {tuple(base_temp.shape)}")
 
+    # the gradients of the chunks add up in float32: in half precision many small ones would be lost
+    wide = student_weight.to(torch.promote_types(student_weight.dtype, torch.float32))
+
     def part(h_student, h_teacher, w):
         h_student, h_teacher = (h.masked_fill((w == 0)[:, None], 0.0) for h in (h_student, h_teacher))
         with torch.no_grad():
             v = h_teacher @ teacher_weight.mT
-        return kd_loss(h_student @ student_weight.mT, v, base_temp, zscore=zscore, correction=correction,
-                       reduction="none", weight=w).sum()
+        return kd_loss(h_student @ wide.to(student_weight.dtype).mT, v, base_temp, zscore=zscore,
+                       correction=correction, reduction="none", weight=w).sum()
 
     counts = torch.ones(n, device=student_hidden.device) if weight is None else weight
     total = sum(checkpoint(part, *xs, use_reentrant=False, preserve_rng_state=False) for xs in
-                zip(*(x.split(int(chunk)) for x in (student_hidden, teacher_hidden, counts))))
+                zip(*(x.split(chunk) for x in (student_hidden, teacher_hidden, counts))))
     number = counts.to(total.dtype).sum()
     return total / torch.where(number == 0, 1.0, number)
 
@@ -134,7 +136,8 @@ def distillation_loss(method, student_logits, teacher_logits, target=None, base_
 
     options: those of `dist_loss` or `rld_loss`, else of `zscore_kd.distillation_loss`. entropy_temp: that of
     EA-KD's weights, by which the samples' losses, of "mlkd" each view's KLs, are multiplied before the mean,
-    which is over all rows; None: by nothing. TypeError for "dist", which has neither.
+    which is over all rows; None: by nothing. TypeError for "dist", which has neither, and for other weights
+    beside EA-KD's.
     """
     z, v = student_logits, teacher_logits
     if method not in METHODS:
@@ -143,6 +146,8 @@ def distillation_loss(method, student_logits, teacher_logits, target=None, base_
         if entropy_temp is not None or reduction != "mean":
             raise TypeError("method 'dist' has no loss of a sample")
         return dist_loss(z, v, base_temp, **options)
+    if entropy_temp is not None and options.get("weight") is not None:
+        raise TypeError("entropy_temp gives the weights: leave weight out")
     options["reduction"] = reduction if entropy_temp is None or method == "mlkd" else "none"
     if method == "mlkd" and entropy_temp is not None:
         strong = options.get("student_strong"), options.get("teacher_strong")
@@ -156,7 +161,14 @@ def distillation_loss(method, student_logits, teacher_logits, target=None, base_
         loss = rld_loss(z, v, target, base_temp, **options)
     if entropy_temp is None or method == "mlkd":
         return loss
-    return _mean(entropy_weight(z, v, entropy_temp) * loss, reduction, None)
+    # a row that is ignored has no loss, and may hold anything
+    return _mean(entropy_weight(z, v, entropy_temp).where(loss.detach() != 0, 0.0) * loss, reduction, None)
+
+
+def _log_ratio(x):
+    """log(K softmax(x)), with all digits where the K are nearly alike."""
+    x = x - x.detach().amax(-1, keepdim=True)
+    return x - x.expm1().mean(-1, keepdim=True).log1p()
 
 
 def _correlation(x, y):

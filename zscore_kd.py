@@ -17,11 +17,12 @@ Every loss takes logits (B, K), casts half precision up to float32, detaches the
 mean over the batch, unweighted: the weights stand in the training loop. A row with a NaN or +inf makes the
 loss NaN, never a silent number; a row of equal logits has Z = 0 and no gradient.
 
-weight: (B,), a sample's weight, not negative, or a mask; the mean is then sum(w loss) / sum(w), 0 where all
-are 0, and a row of weight 0 may hold anything. reduction="none" returns the (weighted) losses (B,).
-Maps (B, K, H, W) are rows z.movedim(1, -1).flatten(0, -2), tokens (B, T, K) are rows z.flatten(0, 1); Z
-itself takes any shape, but over the last axis, which of maps is the wrong one.
-A teacher that does not know all classes: give the columns of those that it knows, z[:, known].
+weight: (B,), a sample's weight, or a mask; the mean is then sum(w loss) / sum(w), 0 where all are 0, and a
+row of weight 0 may hold anything. Whether one is negative is not looked at. reduction="none" returns the
+(weighted) losses (B,).
+Maps (B, K, H, W) are rows z.movedim(1, -1).flatten(0, -2), tokens (B, T, K) are rows z.flatten(0, 1), targets
+and weights .flatten() then; Z itself takes any shape, but over the last axis, which of maps is the wrong one.
+A teacher that does not know all classes: give the columns of those that it knows, z[:, known], not -inf.
 
 The base temperature for another number of classes: Z is at most sqrt(K - 1) / tau, so the teacher's top
 probability has a ceiling, reached by a one-hot row:
@@ -32,14 +33,15 @@ probability has a ceiling, reached by a one-hot row:
     100      0.996      0.606      0.111
     1000     1.000      1.000      0.732
 
-A row of real shape reaches less, for instance one of a logit 8 of the others' deviations above their mean:
+A row of real shape reaches less, for instance one of a logit 8 of the others' deviations above their mean,
+the others a Gaussian's quantiles:
 
     K        tau = 1/4  tau = 1/2  tau = 1    tau = 2
-    100      1.00       1.00       0.71       0.15
-    1000     1.00       1.00       0.61       0.042
+    100      1.00       1.00       0.80       0.18
+    1000     1.00       1.00       0.60       0.041
     10000    1.00       0.99       0.15       0.0047
-    32000    1.00       0.97       0.051      0.0015
-    128256   1.00       0.90       0.014      0.00037
+    32000    1.00       0.97       0.053      0.0015
+    128256   1.00       0.90       0.014      0.00038
 
 Above 10,000 classes, the vocabularies of language models, take tau of at most 0.5, or no standardization.
 """
@@ -58,8 +60,10 @@ def weighted_zscore(logits, base_temp=1.0, *, correction=0):
     (..., 1). correction: 0 is the paper's population deviation (1/K); 1 is the released code's (1/(K-1)).
     Returns (..., K), float32 or float64: each row has mean 0 and, with correction 0, standard deviation
     1/tau. TypeError for integer logits; ValueError for K < 2, an empty input, a number tau that is not
-    positive, or a tensor of another shape.
+    positive, a tensor of another shape, or another correction.
     """
+    if correction not in (0, 1):
+        raise ValueError(f"correction must be 0 (1/K) or 1 (1/(K-1)), got {correction}")
     if logits.dim() < 1 or logits.numel() == 0:
         raise ValueError(f"logits must be (..., K) and not empty, got shape {tuple(logits.shape)}")
     _check_classes(logits, base_temp)
@@ -215,12 +219,13 @@ class CurriculumTemperature(torch.nn.Module):
 
 def distillation_loss(method, student_logits, teacher_logits, target=None, base_temp=2.0, *,
                       student_strong=None, teacher_strong=None, alpha=1.0, beta=8.0, zscore=True,
-                      zscore_relations=True, correction=0, reduction="mean", kl_weights=(None, None)):
+                      zscore_relations=True, correction=0, reduction="mean", weight=None,
+                      ignore_index=-100, kl_weights=(None, None)):
     """The loss of `method` by its name, one of METHODS; see that method's function for its arguments.
 
     base_temp is the temperature of every method (a tensor for "ctkd"); the two strong views and kl_weights
-    are for "mlkd", target, alpha and beta for "dkd". TypeError where one of these is missing, or reduction is
-    not "mean" for "mlkd".
+    are for "mlkd", target, ignore_index, alpha and beta for "dkd". TypeError where one of these is missing,
+    or where "mlkd" is given a reduction or a weight, which it does not have.
     """
     needed = {"dkd": {"target": target},
               "mlkd": {"student_strong": student_strong, "teacher_strong": teacher_strong}}.get(method, {})
@@ -228,15 +233,15 @@ def distillation_loss(method, student_logits, teacher_logits, target=None, base_
         raise TypeError(f"method {method!r} needs {' and '.join(missing)}")
     z, v, how = student_logits, teacher_logits, {"zscore": zscore, "correction": correction}
     if method == "mlkd":
-        if reduction != "mean":
+        if reduction != "mean" or weight is not None:
             raise TypeError("method 'mlkd' has no loss of a sample")
         return mlkd_loss(z, v, student_strong, teacher_strong, base_temp,
                          zscore_relations=zscore_relations, kl_weights=kl_weights, **how)
-    how["reduction"] = reduction
+    how |= {"reduction": reduction, "weight": weight}
     if method in ("kd", "ctkd"):
         return kd_loss(z, v, base_temp, **how)
     if method == "dkd":
-        return dkd_loss(z, v, target, base_temp, alpha=alpha, beta=beta, **how)
+        return dkd_loss(z, v, target, base_temp, alpha=alpha, beta=beta, ignore_index=ignore_index, **how)
     if method == "ttm":
         return ttm_loss(z, v, base_temp, **how)
     if method == "wttm":
@@ -282,13 +287,20 @@ def _mean(losses, reduction, weight):
     return losses.sum() / torch.where(total == 0, 1.0, total)
 
 
-def _counts(target, logits, ignore_index):
-    """Which targets (B,) are not ignored, as a mask. ValueError for what is no class, if it is seen."""
+def _counts(target, logits, ignore_index, weight):
+    """Which targets (B,) are not ignored and weigh something, as a mask.
+
+    ValueError for what is no class, if it is seen.
+    """
+    if not isinstance(target, torch.Tensor):
+        raise ValueError(f"target must be a tensor of class numbers, got a {type(target).__name__}")
     if target.shape != logits.shape[:1] or target.dtype not in INTEGERS:
         raise ValueError(f"target must be {len(logits)} class numbers, "
                          f"got {target.dtype} of shape {tuple(target.shape)}")
     target = target.long()      # 255 is -1 in int8
     counts, classes = target != ignore_index, logits.shape[1]
+    if weight is not None:
+        counts = counts & (weight != 0)
     if target.device.type == "cpu" and not torch.compiler.is_compiling():
         try:
             strange = target[counts & ((target < 0) | (target >= classes))].tolist()
@@ -306,12 +318,15 @@ def _pair(student_logits, teacher_logits, base_temp, weight=None, min_classes=2,
 
     Checks what compiles: shapes, dtypes. A row of weight 0 becomes constant: it has no loss, no gradient.
     """
+    for logits in (student_logits, teacher_logits):
+        if not isinstance(logits, torch.Tensor):
+            raise TypeError(f"logits must be tensors, got a {type(logits).__name__}")
     if student_logits.shape != teacher_logits.shape or student_logits.dim() != 2:
-        dims = student_logits.dim()
-        hint = {3: "; tokens (B, T, K) are rows z.flatten(0, 1)",
-                4: "; maps (B, K, H, W) are rows z.movedim(1, -1).flatten(0, -2)"}.get(dims, "")
+        hint = {3: "; with target.flatten(), tokens (B, T, K) are rows z.flatten(0, 1)",
+                4: "; with target.flatten(), maps (B, K, H, W) are rows z.movedim(1, -1).flatten(0, -2)"}
         raise ValueError("student and teacher logits must have one shape (B, K), got "
-                         f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}{hint}")
+                         f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
+                         + hint.get(student_logits.dim(), ""))
     _check_weight(weight, len(student_logits))
     if student_logits.shape[0] == 0:
         raise ValueError(f"the batch is empty: logits of shape {tuple(student_logits.shape)}")
@@ -326,7 +341,7 @@ def _pair(student_logits, teacher_logits, base_temp, weight=None, min_classes=2,
     temp = base_temp.to(dtype) if isinstance(base_temp, torch.Tensor) else base_temp
     z, v = student_logits.to(dtype), teacher_logits.detach().to(dtype)
     if target is not None:
-        counts = _counts(target, z, ignore_index)
+        counts = _counts(target, z, ignore_index, weight)
         weight = counts if weight is None else weight * counts
     if weight is not None:
         weight = weight.to(dtype)
