@@ -1,7 +1,6 @@
 """Kills, signals, a full disk, a second process: a run goes on and ends with an unbroken run's bits."""
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -17,6 +16,7 @@ import distill
 import run
 import teacher
 import train_cifar
+from conftest import forked
 from models import create_model
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL and resource limits are Unix's")
@@ -87,7 +87,6 @@ def child(arguments, output, point, n, file_size):
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """Runs the command in a fresh process, forked from a server that has imported torch already."""
-    context = multiprocessing.get_context("forkserver")
     folder = tmp_path_factory.mktemp("kills")
     torch.manual_seed(5)
     torch.save(create_model("resnet14").state_dict(), folder / "teacher.pt")
@@ -97,7 +96,7 @@ def start(tmp_path_factory):
 
     def begin(out, *more, point=None, n=0, file_size=None, save_every=1e-9, wait=True):
         arguments = [*flags, "--save-every", save_every, "--out", out, *more]
-        process = context.Process(target=child, args=(arguments, folder / "output", point, n, file_size))
+        process = forked().Process(target=child, args=(arguments, folder / "output", point, n, file_size))
         process.start()
         if wait:
             process.join(300)
