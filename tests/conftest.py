@@ -25,7 +25,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:     # one thread for each test process, 
 
 
 def forked():
-    """The context of processes that are forked from a server, which has imported torch and the scripts once."""
+    """The context of processes forked from a server that has imported torch and the scripts, once."""
     forkserver.set_forkserver_preload(["train_cifar", "train_imagenet"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))       # where it looks, whatever the folder a test is in
