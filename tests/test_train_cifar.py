@@ -463,7 +463,8 @@ def test_bf16_trains_with_losses_in_float32(pair, tmp_path):
 
 def test_dry_run_walks_the_whole_path_in_seconds_and_leaves_nothing(tmp_path):
     begun = time.process_time()         # of both cores: a busy machine must not fail this
-    output = call("--teacher", "resnet56", "--student", "resnet20", "--zscore", "--dry-run", "--device", "cpu")
+    output = call("--teacher", "resnet56", "--student", "resnet20", "--zscore", "--dry-run",
+                  "--device", "cpu")
     assert time.process_time() - begun < 2 * 20
     assert "going on from epoch 1" in output and "last epoch" in output and "all is well" in output
     assert list(tmp_path.iterdir()) == []
