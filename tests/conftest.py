@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,15 @@ ROOT = Path(__file__).resolve().parent.parent
 if "PYTEST_XDIST_WORKER" in os.environ:     # one thread for each test process, and for what it starts
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-# processes are forked from a server that has imported torch and the scripts, once
-multiprocessing.get_context("forkserver").set_forkserver_preload(["train_cifar", "train_imagenet"])
+
+
+def forked():
+    """The context of processes forked from a server that has imported torch and the scripts, once."""
+    forkserver.set_forkserver_preload(["train_cifar", "train_imagenet"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))       # where it looks, whatever the folder a test is in
+        forkserver.ensure_running()
+    return multiprocessing.get_context("forkserver")
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,8 @@
 
 import itertools
 import types
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from torch import nn
 import bench
 import feature_kd
 import train_cifar
+from conftest import forked
 from distributed import World
 from models import Features
 
@@ -24,6 +27,7 @@ def set_clock(monkeypatch, times):
 def test_an_experiment_has_all_its_numbers(monkeypatch):
     """With a clock that goes on by a second when it is read, images per second are the images of a part."""
     monkeypatch.setitem(train_cifar.CHUNK, "cpu", 128)
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", partial(ProcessPoolExecutor, mp_context=forked()))
     set_clock(monkeypatch, itertools.count())
     result = bench.experiment("resnet8-resnet8", World("cpu"), 1, False)
     for row, cells in result["rates"].items():
@@ -97,6 +101,7 @@ def test_skipped_steps_do_not_count(monkeypatch):
 
 def test_imagenets_loading_and_step_are_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "LOADED", 4)
+    monkeypatch.setattr(bench, "IMAGENET", [("resnet18", "squeezenet1_1"), ("squeezenet1_1", "resnet18")])
     result = bench.imagenet(World("cpu"), 1, bench.jpeg_folder(tmp_path, 4), 2)
     rates = result["rates"]
     assert all(rate > 0 for cells in rates.values() for values in cells.values() for rate in values)

@@ -1,7 +1,6 @@
 """Kills, signals, a full disk, a second process: a run goes on and ends with an unbroken run's bits."""
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -17,11 +16,12 @@ import distill
 import run
 import teacher
 import train_cifar
+from conftest import forked
 from models import create_model
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL and resource limits are Unix's")
 NAME = "resnet14-resnet8-kd-z-synthetic-seed0"
-EPOCHS, STEPS = 4, 8
+EPOCHS, STEPS, BATCH = 3, 8, 4
 
 
 def after(module, name, count, call, before=False):
@@ -72,9 +72,9 @@ SIGNALS = {
 def child(arguments, output, point, n, file_size):
     """The command in a process of its own, in which something happens at a chosen point."""
     import resource
-    data.SYNTHETIC_SIZES = (32 * STEPS, 64)
-    train_cifar.CHUNK["cpu"] = 96        # chunks that neither a save nor an epoch divides
-    teacher.BATCH["cpu"] = 40
+    data.SYNTHETIC_SIZES = (BATCH * STEPS, 16)
+    train_cifar.CHUNK["cpu"] = 3 * BATCH        # chunks that neither a save nor an epoch divides
+    teacher.BATCH["cpu"] = 5
     torch.set_num_threads(1)
     if file_size:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
@@ -87,17 +87,16 @@ def child(arguments, output, point, n, file_size):
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """Runs the command in a fresh process, forked from a server that has imported torch already."""
-    context = multiprocessing.get_context("forkserver")
     folder = tmp_path_factory.mktemp("kills")
     torch.manual_seed(5)
     torch.save(create_model("resnet14").state_dict(), folder / "teacher.pt")
     flags = ["--teacher", "resnet14", "--teacher-checkpoint", folder / "teacher.pt", "--student", "resnet8",
-             "--zscore", "--data", "synthetic", "--epochs", EPOCHS, "--batch-size", 32, "--lr", 0.05,
+             "--zscore", "--data", "synthetic", "--epochs", EPOCHS, "--batch-size", BATCH, "--lr", 0.05,
              "--device", "cpu"]
 
     def begin(out, *more, point=None, n=0, file_size=None, save_every=1e-9, wait=True):
         arguments = [*flags, "--save-every", save_every, "--out", out, *more]
-        process = context.Process(target=child, args=(arguments, folder / "output", point, n, file_size))
+        process = forked().Process(target=child, args=(arguments, folder / "output", point, n, file_size))
         process.start()
         if wait:
             process.join(300)
@@ -149,7 +148,7 @@ def test_kills_at_random_moments_change_nothing(start, whole, tmp_path, kills):
     chance, done = random.Random(0), 0
     while done < kills:
         process = start(tmp_path, wait=False)
-        process.join(chance.uniform(0, 3))
+        process.join(chance.uniform(0, 1))
         if process.exitcode is None:
             process.kill()
             process.join()

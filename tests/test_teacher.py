@@ -1,14 +1,15 @@
 """Teachers are found in the promised order, from a server on this machine; cached logits are right."""
 
 import errno
+import functools
 import hashlib
 import io
 import os
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,12 @@ import torch
 
 import data
 import teacher as rooms_teacher
+from conftest import forked
 from data import crop_and_flip, epoch_draws, normalise, synthetic
 from distill import check_teacher
 from distributed import World
 from models import create_model
+from networks import settle
 from teacher import Cache, Teacher, download_teachers, find_teacher, load_teacher, weights_sha256
 from test_weights import repdistiller_teacher
 
@@ -34,20 +37,24 @@ def archive(path, names, extra=()):
     """An archive laid out as mdistiller's, its members as RepDistiller writes a teacher."""
     with tarfile.open(path, "w") as file:
         for name in names:
-            content = io.BytesIO()
-            torch.save(repdistiller_teacher(settled(name)), content, _use_new_zipfile_serialization=False)
-            add(file, f"cifar_teachers/{name}_vanilla/ckpt_epoch_240.pth", content.getvalue())
+            add(file, f"cifar_teachers/{name}_vanilla/ckpt_epoch_240.pth", published(name))
         for name, content in extra:
             add(file, name, content)
+
+
+@functools.cache
+def published(name):
+    content = io.BytesIO()
+    torch.save(repdistiller_teacher(settled(name)), content, _use_new_zipfile_serialization=False)
+    return content.getvalue()
 
 
 def settled(name):
     """An untrained network whose batch norms know its activations, so that its logits are of a usual size."""
     torch.manual_seed(len(name))
-    network = create_model(name).train()
+    network = create_model(name)
     with torch.no_grad():
-        for _ in range(40):
-            network(torch.rand(8, 3, 32, 32))
+        settle(network, torch.rand(8, 3, 32, 32))
     return network
 
 
@@ -66,16 +73,17 @@ def test_the_named_file_comes_first(checkpoints):
 
 def test_the_archive_is_downloaded_once_and_gives_every_teacher_in_it(checkpoints, serve):
     folder, url, server = serve
-    archive(folder / "teachers.tar", ["resnet56", "vgg13"], [
+    archive(folder / "teachers.tar", ["resnet56", "wrn_40_2"], [
         ("cifar_teachers/README", b"x"), ("../../evil_vanilla/x", b"x"),
         ("/tmp/resnet110_vanilla/other.pth", b"x")])
     lines = []
     path, source = find_teacher("resnet56", url=f"{url}/teachers.tar", say=lines.append)
     assert path == checkpoints / "mdistiller" / "resnet56.pth" and "mdistiller" in source
     assert f"{url}/teachers.tar" in lines[0]
-    assert find_teacher("vgg13", url=f"{url}/teachers.tar")[0] == checkpoints / "mdistiller" / "vgg13.pth"
+    other, _ = find_teacher("wrn_40_2", url=f"{url}/teachers.tar")
+    assert other == checkpoints / "mdistiller" / "wrn_40_2.pth"
     assert len(server.asked) == 1
-    assert sorted(os.listdir(checkpoints / "mdistiller")) == ["resnet56.pth", "vgg13.pth"]
+    assert sorted(os.listdir(checkpoints / "mdistiller")) == ["resnet56.pth", "wrn_40_2.pth"]
     loaded = load_teacher(create_model("resnet56"), path, "cpu", source)
     written = settled("resnet56")
     repdistiller_teacher(written)       # it made a step
@@ -84,7 +92,7 @@ def test_the_archive_is_downloaded_once_and_gives_every_teacher_in_it(checkpoint
 
 def test_a_cut_download_leaves_nothing_half_written(checkpoints, serve):
     folder, url, _ = serve
-    archive(folder / "whole.tar", ["resnet56", "vgg13"])
+    archive(folder / "whole.tar", ["resnet56", "wrn_40_2"])
     data = (folder / "whole.tar").read_bytes()
     (folder / "cut.tar").write_bytes(data[:1_000_000])
     path, reason = find_teacher("resnet56", url=f"{url}/cut.tar", say=lambda line: None)
@@ -95,8 +103,8 @@ def test_a_cut_download_leaves_nothing_half_written(checkpoints, serve):
 def test_a_teacher_that_came_before_the_line_was_cut_is_taken(checkpoints, serve):
     """Rather than trained here for hours."""
     folder, url, _ = serve
-    archive(folder / "whole.tar", ["resnet56", "vgg13"])
-    first = (folder / "whole.tar").read_bytes().find(b"vgg13_vanilla")
+    archive(folder / "whole.tar", ["resnet56", "wrn_40_2"])
+    first = (folder / "whole.tar").read_bytes().find(b"wrn_40_2_vanilla")
     (folder / "cut.tar").write_bytes((folder / "whole.tar").read_bytes()[:first + 100_000])
     path, source = find_teacher("resnet56", url=f"{url}/cut.tar", say=lambda line: None)
     assert path == checkpoints / "mdistiller" / "resnet56.pth" and "mdistiller" in source
@@ -114,7 +122,7 @@ def test_a_teacher_that_came_before_the_line_was_cut_is_taken(checkpoints, serve
 def test_no_teacher_says_why(serve, name, place, words):
     folder, url, _ = serve
     (folder / "text.tar").write_text("not an archive")
-    archive(folder / "others.tar", ["vgg13"])
+    archive(folder / "others.tar", ["wrn_40_2"])
     path, reason = find_teacher(name, url=url + place, say=lambda line: None)
     assert path is None
     assert re.search(words, reason), reason
@@ -168,14 +176,14 @@ def trained(name):
     network = create_model(name).train()
     with torch.no_grad():
         for _ in range(3):
-            network(normalise(synthetic(16, 3).images))
+            network(normalise(synthetic(4, 3).images))
     return network
 
 
 @pytest.mark.parametrize("name", ["resnet56", "resnet32x4", "wrn_40_2", "vgg13", "ResNet50", "MobileNetV2",
                                   "ShuffleV1", "ShuffleV2"])
 def test_a_teachers_logits_are_the_frozen_networks(name):
-    network, images = trained(name), normalise(synthetic(5, 1).images)
+    network, images = trained(name), normalise(synthetic(2, 1).images)
     before = weights_sha256(network)
     teacher = Teacher(network, "cpu")
     logits = teacher.logits(images.requires_grad_())
@@ -392,6 +400,24 @@ def test_a_disk_without_room_costs_no_run(teacher, tmp_path, monkeypatch, capsys
         assert torch.equal(teacher.cached_logits(indices, drawn), first) and teacher.computed == []
 
 
+def fill(folder):
+    """A process that caches one image's logits, fills the disk, and asks for all images' logits."""
+    rooms_teacher.RESERVE = -2**30
+    one, split = Teacher(create_model("resnet8"), "cpu"), synthetic(40, 1)
+    one.logits = lambda images: torch.ones(len(images), 100)
+    with open(folder.parent / "output", "w") as output, redirect_stdout(output):
+        one.cache_logits(split, folder)
+        one.cached_logits(torch.arange(1), torch.arange(1))
+        try:
+            with open(folder / "other", "wb", buffering=0) as file:
+                while file.write(bytes(4096)):
+                    pass
+        except OSError as error:
+            print(error)
+        indices = torch.arange(40).repeat_interleave(data.VIEWS)
+        print(one.cached_logits(indices, torch.arange(data.VIEWS).repeat(40)).sum().item())
+
+
 @pytest.mark.parametrize("size, notices", [("1m", 1), ("2m", 0)])
 def test_a_full_disk_kills_no_run(tmp_path, size, notices):
     """One too small for the file of 1.35 MB, and one that others fill once its room is there: no SIGBUS."""
@@ -400,31 +426,14 @@ def test_a_full_disk_kills_no_run(tmp_path, size, notices):
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder]
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs to mount a small file system")
-    code = f"""
-import sys
-sys.path.insert(0, {os.path.dirname(rooms_teacher.__file__)!r})
-import torch, teacher
-from data import VIEWS, synthetic
-from models import create_model
-teacher.RESERVE = -2**30
-one, split = teacher.Teacher(create_model("resnet8"), "cpu"), synthetic(40, 1)
-one.logits = lambda images: torch.ones(len(images), 100)
-one.cache_logits(split, {str(folder)!r})
-one.cached_logits(torch.arange(1), torch.arange(1))
-try:
-    with open({str(folder / "other")!r}, "wb", buffering=0) as file:
-        while file.write(bytes(4096)):
-            pass
-except OSError as error:
-    print(error)
-indices = torch.arange(40).repeat_interleave(VIEWS)
-print(one.cached_logits(indices, torch.arange(VIEWS).repeat(40)).sum().item())
-"""
     try:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert done.returncode == 0, (done.returncode, done.stderr)
-        assert done.stdout.count("notice: the teacher's logits are not cached in") == notices
-        assert done.stdout.endswith("No space left on device\n648000.0\n")
+        process = forked().Process(target=fill, args=(folder,))
+        process.start()
+        process.join(200)
+        output = (tmp_path / "output").read_text()
+        assert process.exitcode == 0, output
+        assert output.count("notice: the teacher's logits are not cached in") == notices
+        assert re.search("No space left on device.*\n648000.0\n$", output)
         assert len(list(folder.glob("*.logits"))) == 1 - notices
     finally:
         subprocess.run(["umount", folder], check=True)
@@ -448,11 +457,11 @@ def test_logits_that_float16_cannot_hold_are_an_error(tmp_path):
 def test_logits_do_not_depend_on_what_else_is_computed(name):
     """So that a run that goes on, or one that finds half of the logits cached, equals an unbroken one."""
     teacher = Teacher(trained(name), "cpu")
-    teacher.cache_logits(synthetic(150, 1))
-    indices, drawn = views(150)
-    teacher.batch = 64
+    teacher.cache_logits(synthetic(50, 1))
+    indices, drawn = views(50)
+    teacher.batch = 20
     whole = teacher.cached_logits(indices, drawn)
-    for part in (slice(100, 150), slice(0, 1), slice(3, 140, 7), slice(20, 150)):
+    for part in (slice(30, 50), slice(0, 1), slice(3, 46, 7), slice(8, 50)):
         assert torch.equal(teacher.cached_logits(indices[part], drawn[part]), whole[part])
 
 

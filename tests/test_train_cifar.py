@@ -27,7 +27,8 @@ from recipes import kd_weight, learning_rate, recipe_epoch, reversal
 from train_cifar import main
 from zscore_kd import dkd_loss, kd_loss, mlkd_loss
 
-SMALL = ["--data", "synthetic", "--train-images", "160", "--epochs", "3", "--device", "cpu"]
+SMALL = ["--data", "synthetic", "--train-images", "40", "--batch-size", "16", "--epochs", "3", "--device",
+         "cpu"]
 
 
 @pytest.fixture(autouse=True)
@@ -36,10 +37,10 @@ def nowhere_else(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(teacher, "CHECKPOINTS", tmp_path / "checkpoints")
     monkeypatch.setattr(train_cifar, "CHECKPOINTS", tmp_path / "checkpoints")
-    monkeypatch.setattr(data, "SYNTHETIC_SIZES", (600, 200))
-    monkeypatch.setitem(train_cifar.CHUNK, "cpu", 96)       # small runs too prepare steps in several chunks
-    monkeypatch.setitem(train_cifar.CHUNK, "cuda", 96)
-    monkeypatch.setitem(teacher.BATCH, "cpu", 48)
+    monkeypatch.setattr(data, "SYNTHETIC_SIZES", (200, 50))
+    monkeypatch.setitem(train_cifar.CHUNK, "cpu", 24)       # small runs too prepare steps in several chunks
+    monkeypatch.setitem(train_cifar.CHUNK, "cuda", 24)
+    monkeypatch.setitem(teacher.BATCH, "cpu", 12)
     monkeypatch.setenv("TEACHER_URL", "http://127.0.0.1:9/none.tar")
     monkeypatch.setenv("CIFAR100_URL", "http://127.0.0.1:9/none.tar.gz")
 
@@ -73,7 +74,7 @@ def test_the_main_command_finds_a_teacher_as_mdistiller_publishes_it(serve, cifa
     """Real images, but few; the archive with optimizers and numpy.float64 in it; smaller networks."""
     archive(serve[0] / "cifar_teachers.tar", ["resnet56"])
     monkeypatch.setenv("TEACHER_URL", f"{serve[1]}/cifar_teachers.tar")
-    train, test = (data.Split(s.images[:300], s.targets[:300]) for s in data.read_cifar("cifar100", cifar))
+    train, test = (data.Split(s.images[:100], s.targets[:100]) for s in data.read_cifar("cifar100", cifar))
     monkeypatch.setattr(data, "read_cifar", lambda *_: (train, test))
     output = call("--teacher", "resnet56", "--student", "resnet20", "--zscore", "--epochs", 1,
                   "--device", "cpu")
@@ -351,7 +352,7 @@ def test_a_run_is_the_same_with_and_without_a_memory(pair, tmp_path):
             and not (tmp_path / "without" / "logits").exists())
     assert not all(map(torch.equal, weights[0].values(), weights[2].values()))
     assert "exact_teacher was False, now True" in call(*flags, "--exact-teacher", code=1)
-    assert len(answers) == 1 and before > 160 * 200
+    assert len(answers) == 1 and before > 40 * 200
 
 
 METHODS = [[method, z] for method in ("kd", "dkd", "mlkd", "ctkd", "ttm", "wttm", "dist", "rld")
@@ -428,7 +429,7 @@ def test_two_steps_of_a_method_equal_a_plain_loop(pair, tmp_path, method):
 
 def test_ctkds_temperature_moves_against_the_student(pair, tmp_path):
     """With standardized logits T^2 KL falls as T grows, so the adversary takes T down, not up."""
-    call(*pair, *SMALL, "--method", "ctkd", "--zscore", "--epochs", "20", "--train-images", "96",
+    call(*pair, *SMALL, "--method", "ctkd", "--zscore", "--epochs", "20", "--train-images", "48",
          "--weight-decay", "0")
     temperatures = [r["temperature"]
                     for r in rows(tmp_path / "runs" / "resnet14-resnet8-ctkd-z-synthetic-seed0")]
@@ -462,7 +463,7 @@ def test_bf16_trains_with_losses_in_float32(pair, tmp_path):
 
 def test_dry_run_walks_the_whole_path_in_seconds_and_leaves_nothing(tmp_path):
     begun = time.process_time()         # of both cores: a busy machine must not fail this
-    output = call("--teacher", "resnet32x4", "--student", "resnet8x4", "--zscore", "--dry-run",
+    output = call("--teacher", "resnet56", "--student", "resnet20", "--zscore", "--dry-run",
                   "--device", "cpu")
     assert time.process_time() - begun < 2 * 20
     assert "going on from epoch 1" in output and "last epoch" in output and "all is well" in output
@@ -471,7 +472,7 @@ def test_dry_run_walks_the_whole_path_in_seconds_and_leaves_nothing(tmp_path):
 
 def test_the_demo_ends_with_its_four_rows(monkeypatch):
     """The README's first command, on fewer made images: each seed's own teacher, then three students."""
-    splits = [data.synthetic(96, part) for part in (1, 2)]
+    splits = [data.synthetic(64, part) for part in (1, 2)]
     monkeypatch.setattr(train_cifar, "load_data", lambda *rest, **more: data.Data(*splits, splits[1], "test"))
     output = call("--demo", "--device", "cpu")
     table = output.split("made images of 100 classes")[1].splitlines()
@@ -492,7 +493,7 @@ def test_eval_of_the_published_teacher_on_real_images(shared, cifar):
 def test_a_real_distillation_in_miniature(shared, cifar, tmp_path):
     output = call("--teacher", "resnet56", "--teacher-checkpoint", shared / "teachers" / "resnet56.pt",
                   "--student", "resnet8", "--zscore", "--epochs", "1", "--train-images", "1920",
-                  "--data-dir", cifar, "--precision", "bf16")
+                  "--data-dir", cifar, "--precision", "bf16", "--val-from-train", "2000")
     accuracy = float(re.search("([0-9.]+) % top-1 on the test split, published 72.34", output)[1])
     assert accuracy == pytest.approx(72.61, abs=0.25)       # in bfloat16
     assert json.loads((tmp_path / "runs" / "resnet56-resnet8-kd-z-seed0" / "result.json").read_text()
