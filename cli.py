@@ -68,7 +68,8 @@ def check_method(flags, networks):
         raise click.UsageError("name a --student" + " and a --teacher" * bool(taught)
                                + "; --list shows the pairs")
     if flags["eval_file"] is None and taught and flags["teacher"] is None:
-        raise click.UsageError("name a --teacher (or train the student alone: --method none)")
+        raise click.UsageError("name a --teacher" + " (or train the student alone: --method none)"
+                               * (not flags["feature"]))
 
 
 GIVEN = ("base_temp", "kd_weight", "ce_weight", "alpha", "beta", "zscore_relations", "feature_weight",

@@ -15,11 +15,12 @@ import json
 import logging
 import math
 import os
+import signal
 import tempfile
 import time
 import timeit
 import warnings
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from onnxruntime import quantization
 from onnxruntime.transformers import float16
+from onnxruntime.transformers.onnx_model import OnnxModel
 
 import cli
 import run as runs
@@ -350,10 +352,20 @@ def save(model, path, metadata):
     onnx.save(model, path)
 
 
+def metadata_of(path):
+    return {p.key: p.value for p in onnx.load(path).metadata_props}
+
+
 def write_fp16(source, path, metadata):
     """Weights and arithmetic in float16; input and outputs stay as they are."""
     with quiet():
-        save(float16.convert_float_to_float16(onnx.load(source), keep_io_types=True), path, metadata)
+        model = float16.convert_float_to_float16(onnx.load(source), keep_io_types=True)
+        OnnxModel.graph_topological_sort(model.graph)       # a cast of a float input stands at its end
+        save(model, path, metadata)
+
+
+def activations_of(flags):
+    return flags["activations"] or ("int8" if flags["symmetric"] else "uint8")
 
 
 class Reader(list):
@@ -374,7 +386,7 @@ def write_int8(source, path, metadata, student, images, flags):
     byte once already, then stays in float32. --symmetric: int8 activations too, and all zero points 0.
     """
     full_range, ends = flags["full_range"] or flags["symmetric"], flags["exclude_first_last"]
-    activations = flags["activations"] or ("int8" if flags["symmetric"] else "uint8")
+    activations = activations_of(flags)
     batches = Reader({"image": student.feed(x)} for x in images.split(min(64, student.batch)))
     prepared = path.with_name("prepared.onnx")
     with quiet():
@@ -475,18 +487,23 @@ def accuracy(logits, targets):
 def speeds(student, images, path=None):
     """Of a file or of PyTorch, by threads ("1", "all"): median and 95th percentile (ms) at batch 1, images a
     second at batch 64, and how many calls were timed."""
-    def seconds(x):
-        for _ in range(WARM_UP if len(x) == 1 else 3):
-            call(x)
+    def several(x, most, least):
         found, begun = [], time.perf_counter()
-        while len(found) < SAMPLES and (time.perf_counter() - begun < SECONDS or len(found) < 5):
+        while len(found) < most and (time.perf_counter() - begun < SECONDS or len(found) < least):
             found.append(timeit.timeit(lambda: call(x), number=1))
         return found
+
+    def seconds(x):
+        several(x, WARM_UP if len(x) == 1 else 3, 1)
+        return several(x, SAMPLES, 3)
 
     images = images.repeat(-(-64 // len(images)), 1, 1, 1)[:64]
     inputs = student.feed(images) if path else student.pixels.normalise(images).contiguous()
     threads, found = torch.get_num_threads(), {}
     for name, count in (("1", 1), ("all", threads)):
+        if found and count == 1:
+            found[name] = found["1"]
+            continue
         torch.set_num_threads(count)
         call = load(path, count, exact=False) if path else student.network
         with torch.inference_mode():
@@ -534,7 +551,7 @@ def export(student, images, flags, folder, out):
     int8 = images.calibration if flags["int8"] is None else flags["int8"]
     for precision in ["fp32"] + ["fp16"] * flags["fp16"] + ["int8"] * bool(int8):
         path = source if precision == "fp32" else folder / f"{name}.{precision}.onnx"
-        facts = metadata | {"precision": precision}
+        facts = metadata | {"precision": precision} | (how_quantized(flags) if precision == "int8" else {})
         try:
             if precision == "fp16":
                 write_fp16(source, path, facts)
@@ -557,15 +574,25 @@ def export(student, images, flags, folder, out):
 
     facts = runs.collect_facts(torch.device("cpu")) | {
         "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
-    report = {"files": rows, "metadata": metadata, "warm_up": WARM_UP, "batches_verified": BATCHES,
-              "facts": facts}
+    report = {"files": rows, "failed": failures, "metadata": metadata, "warm_up": WARM_UP,
+              "batches_verified": BATCHES, "facts": facts}
     done.append(folder / f"{name}.json")
     done[-1].write_text(json.dumps(runs.rounded(report), indent=2))
     for path in done:
         os.replace(path, out / path.name)
+    for path in {out / f"{name}{end}.onnx" for end in ("", ".fp16", ".int8")} - {out / p.name for p in done}:
+        if path.exists() and metadata_of(path).get("weights_sha256") != metadata["weights_sha256"]:
+            click.echo(f"notice: {path} is of an earlier export, of other weights: remove it")
     click.echo(f"{table(rows)}\n{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, "
                f"onnxruntime {facts['onnxruntime']}; written in {out}: {', '.join(p.name for p in done)}")
     return failures
+
+
+def how_quantized(flags):
+    """int8's choices, for the metadata."""
+    wide = flags["full_range"] or flags["symmetric"]
+    return {"weight_bits": 8 if wide else 7, "activations": activations_of(flags),
+            **{k: flags[k] for k in ("symmetric", "calibration", "calibration_method", "exclude_first_last")}}
 
 
 def describe(student, classes):
@@ -614,6 +641,8 @@ def main(**flags):
     if flags["symmetric"] and flags["activations"] == "uint8":
         raise click.UsageError("--symmetric has int8 activations: leave --activations out")
     torch.manual_seed(0)
+    with suppress(ValueError):      # not the main thread
+        signal.signal(signal.SIGTERM, signal.default_int_handler)       # which removes unfinished files
     with cli.one_line():
         student = load_student(flags["checkpoint"], flags["student"], flags["float_input"],
                                **{k: flags[k] for k in ("classes", "mean", "std", "size")})

@@ -2,8 +2,9 @@
 
     with torch.no_grad():                           # once: of any two images, both networks in eval mode
         (_, s), (_, t) = (network(images[:2], features=True) for network in (student, teacher))
-    method = METHODS["crd"](student, teacher, s, t, labels)
+    method = METHODS["crd"](student, teacher, s, t, labels).to(images.device)
     optimizer = SGD([*student.parameters(), *method.parameters()], ...)
+    student.train()
 
     logits, s = student(images, features=True)      # a step
     with torch.no_grad():
@@ -21,6 +22,10 @@ A network's features are any object with the fields
 Half precision is cast up to float32 before a loss is computed, autocast is off there; convolutions that learn
 beside the student follow autocast. The teacher is detached. Every loss is a scalar, unweighted; a NaN shows.
 The authors' own code, where it differs from their paper, is followed: it made the tables.
+
+The tables' weights: FitNet 100, AT 1000, RKD 1, CRD 0.8, OFD 0.001; SimKD 1, without the cross-entropy;
+ReviewKD 0.6 to 8 by pair, after a linear ramp of 20 epochs; CAT-KD 0.7 to 600 (recipes.py has the pairs').
+OFD's teacher in training mode must not move its running statistics: momentum 0 in its batch norms.
 """
 
 import math
@@ -62,6 +67,9 @@ def rkd_loss(student, teacher, distance=25.0, angle=50.0):
         e = _unit(difference)
         return d / (d.sum() / other.sum()), e @ e.mT        # RKD-D's potential; RKD-A's, a cosine at i
 
+    if len(student) != len(teacher) or len(student) < 2:
+        raise ValueError("RKD compares images, two at least, as many of both sides, got "
+                         f"{tuple(student.shape)} and {tuple(teacher.shape)}")
     with _full_precision(student):
         (d, a), (d_teacher, a_teacher) = relations(_up(student)), relations(_up(teacher.detach()))
         return distance * F.smooth_l1_loss(d, d_teacher) + angle * F.smooth_l1_loss(a, a_teacher)
@@ -103,7 +111,7 @@ def ofd_loss(student_maps, teacher_maps, margins):
     loss = 0
     for s, t, margin in zip(student_maps, teacher_maps, margins, strict=True):
         with _full_precision(s):
-            s, t = _up(s), _up(t.detach())
+            s, t = _paired(_up(s), _up(t.detach()))
             target = torch.maximum(t, margin.to(t)[:, None, None])
             counts = ((s > target) | (t > 0)).to(s.dtype)       # a product: a NaN stays one
             loss = loss / 2 + ((s - target).square() * counts).sum() / len(s)
@@ -118,19 +126,21 @@ def hcl_loss(student_maps, teacher_maps):
     """
     loss = 0
     for s, t in zip(student_maps, teacher_maps, strict=True):
-        sides = [side for side in (4, 2, 1) if side < s.shape[-1]]
+        sides = [side for side in (4, 2, 1) if side < min(s.shape[-2:])]
         weights = [2.0**-i for i in range(len(sides) + 1)]
         terms = [_mse(s, t)] + [_mse(_averaged(s, side), _averaged(t, side)) for side in sides]
         loss = loss + sum(w * term for w, term in zip(weights, terms)) / sum(weights)
     return loss
 
 
-def cam_loss(student_cam, teacher_cam, normalize=False):
-    """CAT-KD (Guo et al., CVPR 2023): MSE of class activation maps (B, K, r, r).
+def cam_loss(student_cam, teacher_cam, resolution=None, normalize=False):
+    """CAT-KD (Guo et al., CVPR 2023): MSE of class activation maps (B, K, H, W).
 
-    normalize: each class's map is divided by its L2 norm; a zero map then has no gradient.
+    resolution: they are averaged to so many pixels a side first; None: they are already. normalize: each
+    class's map is divided by its L2 norm; a zero map then has no gradient.
     """
     def normal(x):
+        x = _averaged(x, resolution) if resolution else x
         return _unit(x.flatten(2)) if normalize else x
 
     with _full_precision(student_cam):
@@ -147,7 +157,14 @@ def _up(x):
 
 def _mse(s, t):
     with _full_precision(s):
-        return F.mse_loss(_up(s), _up(t.detach()))
+        return F.mse_loss(*_paired(_up(s), _up(t.detach())))
+
+
+def _paired(s, t):
+    """Both, or a ValueError: PyTorch would broadcast one to the other."""
+    if s.shape != t.shape:
+        raise ValueError(f"features of one shape are needed, got {tuple(s.shape)} and {tuple(t.shape)}")
+    return s, t
 
 
 def _unit(x):
@@ -156,18 +173,22 @@ def _unit(x):
     return torch.where(norm == 0, 0.0, x / norm.clamp(min=EPS))
 
 
-def _averaged(x, side):
-    """Average-pooled to side x side; the adaptive form has no deterministic gradient on CUDA."""
-    x = _up(x)
-    if x.shape[-1] % side == 0:
-        return F.avg_pool2d(x, x.shape[-1] // side) if x.shape[-1] != side else x
-    return F.adaptive_avg_pool2d(x, side)
+def _averaged(x, *size):
+    """Average-pooled to size, (height, width) or a side; without remainders not by the adaptive form, which
+    has no deterministic gradient on CUDA."""
+    if x.dim() != 4:
+        raise ValueError(f"maps (B, C, H, W) are needed, got {tuple(x.shape)}")
+    x, size = _up(x), (size[0], size[-1])
+    if all(n % m == 0 for n, m in zip(x.shape[2:], size)):
+        kernel = x.shape[2] // size[0], x.shape[3] // size[1]
+        return F.avg_pool2d(x, kernel) if kernel != (1, 1) else x
+    return F.adaptive_avg_pool2d(x, size)
 
 
 def _matched(s, t):
-    """Two maps, the larger average-pooled to the other's side."""
-    side = min(s.shape[-1], t.shape[-1])
-    return _averaged(s, side), _averaged(t, side)
+    """Two maps, the larger average-pooled to the other's size."""
+    size = [*map(min, s.shape[2:], t.shape[2:])]
+    return (_averaged(x, *size) for x in (s, t))
 
 
 def _pairs(student_maps, teacher_maps):
@@ -208,7 +229,7 @@ class FitNet(Method):
 
     def __init__(self, student, teacher, s, t, labels=None):
         super().__init__()
-        (c, h), (c_teacher, h_teacher) = (_shape(_stages("FitNet", x, f)[1])
+        (c, h), (c_teacher, h_teacher) = (_shape(_stages("FitNet", x, f, 2)[1])
                                           for x, f in ((student, s), (teacher, t)))
         if h == h_teacher:
             regressor = nn.Conv2d(c, c_teacher, 1)
@@ -248,6 +269,7 @@ class RKD(Method):
 
     def __init__(self, student, teacher, s, t, labels=None):
         super().__init__()
+        _check_pooled("RKD", student, teacher, s, t)
 
     def forward(self, s, t, target=None, index=None):
         return rkd_loss(s.pooled, t.pooled)
@@ -268,9 +290,10 @@ class CRD(Method):
 
     def __init__(self, student, teacher, s, t, labels=None):
         super().__init__()
-        if labels is None:
-            raise ValueError("CRD needs the classes of all training images")
-        labels = torch.as_tensor(labels)
+        _check_pooled("CRD", student, teacher, s, t)
+        labels = torch.as_tensor([] if labels is None else labels)
+        if labels.dim() != 1 or not len(labels) or labels.is_floating_point() or labels.min() < 0:
+            raise ValueError("CRD needs labels, the class numbers (n,) of all training images")
         self.embed_s, self.embed_t = (nn.Linear(f.pooled.shape[1], self.WIDTH) for f in (s, t))
         bound = 1 / math.sqrt(self.WIDTH / 3)
         for name in ("bank_s", "bank_t"):
@@ -290,6 +313,8 @@ class CRD(Method):
             self.register_buffer(name, x, persistent=False)
 
     def forward(self, s, t, target=None, index=None):
+        if index is None or len(index) != len(s.pooled):
+            raise ValueError("CRD needs index (B,), the images' places among the training images")
         with _full_precision(s.pooled):
             x, y = self.embed_s(_up(s.pooled)), self.embed_t(_up(t.pooled.detach()))
             x, y = (v / torch.linalg.vector_norm(v, dim=1, keepdim=True) for v in (x, y))
@@ -337,9 +362,9 @@ class OFD(Method):
         super().__init__()
         _check_stages("OFD", student, teacher, s.pre, t.pre)
         norms = teacher.norms_before_relu() if hasattr(teacher, "norms_before_relu") else []
-        if not norms:
-            raise ValueError(f"OFD takes no {_name(teacher)} as a teacher: no batch norm stands right before "
-                             "its stages' last ReLU")
+        if len(norms) != len(t.pre):
+            raise ValueError(f"OFD takes no {_name(teacher)} as a teacher: its norms_before_relu() names "
+                             f"{len(norms)} batch norms right before the last ReLUs of {len(t.pre)} stages")
         self.connectors = nn.ModuleList()
         for i, (own, target, norm) in enumerate(zip(s.pre, t.pre, norms, strict=True)):
             c, c_teacher = own.shape[1], target.shape[1]
@@ -366,6 +391,7 @@ class ReviewKD(Method):
     def __init__(self, student, teacher, s, t, labels=None):
         super().__init__()
         _check_stages("ReviewKD", student, teacher, s.post, t.pre)
+        _check_pooled("ReviewKD", student, teacher, s, t)
         self.mid = min(512, s.pooled.shape[1])
         self.reduce, self.attend, self.restore = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for x, y in zip(self._levels(s.post, s.pooled), self._levels(t.pre, t.pooled)):
@@ -400,8 +426,9 @@ class ReviewKD(Method):
 class SimKD(Method):
     """Reused teacher classifier (Chen et al., CVPR 2022): a projector makes the student's map the teacher's.
 
-    Labels are not used. `deploy` puts together the student's body, the projector and the teacher's
-    classifier; what else the student has is frozen. factor: by how much the projector is narrower inside.
+    Labels are not used, nor a cross-entropy. `deploy` puts together the student's body, the projector and the
+    teacher's classifier, for which torch.fx must be able to trace the student; what else that has is frozen.
+    factor: by how much the projector is narrower inside.
     """
 
     reads = ("last",)
@@ -424,10 +451,12 @@ class SimKD(Method):
         self.form = c, c_teacher, factor, self.stride, stage, classifier.out_features
         whole = Reuse(student, *self.form)
         self.projector, self.fc = whole.projector, whole.fc
-        self.network = (trimmed(whole),)        # not registered: it has the student in it
-        self.fc.load_state_dict(classifier.state_dict())
+        self.networks = student, trimmed(whole)         # not registered: the second has the first in it
+        with torch.no_grad():
+            self.fc.weight.copy_(classifier.weight)
+            self.fc.bias.copy_(0 if classifier.bias is None else classifier.bias)
         self.fc.requires_grad_(False)
-        lives = set(self.network[0].parameters())
+        lives = set(self.networks[1].parameters())
         for parameter in student.parameters():
             if parameter not in lives:
                 parameter.requires_grad_(False)
@@ -441,7 +470,9 @@ class SimKD(Method):
         return _mse(*_matched(x, t.last)), self.fc(_pool(x))
 
     def deploy(self, student):
-        return self.network[0]
+        if student is not self.networks[0]:
+            raise ValueError("SimKD deploys the student that it was made with, not a copy")
+        return self.networks[1]
 
 
 class CATKD(Method):
@@ -463,7 +494,7 @@ class CATKD(Method):
                 raise ValueError(f"CAT-KD: {_name(x)} gives no map that its classifier sees the mean of")
         with torch.no_grad():
             weight, bias = self.heads[0].weight, self.heads[0].bias
-            if fresh and _name(student).startswith(("vgg", "Shuffle")):
+            if fresh and _name(student).lower().startswith(("vgg", "shuffle")):
                 nn.init.kaiming_uniform_(weight, a=math.sqrt(5))        # PyTorch's own
             elif fresh:
                 nn.init.normal_(weight, std=math.sqrt(2 / own))
@@ -472,9 +503,9 @@ class CATKD(Method):
 
     def forward(self, s, t, target=None, index=None):
         # the mean and the 1x1 convolution commute: on fewer pixels first
-        cams = [F.conv2d(_fit(_averaged(f.last, self.resolution)), layer.weight[:, :, None, None])
+        cams = [F.conv2d(_fit(_averaged(f.last, self.resolution)), _fit(layer.weight)[:, :, None, None])
                 for f, layer in zip((s, t), self.heads)]
-        return cam_loss(*cams, self.normalize)
+        return cam_loss(*cams, normalize=self.normalize)
 
 
 METHODS = {"fitnet": FitNet, "at": AT, "rkd": RKD, "crd": CRD, "ofd": OFD, "reviewkd": ReviewKD,
@@ -503,8 +534,19 @@ class Reuse(nn.Module):
 
 
 def trimmed(network):
-    """A network without the parts that its output does not depend on, as a graph of the same modules."""
-    traced = torch.fx.symbolic_trace(network)
+    """A Reuse without the parts that its output does not depend on, as a graph of the same modules.
+
+    It is for evaluation. ValueError where torch.fx cannot trace its student.
+    """
+    modes = {m: m.training for m in network.modules()}
+    try:
+        traced = torch.fx.symbolic_trace(network.eval())        # or a function's dropout would be the graph's
+    except Exception as error:      # of any network, any
+        raise ValueError(f"SimKD: {_name(network.student)} cannot be traced by torch.fx "
+                         f"({str(error).partition(chr(10))[0] or type(error).__name__})") from None
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
     traced.graph.eliminate_dead_code()
     traced.delete_all_unused_submodules()
     traced.recompile()
@@ -541,13 +583,21 @@ def _fit(x):
     return x if torch.is_autocast_enabled(x.device.type) else _up(x)
 
 
-def _stages(method, network, features):
-    if not features.post:
-        raise ValueError(f"{method} needs the maps of a network's stages: {_name(network)} gives none")
+def _stages(method, network, features, least=1):
+    if len(features.post or ()) < least:
+        raise ValueError(f"{method} needs the maps of a network's stages, {least} at least: {_name(network)} "
+                         f"gives {len(features.post or ()) or 'none'}")
     return features.post
 
 
 def _check_stages(method, student, teacher, own, other):
-    if len(own) != len(other) or not own:
-        raise ValueError(f"{method} pairs the stages' maps: {_name(student)} gives {len(own)}, "
-                         f"{_name(teacher)} {len(other)}")
+    n = len(own or ()), len(other or ())
+    if n[0] != n[1] or not all(n):
+        raise ValueError(f"{method} pairs the stages' maps: {_name(student)} gives {n[0]}, "
+                         f"{_name(teacher)} {n[1]}")
+
+
+def _check_pooled(method, student, teacher, s, t):
+    for network, features in ((student, s), (teacher, t)):
+        if features.pooled is None:
+            raise ValueError(f"{method} needs pooled features: {_name(network)} gives none")

@@ -162,7 +162,12 @@ def to_rgb(image):
 
 
 def centre(image, size, resize):
-    """uint8 (3, size, size) of an RGB image: its shorter side to `resize`, antialiased; the centre of it."""
+    """uint8 (3, size, size) of an RGB image: its shorter side to `resize`, antialiased; the centre of it.
+
+    ValueError for one so narrow that it would fill the memory.
+    """
+    if resize**2 * max(image.size) / min(image.size) > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} is too narrow to be resized")
     return pil.pil_to_tensor(pil.center_crop(pil.resize(image, resize), [size, size]))
 
 
@@ -178,7 +183,7 @@ def read_images(samples, size, resize=None):
         try:
             images[i] = centre(read_image(samples[i][0]), size, resize or size)
         except Exception as error:      # Pillow raises a dozen types for damaged files
-            return f"{shown(samples[i][0])} ({error or type(error).__name__})"
+            return f"{shown(samples[i][0])} ({str(error) or type(error).__name__})"
 
     with ThreadPoolExecutor() as pool:
         bad = [line for line in pool.map(read, range(len(samples))) if line]

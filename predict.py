@@ -49,13 +49,16 @@ class Classifier:
         options.intra_op_num_threads = threads      # 0: all
         self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         facts = self.session.get_modelmeta().custom_metadata_map
-        if "classes" not in facts:
+        if not {"classes", "size", "resize", "mean", "std", "temperature"} <= facts.keys():
             raise ValueError("it was not written by export.py: no metadata")
         self.classes, self.size, self.resize = (json.loads(facts[k]) for k in ("classes", "size", "resize"))
         self.mean, self.std = (np.array(json.loads(facts[k]), np.float32).reshape(3, 1, 1)
                                for k in ("mean", "std"))
         self.temperature = float(facts["temperature"])
         self.takes_float = self.session.get_inputs()[0].type == "tensor(float)"
+        black = np.zeros((1, 3, *self.size), np.uint8)
+        if not self.temperature > 0 or self(black).shape != (1, len(self.classes)):
+            raise ValueError("its metadata are not its network's")
 
     def pixels(self, image):
         """uint8 (3, height, width) of a Pillow image, upright, in RGB; resized, and the centre taken."""
@@ -68,6 +71,8 @@ class Classifier:
         short, other = min(image.size), max(image.size)
         if (short, other) != (self.resize, self.resize):    # to the pixel as torchvision's Resize, CenterCrop
             scaled = int(self.resize * other / short)
+            if self.resize * scaled > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} is too narrow to be resized")
             new = (self.resize, scaled) if image.width <= image.height else (scaled, self.resize)
             image = image.resize(new, Image.Resampling.BILINEAR)
         left, top = round((image.width - width) / 2), round((image.height - height) / 2)
@@ -124,7 +129,8 @@ def main():
             with Image.open(path) as image:
                 size, pixels = image.size, classifier.pixels(image)
         except Exception as error:      # so does Pillow, for damaged files
-            print(f"Error: {path} cannot be read as an image ({error})", file=sys.stderr)
+            print(f"Error: {path} cannot be read as an image ({str(error) or type(error).__name__})",
+                  file=sys.stderr)
             failed += 1
             continue
         height, width = classifier.size
@@ -136,9 +142,9 @@ def main():
                 for i in np.argsort(-probabilities, kind="stable")[:arguments.top]]
         if arguments.json:
             top = [{"class": name, "index": i, "probability": round(p, 6)} for name, i, p in best]
-            print(json.dumps({"image": str(path), "top": top}))
+            print(json.dumps({"image": str(path), "top": top}), flush=True)
         else:
-            print(f"{path}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, _, p in best))
+            print(f"{path}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, _, p in best), flush=True)
     if not found:
         sys.exit(f"Error: no images ({', '.join(SUFFIXES)}) in {', '.join(arguments.images)}")
     sys.exit(1 if failed else 0)
@@ -147,6 +153,6 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except BrokenPipeError:     # of `| head`; the interpreter would say so once more at its end
+    except OSError as error:    # `| head`, or a full disk: the interpreter would name it again at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        sys.exit(1 if isinstance(error, BrokenPipeError) else f"Error: cannot write ({error.strerror})")

@@ -276,7 +276,8 @@ def get_teacher(recipe, data, flags, world):
         path, source = find_teacher(network.name, flags["teacher_checkpoint"], flags["teacher_url"],
                                     click.echo)
     if path is None:
-        click.echo(f"{source}; training {name} here first")
+        click.echo(f"{source}; training {name} here first, which is as long as a run (a file: "
+                   "--teacher-checkpoint)")
         path = train_teacher(recipe, flags, world)
         source = f"trained here, {path}"
     return caching(load_teacher(network, path, world.device, source, *how, flags["compile"], data.pixels,

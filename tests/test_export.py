@@ -3,6 +3,9 @@
 import io
 import json
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -164,6 +167,8 @@ def test_metadata_are_inside_and_source_paths_are_not(distilled, student):
         assert model.ir_version == 8        # the least for opset 18: onnxruntime refuses newer than it knows
         text = path.read_bytes()
         assert not any(x in text for x in (b"models.py", b"export.py", b"site-packages", str(ROOT).encode()))
+        assert (found.get("weight_bits") == "7") == (found.get("activations") == "uint8") == (
+            precision == "int8")
     assert float(metadata(folder / "resnet8.onnx")["top1"]) == pytest.approx(facts["top1"], abs=0.01)
 
 
@@ -320,6 +325,13 @@ def test_opsets_and_ways_to_quantize(student, opset, flags):
         assert max(abs(w.astype(int)).max() for w in weights_of("out/resnet8.int8.onnx")) == 127
 
 
+def test_a_float_inputs_float16_file(student):
+    """Its cast is the converter's, which puts it behind what reads it."""
+    call("--checkpoint", student, "--float-input", "--fp16", "--no-int8", "--out", "out")
+    assert json.loads(Path("out/resnet8.json").read_text())["files"]["fp16"]["agreement"] > 0.99
+    assert session("out/resnet8.fp16.onnx").get_inputs()[0].type == "tensor(float)"
+
+
 def test_symmetric_activations_are_int8(student):
     output = call("--checkpoint", student, "--symmetric", "--activations", "uint8", code=2)
     assert "--symmetric has int8 activations" in output
@@ -399,6 +411,27 @@ def test_a_converter_that_fails_costs_its_file_alone(written, student):
     output = call("--checkpoint", student, "--out", "out", code=1)
     assert "resnet8.int8.onnx was not written: division by zero" in output.splitlines()[-1]
     assert "Traceback" not in output and sorted(os.listdir("out")) == ["resnet8.json", "resnet8.onnx"]
+
+
+def test_a_file_of_other_weights_beside_a_new_one_is_named(distilled):
+    """Not for `predict.py` to be given last week's int8 file."""
+    shutil.copytree(distilled[0], "out")
+    checkpoint("resnet8", "other.pt")
+    output = call("--checkpoint", "other.pt", "--out", "out", "--no-int8")
+    assert sorted(re.findall("notice: (.+) is of an earlier export", output)) == [
+        "out/resnet8.fp16.onnx", "out/resnet8.int8.onnx"]
+    assert "earlier" not in call("--checkpoint", "other.pt", "--out", "fresh", "--no-int8")
+    assert "earlier" not in call("--checkpoint", "other.pt", "--out", "fresh", "--no-int8")
+
+
+def test_a_stop_leaves_nothing_unfinished(student, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(export, "verify", lambda *rest: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        assert "interrupted" in call("--checkpoint", student, "--out", "out", "--no-int8", code=1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert os.listdir("out") == []
 
 
 def test_a_bare_imagenet_checkpoint_without_data(tmp_path):

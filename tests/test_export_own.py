@@ -81,7 +81,8 @@ def refused(*arguments):
 def facts_of(path):
     facts = onnxruntime.InferenceSession(str(path)).get_modelmeta().custom_metadata_map
     return {k: v if k in ("network", "teacher", "data", "weights_sha256", "version") else json.loads(v)
-            for k, v in facts.items() if k not in ("input", "method", "precision", "temperature_fitted_on")}
+            for k, v in facts.items() if k not in ("input", "method", "precision", "temperature_fitted_on",
+                                                   "activations", "calibration_method")}
 
 
 def logits_of(path, images):

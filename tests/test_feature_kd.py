@@ -307,10 +307,40 @@ def test_hcl(shapes):
 def test_cam(normalize):
     s, t = (maps(((10, 3),), i)[0] for i in (0, 1))
     weight = torch.eye(10, dtype=torch.float64)
-    ours = cam_loss(s, t, normalize)
+    ours = cam_loss(s, t, normalize=normalize)
     assert_same(ours, reference.catkd(s, t, weight, weight, 3, normalize), [s])
     assert_no_gradient(ours, [t])
-    assert torch.equal(cam_loss(s, t), cam_loss(s, t, False))
+    assert torch.equal(cam_loss(s, t), cam_loss(s, t, normalize=False))
+    s, t = (maps(((10, 6),), i)[0] for i in (2, 3))
+    assert_same(cam_loss(s, t, 2, normalize), reference.catkd(s, t, weight, weight, 2, normalize), [s])
+
+
+@pytest.mark.parametrize("height, width", [(8, 16), (16, 8), (6, 9)])
+def test_maps_that_are_not_square(height, width):
+    s, t = (torch.randn(4, 5, height, width, dtype=torch.float64,
+                        generator=torch.Generator().manual_seed(i)).requires_grad_() for i in (0, 1))
+    terms = [torch.nn.functional.mse_loss(*(torch.nn.functional.adaptive_avg_pool2d(x, n) for x in (s, t)))
+             for n in ((height, width), 4, 2, 1)]
+    want = sum(w * x for w, x in zip((8, 4, 2, 1), terms)) / 15
+    assert_same(hcl_loss([s], [t]), want, [s])
+    pooled = [torch.nn.functional.adaptive_avg_pool2d(x, 2) for x in (s, t)]
+    assert_same(cam_loss(s, t, 2), torch.nn.functional.mse_loss(*pooled), [s])
+    unit = [torch.nn.functional.normalize(x.square().mean(1).flatten(1)) for x in (s, t)]
+    assert_same(at_loss([s], [t]), torch.nn.functional.mse_loss(*unit), [s])
+
+
+@pytest.mark.parametrize("words, call", [
+    (r"\(4, 64\) and \(1, 64\)", lambda s, t: at_loss([s], [t[:1]])),
+    (r"maps \(B, C, H, W\)", lambda s, t: at_loss(s, t)),
+    (r"\(4, 3, 8, 8\) and \(4, 3, 4, 4\)", lambda s, t: hcl_loss([s], [t[..., :4, :4]])),
+    (r"\(4, 3, 8, 8\) and \(4, 3, 1, 1\)", lambda s, t: cam_loss(s, t[..., :1, :1])),
+    (r"\(4, 3, 8, 8\) and \(4, 3, 1, 1\)", lambda s, t: ofd_loss([s], [t[..., :1, :1]], [torch.zeros(3)])),
+    (r"two at least.*\(1, 9\)", lambda s, t: rkd_loss(torch.rand(1, 9), torch.rand(1, 9))),
+    (r"as many.*\(4, 9\) and \(1, 9\)", lambda s, t: rkd_loss(torch.rand(4, 9), torch.rand(1, 9))),
+])
+def test_shapes_that_do_not_pair_are_refused_not_broadcast(words, call):
+    with pytest.raises(ValueError, match=words):
+        call(torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8))
 
 
 # ---------------------------------------------------------------- 2. the methods
@@ -468,7 +498,7 @@ PURE = {        # of two pairs of maps of the same shapes, and scores
     "ofd": lambda s, t, x: ofd_loss(s, t, [torch.linspace(-2, 0, 6, dtype=torch.float64)] * 2),
     "hcl": lambda s, t, x: hcl_loss(s, t),
     "cam": lambda s, t, x: cam_loss(s[0], t[0]),
-    "normalised cam": lambda s, t, x: cam_loss(s[0], t[0], True)}
+    "normalised cam": lambda s, t, x: cam_loss(s[0], t[0], normalize=True)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -935,8 +965,79 @@ def test_simkds_maps_of_no_common_multiple():
     assert "4 and 6 pixels" in refusal("simkd", three(), tiny("large", (4, 6, 8), (12, 6, 6), image=12))
 
 
+def untraceable():
+    network, f = three()
+    real = network.forward
+
+    def forward(x, features=False):
+        assert x.shape[1] == 3
+        return real(x, features)
+
+    network.forward = forward
+    return network, f
+
+
+def test_simkd_says_what_it_cannot_trace_and_deploys_no_copy():
+    student = untraceable()
+    student[0].eval()
+    assert "three cannot be traced by torch.fx (" in refusal("simkd", student, four())
+    assert student[0].training is False
+    c = case("simkd")
+    with pytest.raises(ValueError, match="the student that it was made with"):
+        c.method.deploy(copy.deepcopy(c.student))
+    student, method = copy.deepcopy((c.student, c.method))
+    assert method.deploy(student) is not c.method.deploy(c.student)
+
+
+def test_simkds_deployed_network_drops_nothing_wherever_it_was_made():
+    """A function's dropout asks for the student's mode, which tracing would write down."""
+    (student, s), (teacher, t) = three(), four()
+    widen = student.forward
+    student.forward = lambda x, features=False: widen(
+        torch.nn.functional.dropout(x, 0.5, student.training), features)
+    student.train()
+    method = METHODS["simkd"](student, teacher, s, t)
+    assert all(m.training for m in student.modules())
+    network, images = method.deploy(student).eval(), torch.randn(2, 3, student.image, student.image)
+    assert torch.equal(network(images), network(images))
+
+
+def test_simkd_takes_a_classifier_without_a_bias():
+    (student, s), (teacher, t) = three(), four()
+    teacher.fc.bias = None
+    method = METHODS["simkd"](student, teacher, s, t)
+    assert torch.equal(method.fc.weight, teacher.fc.weight) and (method.fc.bias == 0).all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_networks_in_half_precision(name):
+    """Outside autocast: their features are cast up, and so is the classifier that CAT-KD reads."""
+    c = case(name, dtype=torch.float32)
+    c.student.bfloat16(), c.teacher.bfloat16()
+    s, t = (mapped(lambda x: x.detach().bfloat16(), f) for f in (c.s, c.t))
+    assert c.loss(s, t).dtype == torch.float32 and c.loss(s, t).isfinite()
+
+
+def test_what_a_network_does_not_give_is_said():
+    whole, (network, f) = three(), three()
+    for method in ("ofd", "reviewkd"):
+        refusal(method, (network, f._replace(pre=None, post=None)), whole)
+        refusal(method, whole, (network, f._replace(pre=None, post=None)))
+    for method in ("rkd", "crd", "reviewkd"):
+        assert "pooled" in refusal(method, (network, f._replace(pooled=None)), whole, torch.arange(N) % 3)
+    assert "2 at least: three gives 1" in refusal("fitnet", (network, f._replace(post=f.post[:1])), whole)
+    network.norms_before_relu = lambda: list(network.norms)[:2]
+    assert "names 2 batch norms" in refusal("ofd", whole, (network, f))
+
+
 def test_crds_labels():
-    assert refusal("crd", three(), four()) == "CRD needs the classes of all training images"
+    for labels in (None, torch.rand(30), torch.tensor([0, -1, 2]), torch.zeros(3, 2).long(), []):
+        assert refusal("crd", three(), four(), labels).startswith("CRD needs labels, the class numbers (n,)")
+    c = case("crd")
+    with pytest.raises(ValueError, match="CRD needs index"):
+        c.method(c.s, c.t)
+    with pytest.raises(ValueError, match="CRD needs index"):
+        c.method(c.s, c.t, None, torch.arange(5))
     assert "more than one class" in refusal("crd", three(), four(), torch.full((30,), 2))
     CRD(None, None, *[three()[1]] * 2, [0, 1] * 30)         # a list does
 

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 from PIL import Image, features
 from torchvision.transforms import functional as pil
 
+import folders
 import predict
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,15 +28,15 @@ def model(tmp_path, monkeypatch):
     write_model("x.onnx", ["red", "green", "blue"])
 
 
-def write_model(path, classes):
+def write_model(path, classes, batch="batch", changed={}):
     nodes = [helper.make_node("Cast", ["image"], ["float"], to=TensorProto.FLOAT),
              helper.make_node("ReduceMean", ["float"], ["logits"], axes=[2, 3], keepdims=0)]
     graph = helper.make_graph(
-        nodes, "g", [helper.make_tensor_value_info("image", TensorProto.UINT8, ["batch", 3, 32, 32])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3])])
+        nodes, "g", [helper.make_tensor_value_info("image", TensorProto.UINT8, [batch, 3, 32, 32])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, 3])])
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
     facts = {"classes": classes, "size": [32, 32], "resize": 32, "mean": [0, 0, 0], "std": [1, 1, 1]}
-    facts = {k: json.dumps(v) for k, v in facts.items()} | {"temperature": "100"}
+    facts = {k: json.dumps(v) for k, v in facts.items()} | {"temperature": "100"} | changed
     helper.set_model_props(made, facts)
     onnx.save(made, path)
 
@@ -106,6 +107,39 @@ def test_a_name_that_cannot_be_looked_at_costs_itself_alone():
     picture("a.png")
     output, errors = run("x.onnx", "x" * 5000, "a.png", code=1)
     assert output.startswith(b"a.png: red") and errors.count(b"\n") == 1
+
+
+@pytest.mark.parametrize("words, changed", [
+    ("metadata are not its network's", {"classes": '["red", "green"]'}),
+    ("metadata are not its network's", {"temperature": "0"}), ("", {"temperature": "warm"}),
+    ("", {"size": "[16, 16]"}), ("", {"size": "32"}), ("", {"mean": "[0"}), ("", {"batch": 4}),
+])
+def test_a_file_that_was_changed_is_refused_before_any_image(words, changed):
+    write_model("changed.onnx", ["red", "green", "blue"], changed.pop("batch", "batch"), changed)
+    picture("a.png")
+    output, errors = run("changed.onnx", "a.png", code=1)
+    assert output == b"" and errors.startswith(b"Error: changed.onnx cannot be used (")
+    assert words.encode() in errors and errors.count(b"\n") == 1
+
+
+def test_a_narrow_image_does_not_fill_the_memory():
+    """Its shorter side would become 32 pixels, its longer one some millions."""
+    Image.new("RGB", (1, 200_000)).save("narrow.png")
+    _, errors = run("x.onnx", "narrow.png", code=1)
+    assert b"1 x 200000 is too narrow" in errors and errors.count(b"\n") == 1
+    with pytest.raises(ValueError, match="1 x 200000 is too narrow"):
+        folders.centre(Image.open("narrow.png"), 32, 32)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_a_full_disk_is_one_line(flags):
+    picture("a.png")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, ROOT / "predict.py", "x.onnx", "a.png", *flags], stdout=full,
+                              stderr=subprocess.PIPE)
+    assert done.returncode == 1 and done.stderr.startswith(b"Error: cannot write (No space left")
+    assert done.stderr.count(b"\n") == 1
 
 
 # ---------------------------------------------------------------- folders
