@@ -82,14 +82,15 @@ def resolve(flags, found, doubts, device):
     found, lines = dict(found), []
     if doubts:
         lines.append(f"unsure: {len(doubts)} of this recipe's choices are in doubt, see --list")
+    given = {k: flags[k] for k in GIVEN if flags[k] is not None}
     if not found.pop("known"):
         pair = (f"{names['teacher']} -> {names['student']}" if names["teacher"]
                 else f"{names['student']} alone")
-        lines.append(f"no published recipe for {pair}: taking learning rate {found['lr']:g}"
-                     + (f", base temperature {found['base_temp']:g}, weight {found['kd_weight']:g}"
+        taken = found | given
+        lines.append(f"no published recipe for {pair}: taking learning rate {taken['lr']:g}"
+                     + (f", base temperature {taken['base_temp']:g}, weight {taken['kd_weight']:g}"
                         if found["base_temp"] else "")
-                     + (f", feature weight {found['feature_weight']:g}" if flags["feature"] else ""))
-    given = {k: flags[k] for k in GIVEN if flags[k] is not None}
+                     + (f", feature weight {taken['feature_weight']:g}" if flags["feature"] else ""))
     usual, batch = found["batch_size"], given.get("batch_size", found["batch_size"])
     if batch != usual and "lr" not in given:
         lines.append(f"warning: the recipe's learning rate {found['lr']:g} is for batches of {usual}; "

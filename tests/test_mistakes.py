@@ -200,6 +200,10 @@ def test_a_pair_without_a_recipe_says_what_it_takes(folder):
     output = call(PAIR + MADE + "--zscore")[1]
     assert ("no published recipe for resnet14 -> resnet8: taking learning rate 0.05, base temperature 2, "
             "weight 9") in output
+    given = train_cifar.parsed("--teacher resnet14 --student resnet8 --zscore --lr 0.3 --kd-weight 2".split())
+    assert train_cifar.resolve(given, torch.device("cpu"))[1] == [
+        "unsure: 1 of this recipe's choices are in doubt, see --list",
+        "no published recipe for resnet14 -> resnet8: taking learning rate 0.3, base temperature 2, weight 2"]
 
 
 def test_a_doubtful_recipe_says_so_and_the_list_why():
