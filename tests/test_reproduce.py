@@ -419,7 +419,7 @@ def test_tomorrows_seed_stands_in_todays_cell(tmp_path):
     new = json.loads(json.dumps(old)) | {"seed": 9}
     new["recipe"] = reproduce.DEFAULTS | new["recipe"] | {"seed": 9}
     assert set(new["recipe"]) > set(old["recipe"])
-    n = sum((r["student"], r["method"]) == (old["student"], old["method"]) for r in records) + 1
+    n = sum(all(r[k] == old[k] for k in ("teacher", "student", "method")) for r in records) + 1
     pair = f"{old['teacher']} → {old['student']}"
     assert f"(n = {n})" in cells(tables([*records, new]), "KD+Z", pair)["last epoch, top-1"]
     for key in reproduce.DEFAULTS.keys() - old["recipe"].keys():
