@@ -333,15 +333,15 @@ def train(recipe, data, distiller, run, state, world, stop, *, save_every=60, st
     for epoch in range(session.epoch, recipe["epochs"]):
         begun = time.monotonic()
         speed, extra = session.train_epoch(epoch)
-        row = session.eval_epoch(epoch)
-        row |= {"img_s": speed, "seconds": time.monotonic() - begun, **extra}
-        world.on_main(lambda: run.log(row))
+        session.eval_epoch(epoch)
+        session.row |= {"img_s": speed, "seconds": time.monotonic() - begun, **extra}
+        world.on_main(lambda: run.log(session.row))
         last = epoch + 1 in (recipe["epochs"], stop_after)
         save_now, asked = session.due()
         if save_now or last or data.long_evaluation:
             session.save(epoch + 1, 0)
         if world.rank == 0:
-            session.progress.print(epoch_line(row, session.best, data.eval_name, recipe["epochs"]))
+            session.progress.print(epoch_line(session.row, session.best, data.eval_name, recipe["epochs"]))
         if epoch + 1 == stop_after:
             return None
         if not last:
@@ -384,7 +384,7 @@ class Session:
         # line 1: the loop over batches
         for i, (views, target, index, teacher_logits) in enumerate(data.epoch(epoch, self.first_step),
                                                                    self.first_step):
-            self.follow(recipe_epoch(epoch * data.steps + i, data.steps, recipe))
+            self.set_schedule(recipe_epoch(epoch * data.steps + i, data.steps, recipe))
             seed = recipe["seed"] * 2**40 + data.place(epoch, i)
             torch.manual_seed(seed % 2**63)
             losses, logits = self.step(views, target, index, teacher_logits, seed=seed)     # lines 2 to 6
@@ -403,7 +403,7 @@ class Session:
         self.first_step, extra = 0, self.collect()
         return images / (time.monotonic() - begun), extra
 
-    def follow(self, epoch):
+    def set_schedule(self, epoch):
         """Sets learning rate and weights to those of an epoch of the full-length recipe."""
         if epoch != self.shown:
             lr, *weights = schedule(epoch, self.recipe)
@@ -414,7 +414,7 @@ class Session:
             self.shown = epoch
 
     def eval_epoch(self, epoch):
-        """Evaluates after an epoch. Returns its row, but for times; it is held for the next save."""
+        """Evaluates after an epoch: its row of the log, but for times, and the best epoch so far."""
         recipe, data, distiller = self.recipe, self.data, self.distiller
         if data.long_evaluation:
             self.save(epoch, data.steps)
@@ -432,7 +432,6 @@ class Session:
         if scores["top1"] > self.best["top1"]:
             self.best = {"top1": scores["top1"], "top5": scores["top5"], "epoch": epoch + 1}
         self.sums.zero_()
-        return self.row
 
     def collect(self):
         """Adds all processes' sums since the last time. Returns what a log row says beside the usual."""
@@ -442,6 +441,7 @@ class Session:
         return self.data.check(int(self.sums[-1]))
 
     def save(self, epoch, step):
+        """Saves the run after so many epochs and steps of the next one."""
         def write():
             weights = self.distiller.state_dict()
             if not all(x.isfinite().all() for x in weights.values()):

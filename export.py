@@ -20,7 +20,7 @@ import tempfile
 import time
 import timeit
 import warnings
-from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
@@ -352,8 +352,12 @@ def save(model, path, metadata):
     onnx.save(model, path)
 
 
-def metadata_of(path):
-    return {p.key: p.value for p in onnx.load(path).metadata_props}
+def sha256_in(path):
+    """That of the weights in a file's metadata; None where it says none, or is no ONNX file."""
+    try:
+        return {p.key: p.value for p in onnx.load(path).metadata_props}.get("weights_sha256")
+    except Exception:       # protobuf's own types
+        return None
 
 
 def write_fp16(source, path, metadata):
@@ -574,17 +578,17 @@ def export(student, images, flags, folder, out):
 
     facts = runs.collect_facts(torch.device("cpu")) | {
         "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
-    report = {"files": rows, "failed": failures, "metadata": metadata, "warm_up": WARM_UP,
+    report = {"files": rows, "failed": failures, "metadata": metadata, "warm_up_at_most": WARM_UP,
               "batches_verified": BATCHES, "facts": facts}
     done.append(folder / f"{name}.json")
     done[-1].write_text(json.dumps(runs.rounded(report), indent=2))
     for path in done:
         os.replace(path, out / path.name)
-    for path in {out / f"{name}{end}.onnx" for end in ("", ".fp16", ".int8")} - {out / p.name for p in done}:
-        if path.exists() and metadata_of(path).get("weights_sha256") != metadata["weights_sha256"]:
-            click.echo(f"notice: {path} is of an earlier export, of other weights: remove it")
     click.echo(f"{table(rows)}\n{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, "
                f"onnxruntime {facts['onnxruntime']}; written in {out}: {', '.join(p.name for p in done)}")
+    for path in (out / f"{name}{end}.onnx" for end in ("", ".fp16", ".int8")):
+        if path.exists() and sha256_in(path) != metadata["weights_sha256"]:
+            click.echo(f"notice: {path} is of an earlier export, of other weights: remove it")
     return failures
 
 
@@ -605,6 +609,20 @@ def describe(student, classes):
             "size": [student.pixels.size] * 2, "version": runs.VERSION,
             "weights_sha256": weights_sha256(student.network),
             **{k: label(v) if k == "teacher" else v for k, v in student.facts.items() if k in FACTS}}
+
+
+@contextmanager
+def interrupted_by_sigterm():
+    """As by Ctrl-C, which removes unfinished files."""
+    try:
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    except ValueError:      # not the main thread
+        before = None
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 @click.command(cls=cli.Command, help=__doc__)
@@ -641,9 +659,7 @@ def main(**flags):
     if flags["symmetric"] and flags["activations"] == "uint8":
         raise click.UsageError("--symmetric has int8 activations: leave --activations out")
     torch.manual_seed(0)
-    with suppress(ValueError):      # not the main thread
-        signal.signal(signal.SIGTERM, signal.default_int_handler)       # which removes unfinished files
-    with cli.one_line():
+    with cli.one_line(), interrupted_by_sigterm():
         student = load_student(flags["checkpoint"], flags["student"], flags["float_input"],
                                **{k: flags[k] for k in ("classes", "mean", "std", "size")})
         images = find_images(student, flags["data_dir"], flags["calibration"])

@@ -176,8 +176,6 @@ def _unit(x):
 def _averaged(x, *size):
     """Average-pooled to size, (height, width) or a side; without remainders not by the adaptive form, which
     has no deterministic gradient on CUDA."""
-    if x.dim() != 4:
-        raise ValueError(f"maps (B, C, H, W) are needed, got {tuple(x.shape)}")
     x, size = _up(x), (size[0], size[-1])
     if all(n % m == 0 for n, m in zip(x.shape[2:], size)):
         kernel = x.shape[2] // size[0], x.shape[3] // size[1]
@@ -187,6 +185,8 @@ def _averaged(x, *size):
 
 def _matched(s, t):
     """Two maps, the larger average-pooled to the other's size."""
+    if s.dim() != 4 or t.dim() != 4:
+        raise ValueError(f"maps (B, C, H, W) are needed, got {tuple(s.shape)} and {tuple(t.shape)}")
     size = [*map(min, s.shape[2:], t.shape[2:])]
     return (_averaged(x, *size) for x in (s, t))
 

@@ -28,6 +28,7 @@ from torchvision.transforms import functional as pil
 from data import (HELD_OUT_KEY, IMAGENET_MEAN, IMAGENET_STD, Data, Pixels, Split, check_train_images,
                   epoch_draws, held_out, normalise)
 
+LARGEST = 2**27         # pixels that an image is resized to
 WAIT = 600      # seconds without a batch before a loading process is given up
 TINY_IMAGENET = ("(cd {} && while read -r file class rest; do mkdir -p $class && mv images/$file $class/; "
                  "done < val_annotations.txt && rmdir images)")
@@ -166,7 +167,7 @@ def centre(image, size, resize):
 
     ValueError for one so narrow that it would fill the memory.
     """
-    if resize**2 * max(image.size) / min(image.size) > Image.MAX_IMAGE_PIXELS:
+    if resize**2 * max(image.size) / min(image.size) > LARGEST:
         raise ValueError(f"{image.width} x {image.height} is too narrow to be resized")
     return pil.pil_to_tensor(pil.center_crop(pil.resize(image, resize), [size, size]))
 

@@ -95,8 +95,9 @@ def linear_kd_loss(student_hidden, student_weight, teacher_hidden, teacher_weigh
 
     The logits of `chunk` tokens at a time are computed, and once more in the backward pass, so that memory
     does not grow with N. weight: (N,), for instance the mask of the tokens that count. A bias is one more
-    column of the weight, with ones in the hidden states. Returns a scalar. ValueError, with the values, for
-    shapes and dtypes that do not go together, and as in `kd_loss`. torch.func.grad does not take it.
+    column of the weight, with ones in the hidden states. A head in half precision is copied to float32 once.
+    Returns a scalar. ValueError, with the values, for shapes and dtypes that do not go together, and as in
+    `kd_loss`. torch.func.grad does not take it.
     """
     for hidden, matrix in ((student_hidden, student_weight), (teacher_hidden, teacher_weight)):
         mixed = hidden.dtype != matrix.dtype and not torch.is_autocast_enabled(hidden.device.type)
@@ -161,14 +162,16 @@ def distillation_loss(method, student_logits, teacher_logits, target=None, base_
         loss = rld_loss(z, v, target, base_temp, **options)
     if entropy_temp is None or method == "mlkd":
         return loss
-    # a row that is ignored has no loss, and may hold anything
+    # a row that is ignored may hold anything, its weight too; its loss is 0
     return _mean(entropy_weight(z, v, entropy_temp).where(loss.detach() != 0, 0.0) * loss, reduction, None)
 
 
 def _log_ratio(x):
-    """log(K softmax(x)), with all digits where the K are nearly alike."""
+    """log(K softmax(x)), with all digits where the K are nearly alike, and where one is far above them."""
     x = x - x.detach().amax(-1, keepdim=True)
-    return x - x.expm1().mean(-1, keepdim=True).log1p()
+    mean = x.expm1().mean(-1, keepdim=True)
+    far = x.logsumexp(-1, keepdim=True) - math.log(x.shape[-1])
+    return x - torch.where(mean > -0.5, mean.log1p(), far)
 
 
 def _correlation(x, y):

@@ -16,6 +16,7 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
+LARGEST = 2**27         # pixels that an image is resized to
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
@@ -71,7 +72,7 @@ class Classifier:
         short, other = min(image.size), max(image.size)
         if (short, other) != (self.resize, self.resize):    # to the pixel as torchvision's Resize, CenterCrop
             scaled = int(self.resize * other / short)
-            if self.resize * scaled > Image.MAX_IMAGE_PIXELS:
+            if self.resize * scaled > LARGEST:
                 raise ValueError(f"{image.width} x {image.height} is too narrow to be resized")
             new = (self.resize, scaled) if image.width <= image.height else (scaled, self.resize)
             image = image.resize(new, Image.Resampling.BILINEAR)
@@ -155,4 +156,4 @@ if __name__ == "__main__":
         main()
     except OSError as error:    # `| head`, or a full disk: the interpreter would name it again at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1 if isinstance(error, BrokenPipeError) else f"Error: cannot write ({error.strerror})")
+        sys.exit(1 if isinstance(error, BrokenPipeError) else f"Error: cannot write ({error})")

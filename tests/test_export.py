@@ -417,6 +417,7 @@ def test_a_file_of_other_weights_beside_a_new_one_is_named(distilled):
     """Not for `predict.py` to be given last week's int8 file."""
     shutil.copytree(distilled[0], "out")
     checkpoint("resnet8", "other.pt")
+    Path("out/resnet8.fp16.onnx").write_text("no ONNX file")
     output = call("--checkpoint", "other.pt", "--out", "out", "--no-int8")
     assert sorted(re.findall("notice: (.+) is of an earlier export", output)) == [
         "out/resnet8.fp16.onnx", "out/resnet8.int8.onnx"]
@@ -426,12 +427,10 @@ def test_a_file_of_other_weights_beside_a_new_one_is_named(distilled):
 
 def test_a_stop_leaves_nothing_unfinished(student, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(export, "verify", lambda *rest: os.kill(os.getpid(), signal.SIGTERM))
-    try:
-        assert "interrupted" in call("--checkpoint", student, "--out", "out", "--no-int8", code=1)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert os.listdir("out") == []
+    assert before != signal.default_int_handler
+    monkeypatch.setattr(export, "verify", lambda *rest: signal.raise_signal(signal.SIGTERM))
+    assert "interrupted" in call("--checkpoint", student, "--out", "out", "--no-int8", code=1)
+    assert os.listdir("out") == [] and signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_bare_imagenet_checkpoint_without_data(tmp_path):

@@ -255,13 +255,19 @@ def test_every_default_argument_of_the_newer_losses():
 # ---------------------------------------------------------------- any scale, dtype and compiler
 
 
-@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 100.0])
-def test_dist_keeps_its_digits_where_all_logits_are_alike(scale):
-    """Raw, in float32: probabilities of 0.01 + 1e-8 have lost theirs."""
-    z, v = (scale * logits(12, 100, seed=i, scale=1.0).detach().float() for i in (5, 6))
-    losses = [dist_loss(x.requires_grad_(), v.to(x.dtype), zscore=False) for x in (z, z.detach().double())]
-    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-4)
-
+@pytest.mark.parametrize("k, scale, top, tau, zscore", [
+    (100, 1e-6, 0, 4, False), (100, 100, 0, 4, False), (32000, 1, 40, 4, False), (32000, 1, 8, 0.5, True)])
+def test_dist_keeps_its_digits(k, scale, top, tau, zscore):
+    """In float32, where all logits are alike (probabilities of 0.01 + 1e-8), and where one is far above."""
+    z, v = (scale * logits(12, k, seed=i, scale=1.0).detach().float() for i in (5, 6))
+    z[:, 3] += top
+    v[:, 3] += top
+    found = []
+    for x in (z.requires_grad_(), z.detach().double().requires_grad_()):
+        loss = dist_loss(x, v.to(x.dtype), tau, zscore=zscore)
+        found.append((loss.item(), torch.autograd.grad(loss, x)[0].double()))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
+    assert (found[0][1] - found[1][1]).norm() < 1e-3 * found[1][1].norm()
 
 
 

@@ -28,7 +28,7 @@ def model(tmp_path, monkeypatch):
     write_model("x.onnx", ["red", "green", "blue"])
 
 
-def write_model(path, classes, batch="batch", changed={}):
+def write_model(path, classes, batch="batch", **changed):
     nodes = [helper.make_node("Cast", ["image"], ["float"], to=TensorProto.FLOAT),
              helper.make_node("ReduceMean", ["float"], ["logits"], axes=[2, 3], keepdims=0)]
     graph = helper.make_graph(
@@ -110,16 +110,18 @@ def test_a_name_that_cannot_be_looked_at_costs_itself_alone():
 
 
 @pytest.mark.parametrize("words, changed", [
-    ("metadata are not its network's", {"classes": '["red", "green"]'}),
-    ("metadata are not its network's", {"temperature": "0"}), ("", {"temperature": "warm"}),
-    ("", {"size": "[16, 16]"}), ("", {"size": "32"}), ("", {"mean": "[0"}), ("", {"batch": 4}),
+    ("metadata are not its network's", {"mean": "[0, 0, 0]", "temperature": "0"}),
+    ("could not convert", {"temperature": "warm"}), ("invalid dimensions", {"size": "[16, 16]"}),
+    ("", {"size": "32"}), ("Expecting", {"mean": "[0"}), ("invalid dimensions", {"batch": 4}),
 ])
 def test_a_file_that_was_changed_is_refused_before_any_image(words, changed):
-    write_model("changed.onnx", ["red", "green", "blue"], changed.pop("batch", "batch"), changed)
+    write_model("changed.onnx", ["red", "green", "blue"], **changed)
     picture("a.png")
     output, errors = run("changed.onnx", "a.png", code=1)
     assert output == b"" and errors.startswith(b"Error: changed.onnx cannot be used (")
     assert words.encode() in errors and errors.count(b"\n") == 1
+    write_model("changed.onnx", ["red", "green"])
+    assert b"metadata are not its network's" in run("changed.onnx", "a.png", code=1)[1]
 
 
 def test_a_narrow_image_does_not_fill_the_memory():
@@ -138,7 +140,7 @@ def test_a_full_disk_is_one_line(flags):
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, ROOT / "predict.py", "x.onnx", "a.png", *flags], stdout=full,
                               stderr=subprocess.PIPE)
-    assert done.returncode == 1 and done.stderr.startswith(b"Error: cannot write (No space left")
+    assert done.returncode == 1 and done.stderr.startswith(b"Error: cannot write (")
     assert done.stderr.count(b"\n") == 1
 
 
