@@ -762,7 +762,7 @@ def test_a_folders_name_and_recipe_say_the_feature(files, tmp_path, monkeypatch)
             f"resnet20-resnet8-{name}-seed0")
     output = call(*flags("at", files))
     assert "resnet14-resnet8-at-synthetic-seed0: at, " in output and "feature_weight 1000" in output
-    assert ("no published recipe for resnet14 -> resnet8: taking learning rate 0.05, feature weight 1000"
+    assert ("no published recipe for resnet14 -> resnet8: taking learning rate 0.01, feature weight 1000"
             in output)
     monkeypatch.setattr(train_cifar, "run_name", lambda recipe: "resnet14-resnet8-at-synthetic-seed0")
     before = {p: p.read_bytes() for p in (tmp_path / "runs").rglob("*.*") if p.is_file()}
