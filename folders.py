@@ -285,6 +285,8 @@ class FolderImages(Dataset):
             path, target = self.samples[index]
             try:
                 image = read_image(path)
+                if not self.views:
+                    return [centre(image, self.size, self.resize)], [False], target, bad
                 break
             except Exception:       # Pillow raises a dozen types for damaged files
                 bad.append(index)
@@ -292,8 +294,6 @@ class FolderImages(Dataset):
                     black = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
                     return [black] * count, [False] * count, target, bad
                 index = (index + 1) % len(self.samples)
-        if not self.views:
-            return [centre(image, self.size, self.resize)], [False], target, bad
         draw, square = random.Random(seed), [self.size, self.size]
         images, flips = [], []
         for _ in range(self.views):

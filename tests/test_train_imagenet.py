@@ -463,6 +463,14 @@ def test_undecodable_images_are_named_and_replaced_in_training_and_an_error_in_e
             and output.count("for instance images/val/class0/3.jpg") == 1)
 
 
+def test_an_evaluation_image_too_narrow_to_be_resized_is_named(folder):
+    """Its shorter side becomes 37 pixels, its longer one would fill the memory."""
+    Image.new("RGB", (1, 200_000)).save(next((folder / "images" / "val").rglob("3.jpg")), "PNG")
+    output = call(*SMALL, "--zscore", "--workers", "1", code=1)
+    assert ("1 evaluation images cannot be decoded, for instance images/val/class0/3.jpg"
+            in output.splitlines()[-1]) and "Traceback" not in output
+
+
 def test_a_folder_of_nothing_but_damage_is_one_line(folder):
     for path in (folder / "images" / "train").rglob("*.jpg"):
         path.write_bytes(b"no image")
