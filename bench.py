@@ -44,7 +44,7 @@ from feature_kd import CRD, nce_loss
 from folders import Folders, folder_keys
 from logit_kd import linear_kd_loss
 from models import create_model
-from networks import TORCHVISION, create, feature_method, settle
+from networks import TORCHVISION, create, feature_method, init_bn_stats
 from recipes import FEATURE_NAMES, IMAGENET
 from run import RunError, collect_facts, first_line, rounded
 from teacher import BATCH, Teacher
@@ -97,7 +97,7 @@ def build(network, recipe, world, plain=False):
     if feature or not plain:
         teacher = Teacher(teacher, device, recipe["precision"], compile=recipe["compile"])
     if feature:
-        settle(teacher.whole, torch.randn(recipe["batch_size"], 3, 32, 32, device=device))
+        init_bn_stats(teacher.whole, torch.randn(recipe["batch_size"], 3, 32, 32, device=device))
         method = feature_method(recipe, student, teacher.whole, torch.arange(IMAGES) % 100, 32)
         if plain:
             teacher.whole.train(method.teacher_mode == "train")
@@ -358,7 +358,7 @@ def features(world, rounds, compile):
 
 def tokens(words, n, plain, device):
     """(tokens per second, peak MiB beside operands and gradients) of KD+Z's two passes, in a new process."""
-    cli.keep_memory(2**20)      # or fragments of the C library's heap are counted
+    cli.tune_malloc(2**20)      # or fragments of the C library's heap are counted
     student, teacher = ([torch.randn(rows, HIDDEN, device=device) for rows in (n, words)] for _ in range(2))
     for x in student:
         x.requires_grad_().grad = torch.zeros_like(x)

@@ -17,7 +17,7 @@ from recipes import FEATURES, ceiling, suggested_temperature
 from run import RunError, first_line
 
 
-def nearest_first(name, known):
+def suggest(name, known):
     """The known names, comma-separated, those most like `name` first."""
     folded = {}
     for k in known:
@@ -30,7 +30,7 @@ def check_name(flag, name, known):
     """A usage error that lists the known names, the nearest first; a name of one's own has a colon."""
     if ":" not in name and name not in known:
         raise click.UsageError(f"{flag} {name}: no such network; known, the nearest first: "
-                               f"{nearest_first(name, known)}; one of your own is FILE.py:NAME")
+                               f"{suggest(name, known)}; one of your own is FILE.py:NAME")
 
 
 def check_method(flags, networks):
@@ -102,14 +102,14 @@ def resolve(flags, found, doubts, device):
 
 
 @contextmanager
-def one_line():
+def friendly_errors():
     """As one line: a ValueError of this project's modules, a full device, what has no deterministic form."""
     try:
         yield
     except ValueError as error:
         raise RunError(str(error)) from None
     except torch.OutOfMemoryError:
-        raise RunError(f"the device's memory is full{on_the_card()}: take smaller batches (--batch-size, "
+        raise RunError(f"the device's memory is full{gpu_memory()}: take smaller batches (--batch-size, "
                        "--at-once N where there is one), or see what else is on the device") from None
     except RuntimeError as error:
         if "does not have a deterministic implementation" not in str(error):
@@ -118,7 +118,7 @@ def one_line():
                        "network without that operation") from None
 
 
-def on_the_card():
+def gpu_memory():
     """What a full GPU's memory is used for, in brackets; "" where there is none."""
     if not torch.cuda.is_available():
         return ""
@@ -170,7 +170,7 @@ class Choice(click.Choice):
     def convert(self, value, param, ctx):
         if value not in self.choices:
             self.fail(f"{value!r} is not known; known, the nearest first: "
-                      f"{nearest_first(str(value), list(self.choices))}")
+                      f"{suggest(str(value), list(self.choices))}")
         return super().convert(value, param, ctx)
 
 
@@ -308,7 +308,7 @@ def pick_precision(name, device):
     return name
 
 
-def pick_kernels(deterministic, precision="fp32"):
+def set_backends(deterministic, precision="fp32"):
     """Deterministic algorithms only, or the fastest. To be called before the first CUDA operation.
 
     float32 is float32, unless "tf32" is asked for: PyTorch's default rounds convolutions on newer GPUs.
@@ -321,7 +321,7 @@ def pick_kernels(deterministic, precision="fp32"):
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def keep_memory(block=2**30):
+def tune_malloc(block=2**30):
     """Lets the C library keep freed blocks up to a size: faulting them in again takes 10 % of a step."""
     try:
         mallopt = ctypes.CDLL(None).mallopt         # glibc's; M_MMAP_THRESHOLD and M_TRIM_THRESHOLD

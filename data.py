@@ -45,7 +45,7 @@ tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
 CIFAR10_CLASSES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
 
 
-class Pixels(NamedTuple):
+class Preprocessing(NamedTuple):
     """What a network is given: the shorter side is `resize`, the centre of `size` is cut out, normalised."""
     mean: tuple = MEAN
     std: tuple = STD
@@ -78,7 +78,7 @@ class Data(NamedTuple):
     eval: Split                 # what a run is evaluated on: the test split, or the held-out training images
     eval_name: str              # "test" or "val"; of folders "val" or "held-out"
     classes: list = CIFAR100_CLASSES        # their names
-    pixels: Pixels = Pixels()
+    pixels: Preprocessing = Preprocessing()
 
     @property
     def num_classes(self):
@@ -131,8 +131,8 @@ def normalise(images, mean=MEAN, std=STD):
 # ---------------------------------------------------------------- the sets
 
 
-CIFAR = {"cifar100": (CIFAR100, CIFAR100_CLASSES, Pixels()),
-         "cifar10": (CIFAR10, CIFAR10_CLASSES, Pixels(*CIFAR10_STATISTICS))}
+CIFAR = {"cifar100": (CIFAR100, CIFAR100_CLASSES, Preprocessing()),
+         "cifar10": (CIFAR10, CIFAR10_CLASSES, Preprocessing(*CIFAR10_STATISTICS))}
 
 
 def load_data(name, data_dir, device, *, train_images=None, val_from_train=0, download=True):
@@ -144,7 +144,7 @@ def load_data(name, data_dir, device, *, train_images=None, val_from_train=0, do
     """
     if name == "synthetic":
         train, test = map(synthetic, SYNTHETIC_SIZES, (1, 2))
-        about = [f"class {i}" for i in range(100)], Pixels()
+        about = [f"class {i}" for i in range(100)], Preprocessing()
     else:
         (train, test), about = read_cifar(name, data_dir, download), CIFAR[name][1:]
     shuffle, rest = held_out(len(train.targets), val_from_train)

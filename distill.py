@@ -3,8 +3,8 @@
     Distiller.forward    lines 2 to 6: the logits of both sides, their standardized softmaxes, the loss
     make_step            one update from a batch, on one device or many, as a CUDA graph where there is CUDA
     train                the epochs: goes on where it was stopped, saves, evaluates, logs
-    Session.train_epoch  line 1, the loop over batches
-    distil               one run in its folder, from its first line to its result
+    Trainer.train_epoch  line 1, the loop over batches
+    run_experiment               one run in its folder, from its first line to its result
 """
 
 import itertools
@@ -51,9 +51,9 @@ class Distiller(nn.Module):
         super().__init__()
         self.student, self.recipe, self.feature = student, recipe, feature
         # tuples: neither learnt nor saved. deployed: what answers at test time; the student, but for SimKD
-        self.teacher, self.deployed = (teacher,), (feature.deploy(student) if feature else student,)
+        self.teacher, self.inference_model = (teacher,), (feature.deploy(student) if feature else student,)
         if recipe["precision"] == "bf16":
-            for network in {student, *self.deployed}:
+            for network in {student, *self.inference_model}:
                 float32_head(network)
         ctkd = recipe["method"] == "ctkd"
         self.temperature = CurriculumTemperature(recipe["base_temp"], recipe["span"]) if ctkd else None
@@ -84,14 +84,14 @@ class Distiller(nn.Module):
     def predict(self, images):
         """float32 logits (B, K) of normalised images (B, 3, H, W)."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.recipe["precision"] == "bf16"):
-            return self.deployed[0](images).float()
+            return self.inference_model[0](images).float()
 
     def compare(self, images, target, index):
         """Logits as of `predict`, and the feature method's loss, of one forward pass of each network."""
         t = self.teacher[0].features(images)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.recipe["precision"] == "bf16"):
             logits, s = self.student(images, features=True)
-            loss, logits = self.feature.answered(logits, s, t, target, index)
+            loss, logits = self.feature.loss_and_logits(logits, s, t, target, index)
         return logits.float(), loss
 
     def forward(self, views, target, index, teacher_logits):
@@ -169,7 +169,7 @@ def make_step(distiller, optimizer, batch_size, world, micro_batch=None, compile
 
     if world.device.type == "cuda" and world.size == 1 and parts == 1 and capture:
         momentum = [s["momentum_buffer"] for s in optimizer.state.values()]
-        step = Captured(step, [*distiller.state_dict(keep_vars=True).values(), *momentum])
+        step = CUDAGraphStep(step, [*distiller.state_dict(keep_vars=True).values(), *momentum])
     return step
 
 
@@ -179,7 +179,7 @@ def micro_batches(batch_size, processes, micro_batch):
     return min(-(-share // (micro_batch or share)), batch_size // processes)
 
 
-class Captured:
+class CUDAGraphStep:
     """A training step as CUDA graphs, one a batch size: one launch instead of hundreds, and the same numbers.
 
     state: the tensors that a step changes in place. They must stay where they are, as must what it reads.
@@ -329,7 +329,7 @@ def train(recipe, data, distiller, run, state, world, stop, *, save_every=60, st
     saves when it is stopped, at its end, and around an evaluation that takes long. stop_after: leave after so
     many epochs, as a kill would, and return None. how: see `make_step`.
     """
-    session = Session(recipe, data, distiller, run, state, world, stop, save_every, how)
+    session = Trainer(recipe, data, distiller, run, state, world, stop, save_every, how)
     for epoch in range(session.epoch, recipe["epochs"]):
         begun = time.monotonic()
         speed, extra = session.train_epoch(epoch)
@@ -345,12 +345,12 @@ def train(recipe, data, distiller, run, state, world, stop, *, save_every=60, st
         if epoch + 1 == stop_after:
             return None
         if not last:
-            session.leave_if_asked(asked)
+            session.exit_if_requested(asked)
     minutes = (time.monotonic() - session.begun) / 60
     return finish(recipe, data, distiller, run, session.row, session.best, minutes, world)
 
 
-class Session:
+class Trainer:
     """A run that trains: its step, what the steps add up to, its saves, and whether it is asked to stop."""
 
     def __init__(self, recipe, data, distiller, run, state, world, stop, save_every, how):
@@ -399,7 +399,7 @@ class Session:
             if save_now:
                 self.collect()
                 self.save(epoch, i + 1)
-                self.leave_if_asked(asked)
+                self.exit_if_requested(asked)
         self.first_step, extra = 0, self.collect()
         return images / (time.monotonic() - begun), extra
 
@@ -421,7 +421,7 @@ class Session:
         distiller.eval()
         self.world.broadcast(distiller.buffers())       # all evaluate what is saved
         scores = evaluate(distiller.predict, data.evaluation(), self.world,
-                          self.leave_if_asked if data.long_evaluation else lambda: None)
+                          self.exit_if_requested if data.long_evaluation else lambda: None)
         if not math.isfinite(scores["loss"]):
             raise RunError(f"the evaluation's loss became {scores['loss']} in epoch {epoch + 1}; "
                            f"{KEPT.format(self.run.folder)}")
@@ -456,12 +456,12 @@ class Session:
 
     def due(self):
         """(whether a save is due in any process, whether any is asked to stop)."""
-        return self.world.any(self.stop.asked or time.monotonic() - self.saved >= self.save_every,
-                              self.stop.asked)
+        return self.world.any(self.stop.requested or time.monotonic() - self.saved >= self.save_every,
+                              self.stop.requested)
 
-    def leave_if_asked(self, asked=None):
+    def exit_if_requested(self, asked=None):
         """After a save: ends all processes where one is asked to stop. asked: whether, where it is known."""
-        asked = self.world.any(self.stop.asked)[0] if asked is None else asked
+        asked = self.world.any(self.stop.requested)[0] if asked is None else asked
         if asked and self.world.rank == 0:
             raise Stopped(f"stopped, and saved in {self.run.folder}: the same command goes on from here")
         if asked:
@@ -490,7 +490,7 @@ def finish(recipe, data, distiller, run, row, best, minutes, world):
     result = {"last": last, "best": best, "best_chosen_on": data.eval_name, "epochs": recipe["epochs"],
               "minutes": minutes, "img_s": data.images * recipe["epochs"] / (60 * minutes),
               "peak_memory_mib": peak_memory(world.device), "processes": world.size}
-    network, form = distiller.deployed[0], getattr(distiller.feature, "form", None)
+    network, form = distiller.inference_model[0], getattr(distiller.feature, "form", None)
     result |= cost(network, data.facts["size"], world.device)
     weights = {k: v.cpu().contiguous() for k, v in network.state_dict().items()}
     facts = {k: recipe[k] for k in FACTS if k in recipe} | data.facts | ({"simkd": [*form]} if form else {})
@@ -552,7 +552,7 @@ def epoch_line(row, best, name, epochs):
 # ---------------------------------------------------------------- one run
 
 
-def distil(recipe, data, student, folder, world, *, teacher=None, published=None, logged=None,
+def run_experiment(recipe, data, student, folder, world, *, teacher=None, published=None, logged=None,
            before=lambda: None, more=False, **how):
     """One run in its folder: printed, trained or found finished. Returns its result; None at `stop_after`.
 
@@ -593,7 +593,7 @@ def distil(recipe, data, student, folder, world, *, teacher=None, published=None
             world.print(f"deployed with the teacher's classifier: {result['parameters']:,} parameters, "
                         f"{result['macs'] / 1e6:.1f} M multiply-accumulates")
     if not result or more:
-        stop.leave_if_asked(run.folder)     # asked for in the last epoch: what would come next is left out
+        stop.exit_if_requested(run.folder)     # asked for in the last epoch: what would come next is left out
     return result
 
 

@@ -36,10 +36,10 @@ from onnxruntime.transformers.onnx_model import OnnxModel
 
 import cli
 import run as runs
-from data import CIFAR, HELD_OUT_KEY, PAD, Pixels, Split, epoch_draws, has_cifar, load_data, synthetic
-from folders import FolderImages, collate, load_folders, read_images, shown
+from data import CIFAR, HELD_OUT_KEY, PAD, Preprocessing, Split, epoch_draws, has_cifar, load_data, synthetic
+from folders import FolderImages, collate, load_folders, read_images, printable
 from models import MODELS, load_weights, weights_sha256
-from networks import TORCHVISION, check, fitting, identify, label, pixels_of, restored
+from networks import TORCHVISION, check_model, fitting, identify, label, pixels_of, restored
 
 CENTRE = ((2 * PAD + 1) ** 2 // 2) * 2          # the view that is the image itself
 OPSETS = 13, 23         # the oldest that quantizes by channel, and the newest that was tried
@@ -64,7 +64,7 @@ class Student(NamedTuple):
     num_classes: int
     classes: list | None        # their names, where the checkpoint or the user has them
     float_input: bool           # its files take normalised float32, not uint8
-    pixels: Pixels
+    pixels: Preprocessing
 
     def feed(self, images):
         """uint8 images -> what the files take, in NumPy."""
@@ -98,7 +98,7 @@ def load_student(path, name=None, float_input=False, *, classes=None, mean=None,
         click.echo(f"{path} does not say its images' mean and deviation: where --mean and --std do not, "
                    f"{'CIFAR-100' if pixels.size == pixels.resize else 'ImageNet'}'s are taken, at "
                    f"{pixels.size} pixels (--size); --classes names the classes")
-    check(name, count, pixels.size, first, click.echo)
+    check_model(name, count, pixels.size, first, click.echo)
     facts = {k: facts[k] for k in (*FACTS, "train_images", "val_from_train", "classes")
              if isinstance(facts.get(k), list if k == "classes" else (str, int, float))}
     names = read_classes(classes, count) if classes else facts.get("classes")
@@ -106,9 +106,9 @@ def load_student(path, name=None, float_input=False, *, classes=None, mean=None,
 
 
 def with_statistics(pixels, mean, std):
-    """The Pixels with another mean and deviation, "R,G,B"."""
+    """The Preprocessing with another mean and deviation, "R,G,B"."""
     given = {k: v.split(",") for k, v in (("mean", mean), ("std", std)) if v}
-    pixels = Pixels.of(pixels._asdict() | given)
+    pixels = Preprocessing.of(pixels._asdict() | given)
     if not pixels or not all(0 <= x <= 1 for x in pixels.mean + pixels.std):
         raise ValueError("--mean and --std take three numbers in [0, 1], of pixels in [0, 1], as 0.5,0.5,0.4")
     return pixels
@@ -156,7 +156,7 @@ def find_images(student, data_dir, count):
 def data_set(student, data_dir):
     """Whose images a student takes: a name of CIFAR, "synthetic", or "folder"."""
     said, parts = student.facts.get("data"), data_dir and parts_of(Path(data_dir).expanduser())
-    if student.pixels[2:] != Pixels()[2:] or said not in (*CIFAR, "synthetic", None):
+    if student.pixels[2:] != Preprocessing()[2:] or said not in (*CIFAR, "synthetic", None):
         return "folder"
     if said or parts or student.classes and not data_dir:
         return said or "folder"
@@ -201,7 +201,7 @@ def folder_images(student, root, count):
         files = FolderImages(samples, size)
         (images,), _, targets, bad = collate([files[i, 0] for i in range(len(samples))])
         if bad:
-            raise ValueError(f"{shown(samples[bad[0]][0])} cannot be decoded")
+            raise ValueError(f"{printable(samples[bad[0]][0])} cannot be decoded")
         return Split(images, targets)
 
     fit, test, what = folders.eval[::2], folders.eval[1::2] if held else folders.eval, HELD_OUT
@@ -213,9 +213,9 @@ def folder_images(student, root, count):
     fit, tested = some(fit, 5000 if size == resize else 2000), some(test, 10_000 if size == resize else 2000)
     of = f"other {HELD_OUT}" if held else "evaluation images"
     click.echo(f"accuracy on {len(tested)} of {len(test)} {of}" if test else
-               f"no {of} in {shown(root)}: accuracy is not measured")
+               f"no {of} in {printable(root)}: accuracy is not measured")
     if not train:
-        click.echo(f"no train/ in {shown(root)}: int8 is not calibrated, the temperature is not fitted")
+        click.echo(f"no train/ in {printable(root)}: int8 is not calibrated, the temperature is not fitted")
     return report(read([train[i] for i in order[:count]]), read(fit), what, read(tested), folders.classes)
 
 
@@ -243,8 +243,9 @@ def check_images(student, root, classes):
     own, said = student.classes, student.facts.get("classes", classes)
     if (len(classes) != student.num_classes or said != classes
             or own and own != classes and sorted(own) == sorted(classes)):
-        raise ValueError(f"{shown(root)} has {len(classes)} classes ({', '.join(classes[:3])}, ...), not the "
-                         f"student's {student.num_classes} ({', '.join(map(str, (own or ['?'])[:3]))}, ...)")
+        raise ValueError(f"{printable(root)} has {len(classes)} classes ({', '.join(classes[:3])}, ...), not "
+                         f"the student's {student.num_classes} "
+                         f"({', '.join(map(str, (own or ['?'])[:3]))}, ...)")
 
 
 # ---------------------------------------------------------------- probabilities
@@ -659,14 +660,14 @@ def main(**flags):
     if flags["symmetric"] and flags["activations"] == "uint8":
         raise click.UsageError("--symmetric has int8 activations: leave --activations out")
     torch.manual_seed(0)
-    with cli.one_line(), interrupted_by_sigterm():
+    with cli.friendly_errors(), interrupted_by_sigterm():
         student = load_student(flags["checkpoint"], flags["student"], flags["float_input"],
                                **{k: flags[k] for k in ("classes", "mean", "std", "size")})
         images = find_images(student, flags["data_dir"], flags["calibration"])
         if flags["int8"] and not images.calibration:
             raise ValueError("--int8 needs training images to calibrate on: --data-dir names their folder")
         out = Path(flags["out"] or Path(flags["checkpoint"]).parent)
-        with runs.explained(out):
+        with runs.disk_errors(out):
             out.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as folder:
                 failures = export(student, images, flags, Path(folder), out)

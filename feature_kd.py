@@ -213,7 +213,7 @@ class Method(nn.Module):
         """The loss, a scalar. s, t: features of one batch; index (B,): its images' places (CRD)."""
         raise NotImplementedError
 
-    def answered(self, logits, s, t, target=None, index=None):
+    def loss_and_logits(self, logits, s, t, target=None, index=None):
         """(loss, logits of the network that is deployed)."""
         return self(s, t, target, index), logits
 
@@ -462,9 +462,9 @@ class SimKD(Method):
                 parameter.requires_grad_(False)
 
     def forward(self, s, t, target=None, index=None):
-        return self.answered(None, s, t)[0]
+        return self.loss_and_logits(None, s, t)[0]
 
-    def answered(self, logits, s, t, target=None, index=None):
+    def loss_and_logits(self, logits, s, t, target=None, index=None):
         x = _fit(s.post[-1] if self.stage else s.last)
         x = self.projector(_reduced(x, self.stride))
         return _mse(*_matched(x, t.last)), self.fc(_pool(x))

@@ -56,7 +56,7 @@ def save(figure, flags, name, rows):
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(runs.rounded(rows))
-    with runs.explained(out):
+    with runs.disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         (out / f"{name}.csv").write_text(text.getvalue())
         figure.savefig(out / f"{name}.png")
@@ -174,7 +174,7 @@ def logits_of(flags):
     """{"teacher", "plain", "zscore"} to logits (N, K), float32 on the CPU, and to titles; targets (N,)."""
     teacher, student = flags["pair"].split("-")
     device = cli.pick_device(flags["device"])
-    cli.pick_kernels(deterministic=False)
+    cli.set_backends(deterministic=False)
     split = load_data("cifar100", flags["data_dir"], device).test
     logits, titles = {}, {}
     for who in ("teacher", "plain", "zscore"):

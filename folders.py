@@ -25,7 +25,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import functional as pil
 
-from data import (HELD_OUT_KEY, IMAGENET_MEAN, IMAGENET_STD, Data, Pixels, Split, check_train_images,
+from data import (HELD_OUT_KEY, IMAGENET_MEAN, IMAGENET_STD, Data, Preprocessing, Split, check_train_images,
                   epoch_draws, held_out, normalise)
 
 LARGEST = 2**27         # pixels that an image is resized to
@@ -53,8 +53,8 @@ def load_folders(data_dir, val_from_train=0, parts=("train", "val"), say=partial
     first, *others = sets.values()
     for other in others:
         if odd := sorted(set(first.classes) ^ set(other.classes)):
-            raise ValueError(f"{shown(root)}: train/ and val/ have different classes, for instance "
-                             f"{', '.join(map(shown, odd[:3]))}")
+            raise ValueError(f"{printable(root)}: train/ and val/ have different classes, for instance "
+                             f"{', '.join(map(printable, odd[:3]))}")
     if not val_from_train:
         samples = {part: found.samples for part, found in sets.items()}
         return Folders(samples.get("train", []), samples.get("val", []), "val", first.classes)
@@ -65,8 +65,8 @@ def load_folders(data_dir, val_from_train=0, parts=("train", "val"), say=partial
 
 def _read(folder, say):
     if (folder / "val_annotations.txt").is_file() and (folder / "images").is_dir():
-        raise ValueError(f"{shown(folder)} is Tiny-ImageNet's as it was downloaded; this brings it in order: "
-                         + TINY_IMAGENET.format(shlex.quote(shown(folder))))
+        raise ValueError(f"{printable(folder)} is Tiny-ImageNet's as it was downloaded; run: "
+                         + TINY_IMAGENET.format(shlex.quote(printable(folder))))
     try:
         found = _Reader(str(folder))
     except OSError as error:
@@ -74,20 +74,21 @@ def _read(folder, say):
         if folder.name == "val" and (folder.parent / "train").is_dir():
             hint += ", or give --val-from-train N, which holds N training images out"
         elif folder.parent.name in ("train", "val"):
-            hint = f"--data-dir {shown(folder.parent.parent)} holds it"
-        raise ValueError(f"no folders of images, one for each class, in {shown(folder)} "
+            hint = f"--data-dir {printable(folder.parent.parent)} holds it"
+        raise ValueError(f"no folders of images, one for each class, in {printable(folder)} "
                          f"({error.strerror or error}); {hint}") from None
     if found.others:
-        say(f"notice: {shown(folder)}: skipped {len(found.others)} files whose endings are not "
-            f"{', '.join(IMG_EXTENSIONS)}, for instance {shown(found.others[0])}")
+        say(f"notice: {printable(folder)}: skipped {len(found.others)} files whose endings are not "
+            f"{', '.join(IMG_EXTENSIONS)}, for instance {printable(found.others[0])}")
     if found.skipped:
-        say(f"notice: {shown(folder)}: skipped {len(found.skipped)} whose names begin with . or are "
-            f"__MACOSX, for instance {shown(found.skipped[0])}")
+        say(f"notice: {printable(folder)}: skipped {len(found.skipped)} whose names begin with . or are "
+            f"__MACOSX, for instance {printable(found.skipped[0])}")
     if len(found.classes) < 2:
-        raise ValueError(f"{shown(folder)} has one class, {shown(found.classes[0])}: a classifier needs two")
+        raise ValueError(f"{printable(folder)} has one class, {printable(found.classes[0])}: "
+                         "a classifier needs two")
     if empty := sorted(set(range(len(found.classes))) - set(found.targets)):
-        raise ValueError(f"no images in {len(empty)} of the {len(found.classes)} classes in {shown(folder)}, "
-                         f"for instance {shown(found.classes[empty[0]])}: add some "
+        raise ValueError(f"no images in {len(empty)} of the {len(found.classes)} classes in "
+                         f"{printable(folder)}, for instance {printable(found.classes[empty[0]])}: add some "
                          f"({', '.join(IMG_EXTENSIONS)}), or remove that class in train/ and val/")
     return found
 
@@ -122,7 +123,7 @@ def _hidden(name):
     return name.startswith(".") or name == "__MACOSX"
 
 
-def shown(path):
+def printable(path):
     """A path or name that can be printed and encoded, whatever its bytes are."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
@@ -184,7 +185,7 @@ def read_images(samples, size, resize=None):
         try:
             images[i] = centre(read_image(samples[i][0]), size, resize or size)
         except Exception as error:      # Pillow raises a dozen types for damaged files
-            return f"{shown(samples[i][0])} ({str(error) or type(error).__name__})"
+            return f"{printable(samples[i][0])} ({str(error) or type(error).__name__})"
 
     with ThreadPoolExecutor() as pool:
         bad = [line for line in pool.map(read, range(len(samples))) if line]
@@ -217,9 +218,9 @@ def load_small(data_dir, device, size, resize=None, *, train_images=None, val_fr
     splits = [Split(read_images(samples, size, resize).to(device),
                     torch.tensor([target for _, target in samples]).to(device))
               for samples in (train, folders.eval)]
-    mean, std = statistics(splits[0].images) if train else Pixels()[:2]
+    mean, std = statistics(splits[0].images) if train else Preprocessing()[:2]
     return Data(splits[0], splits[1], splits[1], folders.eval_name, folders.classes,
-                Pixels(mean, std, size, resize))
+                Preprocessing(mean, std, size, resize))
 
 
 def statistics(images):
@@ -346,7 +347,7 @@ def folder_keys(seed, epoch, n, batch, first_step, rank, world, parts):
 
 def imagenet_pixels(size):
     """The field's way with large images: ImageNet's mean and deviation, 256 pixels for 224."""
-    return Pixels(IMAGENET_MEAN, IMAGENET_STD, size, round(size * 8 / 7))
+    return Preprocessing(IMAGENET_MEAN, IMAGENET_STD, size, round(size * 8 / 7))
 
 
 def normalise_folder(images, flips):

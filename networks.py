@@ -23,7 +23,7 @@ import torchvision.models
 from torch import nn
 
 import feature_kd
-from data import Pixels
+from data import Preprocessing
 from folders import imagenet_pixels
 from models import MODELS, Features, Network, class_count, create_model, guess_network
 from run import first_line
@@ -147,7 +147,7 @@ def _reason(error):
     return f"{type(error).__name__}: {first_line(error)}"
 
 
-def check(name, num_classes, size, first=MODELS, say=print, learns=False):
+def check_model(name, num_classes, size, first=MODELS, say=print, learns=False):
     """ValueError, one line, where a network does not make logits of images of size x size, in either mode.
 
     learns: it needs something to learn.
@@ -188,7 +188,7 @@ def feature_method(recipe, student, teacher, labels, size, call=False):
                                    for network in (student, teacher))
             method = feature_kd.METHODS[recipe["feature"]](student, teacher, s, t, labels, **options)
             if call:
-                method.eval().answered(logits, s, t, torch.arange(2), torch.arange(2))
+                method.eval().loss_and_logits(logits, s, t, torch.arange(2), torch.arange(2))
         return method
     except ValueError:
         raise
@@ -206,7 +206,7 @@ def check_feature(recipe, num_classes, size, first=MODELS):
 
 
 @torch.no_grad()
-def settle(network, images):
+def init_bn_stats(network, images):
     """Gives an untrained network's batch norms the statistics of images: its maps would be enormous else."""
     norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for m in norms:
@@ -256,11 +256,11 @@ def fitting(name, content, facts):
 
 
 def pixels_of(name, facts, first, size=None):
-    """(Pixels of a checkpoint's images, whether it says them): else the usual ones of such a network."""
+    """(Preprocessing of a checkpoint's images, whether the file has it): else the network's usual one."""
     side = facts["size"] if isinstance(facts.get("size"), int) else None
     large = side or first is TORCHVISION or name == "MobileNetV1" or name.startswith("timm:")
-    usual = imagenet_pixels(side or 224) if large else Pixels()
-    said = Pixels.of(facts, usual.size, usual.resize)
+    usual = imagenet_pixels(side or 224) if large else Preprocessing()
+    said = Preprocessing.of(facts, usual.size, usual.resize)
     pixels = said or usual
     if size:
         pixels = pixels._replace(size=size, resize=size if pixels.size == pixels.resize else
@@ -369,7 +369,7 @@ def torchvision_network(name, weights, flag):
     return model
 
 
-def begin_with(model, source, say=print):
+def load_pretrained(model, source, say=print):
     """Loads what fits of a checkpoint file into a network; the rest, a head of other classes, begins anew.
 
     source: a file of any of the field's formats (see weights.py), or the name of torchvision's weights for

@@ -157,7 +157,7 @@ class Reproduction:
                 and row.pair in self.kept and not row.recipe.get("feature")):
             data = load_data("cifar100", self.flags["data_dir"], self.device)
             click.echo(keep(row, record, folder, data, self.device))
-        with runs.explained(self.results):      # the JSON, which says that a row is done, last
+        with runs.disk_errors(self.results):      # the JSON, which says that a row is done, last
             (self.results / "logs").mkdir(parents=True, exist_ok=True)
             log = gzip.compress((folder / "log.jsonl").read_bytes(), mtime=0)
             replace(self.results / "logs" / f"{row.name}.jsonl.gz", log)
@@ -273,8 +273,8 @@ def keep(row, record, folder, data, device):
     content = read_checkpoint(folder / "student.pt")
     half = {k: v.half() if v.is_floating_point() else v for k, v in content["model"].items()}
     partial, top1 = CHECKPOINTS / f"{name}.{os.getpid()}.part", []
-    cli.pick_kernels(deterministic=False)       # in float32, whatever the row's own precision was
-    with runs.explained(CHECKPOINTS):
+    cli.set_backends(deterministic=False)       # in float32, whatever the row's own precision was
+    with runs.disk_errors(CHECKPOINTS):
         CHECKPOINTS.mkdir(exist_ok=True)
         runs.write_checkpoint(partial, content | {"model": half})       # and its facts, for export.py
         try:
@@ -428,7 +428,7 @@ def write_tables(results, readme):
         raise RunError(f"{readme} has no place for the tables: it must hold the lines {BEGIN} and {END}, "
                        "once each")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    with runs.explained(readme.parent):
+    with runs.disk_errors(readme.parent):
         replace(readme, f"{before}{BEGIN}\n{tables(load_records(results))}\n{END}{after}".encode())
 
 
@@ -455,11 +455,11 @@ def main(pairs, methods, results, readme, table, list_rows, **flags):
             raise click.UsageError(f"--pairs {pair}: a pair is TEACHER-STUDENT, for instance {PAIRS[0]}")
     for method in methods:
         if method not in recipes.NAMES:
-            nearest = cli.nearest_first(method, list(recipes.NAMES))
+            nearest = cli.suggest(method, list(recipes.NAMES))
             raise click.UsageError(f"--methods {method}: known, the nearest first: {nearest}")
     if flags["teacher_checkpoint"] and len({pair.split("-")[0] for pair in pairs if "-" in pair}) != 1:
         raise click.UsageError("--teacher-checkpoint is one teacher's: name its pairs alone in --pairs")
-    with cli.one_line():
+    with cli.friendly_errors():
         shared = Reproduction(flags, results, readme)
         seeds = range(flags["seed"], flags["seed"] + flags["seeds"])
         rows = [shared.row(*row, seed) for seed in seeds for row in rows_of(pairs, methods)]

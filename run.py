@@ -37,7 +37,7 @@ class Busy(RunError):
 
 
 @contextmanager
-def explained(folder):
+def disk_errors(folder):
     """Turns a failed write (disk full, no permission) into one line; what was saved before stays usable."""
     try:
         yield
@@ -59,7 +59,7 @@ class Run:
         A finished run is left as it is. The folder is locked until `close`. RunError when another process has
         it, or when it holds a run of another recipe; nothing is overwritten then.
         """
-        with explained(self.folder):
+        with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.folder / "lock", "a")
             if hasattr(os, "register_at_fork"):     # a loading process that outlives us must not hold it
@@ -123,7 +123,7 @@ class Run:
                 kept = path.with_suffix(".damaged")
                 click.echo(f"notice: {path} is damaged (kept as {kept.name}); "
                            "going on from the save before it")
-                with explained(self.folder):
+                with disk_errors(self.folder):
                     os.replace(path, kept)          # no later save may push it over a good one
                 damaged = True
                 continue
@@ -149,13 +149,13 @@ class Run:
 
     def log(self, row):
         """Appends one epoch's row to log.jsonl."""
-        with explained(self.folder), open(self.folder / "log.jsonl", "a") as file:
+        with disk_errors(self.folder), open(self.folder / "log.jsonl", "a") as file:
             file.write(json.dumps(rounded(row)) + "\n")
 
     def save(self, state):
         """Replaces last.pt in one step; the one before stays as previous.pt."""
         last = self.folder / "last.pt"
-        with explained(self.folder):
+        with disk_errors(self.folder):
             partial = write_checkpoint(last.with_suffix(".partial"), state)
             if last.exists():
                 os.replace(last, self.folder / "previous.pt")
@@ -163,7 +163,7 @@ class Run:
 
     def finish(self, result, student):
         """student.pt and, last of all, result.json."""
-        with explained(self.folder):
+        with disk_errors(self.folder):
             os.replace(write_checkpoint(self.folder / "student.partial", student), self.folder / "student.pt")
         self._write("result.json", json.dumps(rounded(result), indent=2))
 
@@ -176,7 +176,7 @@ class Run:
 
     def _write(self, name, text):
         partial = self.folder / f"{name}.partial"
-        with explained(self.folder):
+        with disk_errors(self.folder):
             try:
                 partial.write_text(text)
                 os.replace(partial, self.folder / name)
@@ -238,13 +238,13 @@ class Stopped(click.ClickException):
 
 
 class Stop:
-    """`with Stop() as stop:` turns Ctrl-C and SIGTERM into `stop.asked`, to save and leave between two steps.
+    """`with Stop() as stop:` turns Ctrl-C and SIGTERM into `stop.requested`, to save and leave.
 
     The second signal interrupts at once.
     """
 
     def __enter__(self):
-        self.asked, self.before = False, {}
+        self.requested, self.before = False, {}
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 self.before[number] = signal.signal(number, self._ask)
@@ -253,13 +253,13 @@ class Stop:
         return self
 
     def _ask(self, number, frame):
-        if self.asked:
+        if self.requested:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True
 
-    def leave_if_asked(self, folder):
+    def exit_if_requested(self, folder):
         """To be called after a save."""
-        if self.asked:
+        if self.requested:
             raise Stopped(f"stopped, and saved in {folder}: the same command goes on from here")
 
     def __exit__(self, *_):

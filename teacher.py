@@ -28,7 +28,7 @@ from torch import nn
 from torch.fx.experimental.optimization import fuse
 from torch.fx.proxy import TraceError
 
-from data import VIEWS, Pixels, crop_and_flip
+from data import VIEWS, Preprocessing, crop_and_flip
 from models import Features, float32_head, load_weights, weights_sha256
 from weights import network_of
 
@@ -56,8 +56,8 @@ class Teacher:
     it sees its own.
     """
 
-    def __init__(self, network, device, precision="fp32", source="untrained", compile=False, pixels=Pixels(),
-                 own=None):
+    def __init__(self, network, device, precision="fp32", source="untrained", compile=False,
+                 pixels=Preprocessing(), own=None):
         self.name, self.source, self.sha256 = network.name, source, weights_sha256(network)
         self.device, self.precision, self.compiled = torch.device(device), precision, compile
         self.code = getattr(network, "code", "")
@@ -97,7 +97,7 @@ class Teacher:
 
     def prepare(self, method):
         """Makes `features` give what a feature_kd.Method reads, in its mode; in evaluation nothing else."""
-        self.shown = Shown(self.whole, method.reads, method.depth)
+        self.shown = FeatureExtractor(self.whole, method.reads, method.depth)
         if method.teacher_mode == "train":      # batch statistics; its own stay as they are
             self.shown = copy.deepcopy(self.shown)
             for m in self.shown.modules():
@@ -144,7 +144,7 @@ class Teacher:
         key = (f"3 {self.sha256} {images} {self.device.type} {self.precision} {self.dtype} {self.compiled} "
                f"{torch.__version__} {torch.get_num_threads()}")        # all that may change their last bits
         key += self.code
-        if self.pixels[:2] != Pixels()[:2]:
+        if self.pixels[:2] != Preprocessing()[:2]:
             key += f" {self.pixels[:2]}"
         path = Path(folder) / f"{self.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.logits"
         self.pending = *shape, path     # made when first asked for: a refused command leaves none
@@ -195,7 +195,7 @@ class Teacher:
                              "--exact-teacher")
 
 
-class Shown(nn.Module):
+class FeatureExtractor(nn.Module):
     """A network's fields of Features by name, the maps of the first `depth` stages, None: of all."""
 
     def __init__(self, network, names, depth):
@@ -291,7 +291,7 @@ def mapped(path, size):
     return memory
 
 
-def load_teacher(network, path, device, source="", precision="fp32", compile=False, pixels=Pixels(),
+def load_teacher(network, path, device, source="", precision="fp32", compile=False, pixels=Preprocessing(),
                  classes=None, prefer="teacher"):
     """The Teacher of a network with the weights of a checkpoint file. pixels, classes: those of the images.
 
@@ -299,7 +299,7 @@ def load_teacher(network, path, device, source="", precision="fp32", compile=Fal
     """
     facts = load_weights(network, path, prefer=prefer)
     check_names(path, facts, classes)
-    own = Pixels.of(facts, pixels.size, pixels.resize)
+    own = Preprocessing.of(facts, pixels.size, pixels.resize)
     if own and own.size != pixels.size:
         print(f"notice: {path} was trained on images of {own.size} x {own.size}, and sees {pixels.size} x "
               f"{pixels.size} here")

@@ -29,14 +29,14 @@ from click.core import ParameterSource
 
 import cli
 import recipes
-from data import CIFAR, Data, Pixels, Split, crop_and_flip, epoch_draws, load_data, synthetic
-from distill import check_teacher, distil, evaluate
+from data import CIFAR, Data, Preprocessing, Split, crop_and_flip, epoch_draws, load_data, synthetic
+from distill import check_teacher, run_experiment, evaluate
 from distributed import World
 from folders import load_small
 from logit_kd import METHODS
 from models import MODELS, class_count, weights_sha256
-from networks import (begin_with, check, check_feature, create, fitting, identify, label, layout, pixels_of,
-                      restored, settle)
+from networks import (check_feature, check_model, create, fitting, identify, init_bn_stats, label, layout,
+                      load_pretrained, pixels_of, restored)
 from randaugment import strong_draws, strong_view
 from run import RunError
 from teacher import ARCHIVE_URL, CHECKPOINTS, Teacher, check_names, find_teacher, load_teacher
@@ -155,7 +155,7 @@ def check_networks(recipe, data):
     images, batch = len(data.train.targets), recipe["batch_size"]
     cli.check_batch(recipe, images, images % batch or batch)
     for name in filter(None, (recipe["teacher"], recipe["student"])):
-        check(name, data.num_classes, data.pixels.size, MODELS, click.echo, name == recipe["student"])
+        check_model(name, data.num_classes, data.pixels.size, MODELS, click.echo, name == recipe["student"])
     check_feature(recipe, data.num_classes, data.pixels.size)
 
 
@@ -167,13 +167,13 @@ def run_one(recipe, data, teacher, flags, world, stop_after=None):
     torch.manual_seed(recipe["seed"])
     student = create(recipe["student"], data.num_classes)
     if flags["student_checkpoint"]:
-        begin_with(student, flags["student_checkpoint"], click.echo)
+        load_pretrained(student, flags["student_checkpoint"], click.echo)
         recipe["student_sha256"] = weights_sha256(student)
     student.to(world.device, memory_format=layout(student))
     known = recipes.results_of(recipe) if recipe["data"] == "cifar100" else {}
     folder = Path(flags["out"]) / run_name(recipe)
     batches = Batches(data, recipe, teacher if recipe["method"] != "none" else None, world.device)
-    result = distil(recipe, batches, student, folder, world, teacher=teacher, **known, more=True,
+    result = run_experiment(recipe, batches, student, folder, world, teacher=teacher, **known, more=True,
                     stop_after=stop_after, save_every=flags["save_every"], compile=flags["compile"],
                     capture=flags["capture"])
     return result, folder
@@ -252,8 +252,8 @@ def prepared(flags):
     if torch.distributed.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1:
         raise click.UsageError("train_cifar.py is one process: start it without torchrun")
     world = World(flags["device"])
-    cli.pick_kernels(flags["deterministic"], flags["precision"])
-    cli.keep_memory()
+    cli.set_backends(flags["deterministic"], flags["precision"])
+    cli.tune_malloc()
     if flags["compile"]:
         cli.check_compiler(world.device)
     return world
@@ -267,7 +267,7 @@ def get_teacher(recipe, data, flags, world):
     name, how = recipe["teacher"], (recipe["precision"],)
     network = create(name, data.num_classes)
     if flags["dry_run"] and flags["teacher_checkpoint"] is None:
-        settle(network, data.pixels.normalise(data.train.images.cpu()))
+        init_bn_stats(network, data.pixels.normalise(data.train.images.cpu()))
         return caching(Teacher(network, world.device, *how, pixels=data.pixels), data, flags)
     if (recipe["data"] != "cifar100" or network.own) and flags["teacher_checkpoint"] is None:
         path, source = None, (f"{name} is your own" if network.own else
@@ -344,7 +344,7 @@ def evaluate_file(flags, world, data=None):
     name, content, facts = identify(path, flags["student"])
     count, first = fitting(name, content, facts)
     pixels, known = pixels_of(name, facts, first, flags["size"])
-    check(name, count, pixels.size, first, lambda line: None)
+    check_model(name, count, pixels.size, first, lambda line: None)
     network = load_teacher(restored(name, count, first, facts), path, world.device, pixels=pixels,
                            precision=flags["precision"] or "fp32", prefer="student")
     if data is None:
@@ -355,7 +355,7 @@ def evaluate_file(flags, world, data=None):
         else:
             data = read_data(flags | {"train_images": None}, world.device)
         if flags["data"] == "folder" and not known:
-            whose = "CIFAR-100" if pixels[:2] == Pixels()[:2] else "ImageNet"
+            whose = "CIFAR-100" if pixels[:2] == Preprocessing()[:2] else "ImageNet"
             click.echo(f"notice: {path} does not say its images' mean and deviation; taking {whose}'s")
     if count != data.num_classes:
         raise ValueError(f"{path} is for {count} classes, these images have {data.num_classes}")
@@ -391,7 +391,7 @@ def dry_run(flags, world):
         images, target = synthetic(2 * recipe["batch_size"], part)
         return Split(F.interpolate(images, size).to(world.device), (target % count).to(world.device))
 
-    data = Data(made(1), made(2), made(2), "test", classes, Pixels(size=size, resize=size))
+    data = Data(made(1), made(2), made(2), "test", classes, Preprocessing(size=size, resize=size))
     recipe |= {"data": "synthetic", "epochs": 2, "train_images": None, "val_from_train": 0}
     check_networks(recipe, data)
     with tempfile.TemporaryDirectory() as folder:
@@ -475,7 +475,7 @@ def main(**flags):
         check_demo()
     else:
         check_flags(flags)
-    with cli.one_line():
+    with cli.friendly_errors():
         world = prepared(flags)
         if flags["demo"]:
             demo(flags, world)

@@ -25,14 +25,14 @@ from torchvision.transforms.functional import to_pil_image
 import cli
 import recipes
 from data import epoch_draws
-from distill import check_teacher, distil, evaluate, micro_batches
+from distill import check_teacher, run_experiment, evaluate, micro_batches
 from distributed import World
 from folders import (FolderImages, folder_batches, folder_keys, imagenet_pixels, load_folders,
-                     normalise_folder, shown)
+                     normalise_folder, printable)
 from logit_kd import METHODS
 from models import MODELS, class_count, weights_sha256
-from networks import (TORCHVISION, begin_with, check, check_feature, create, fitting, identify,
-                      known_weights, label, layout, pixels_of, restored, settle,
+from networks import (TORCHVISION, load_pretrained, check_model, check_feature, create, fitting, identify,
+                      known_weights, label, layout, pixels_of, restored, init_bn_stats,
                       torchvision_network)
 from randaugment import StrongDraws, strong_draws, strong_operations
 from run import RunError, first_line
@@ -66,7 +66,7 @@ class Batches:
     def check(self, undecodable):
         """What a log row says beside the usual; RunError: too many of an epoch's images cannot be decoded."""
         if undecodable > max(BAD * self.train_images, 1):
-            name = f", for instance {shown(self.train.samples[min(self.known)][0])}" if self.known else ""
+            name = f", for instance {printable(self.train.samples[min(self.known)][0])}" if self.known else ""
             raise RunError(f"{undecodable} of {self.train_images} training images cannot be decoded{name}; "
                            "mend or remove them")
         return {"undecodable": undecodable}
@@ -98,8 +98,8 @@ class Batches:
         device, index = self.world.device, order[place:place + len(target)]
         self.undecodable += len(set(bad) & set(index.tolist()))     # each counts where its own turn is
         for i in set(bad) - self.known:
-            click.echo(f"notice: {shown(self.train.samples[i][0])} cannot be decoded; another image stands "
-                       "in")
+            click.echo(f"notice: {printable(self.train.samples[i][0])} cannot be decoded; another "
+                       "image takes its place")
         self.known |= set(bad)
         images, flips = ([x.to(device, non_blocking=True) for x in views] for views in (images, flips))
         if strong:
@@ -135,7 +135,7 @@ class Evaluation:
             yield normalise_folder(images[0].to(device), flips[0].to(device)), target.to(device)
         count = int(self.world.sum(torch.tensor(len(bad))))
         if count:
-            name = f", for instance {shown(self.samples[min(bad)][0])}" if bad else ""
+            name = f", for instance {printable(self.samples[min(bad)][0])}" if bad else ""
             raise RunError(f"{count} evaluation images cannot be decoded{name}; mend or remove them")
 
 
@@ -151,7 +151,8 @@ def get_teacher(recipe, folders, flags, world):
         teacher = load_teacher(network, path, world.device, path, *how, pixels, classes)
     elif flags["dry_run"]:
         network = create(name, len(classes), TORCHVISION)
-        settle(network, torch.randn(8, 3, *[recipe["size"]] * 2, generator=torch.Generator().manual_seed(0)))
+        generator = torch.Generator().manual_seed(0)
+        init_bn_stats(network, torch.randn(8, 3, recipe["size"], recipe["size"], generator=generator))
         teacher = Teacher(network, world.device, *how[:1])
     elif name not in TORCHVISION:
         raise RunError(f"nobody publishes a {name} as a teacher: name its weights with --teacher-checkpoint")
@@ -205,7 +206,7 @@ def check_networks(recipe, classes, say):
     """A usage error, or a ValueError, where the method or a network does not go with the images."""
     cli.check_classes(recipe, classes)
     for name in filter(None, (recipe["teacher"], recipe["student"])):
-        check(name, classes, recipe["size"], TORCHVISION, say, name == recipe["student"])
+        check_model(name, classes, recipe["size"], TORCHVISION, say, name == recipe["student"])
     check_feature(recipe, classes, recipe["size"], TORCHVISION)
 
 
@@ -230,11 +231,12 @@ def run_one(recipe, folders, teacher, flags, world, stop_after=None):
     student = create(recipe["student"], classes, TORCHVISION)
     if flags["student_checkpoint"]:
         # downloads for all on its machine
-        world.on_main(lambda: begin_with(student, flags["student_checkpoint"]))
-        begin_with(student, flags["student_checkpoint"], lambda line: None)
+        world.on_main(lambda: load_pretrained(student, flags["student_checkpoint"]))
+        load_pretrained(student, flags["student_checkpoint"], lambda line: None)
         recipe["student_sha256"] = weights_sha256(student)
     student.to(world.device, memory_format=layout(student))
-    return distil(recipe, batches, student, Path(flags["out"]) / run_name(recipe), world, teacher=teacher,
+    folder = Path(flags["out"]) / run_name(recipe)
+    return run_experiment(recipe, batches, student, folder, world, teacher=teacher,
                   **known, before=before if not flags["dry_run"] else lambda: None,
                   save_every=flags["save_every"], stop_after=stop_after, capture=False,
                   micro_batch=flags["at_once"], compile=flags["compile"])
@@ -283,7 +285,7 @@ def evaluate_file(flags, world, folders=None):
     folders = folders or load_folders(flags["data_dir"], flags["val_from_train"], ("val",), world.print)
     _, first = fitting(name, content, facts)
     pixels, _ = pixels_of(name, facts, first, flags["size"])
-    check(name, len(folders.classes), pixels.size, first, lambda line: None)
+    check_model(name, len(folders.classes), pixels.size, first, lambda line: None)
     teacher = load_teacher(restored(name, len(folders.classes), first, facts), flags["eval_file"],
                            world.device, precision=flags["precision"] or "fp32",
                            pixels=imagenet_pixels(pixels.size), classes=folders.classes, prefer="student")
@@ -303,7 +305,7 @@ def evaluate_file(flags, world, folders=None):
               help="Folder that holds train/ and val/.")
 @click.option("--teacher-weights", default="IMAGENET1K_V1", show_default=True, metavar="NAME",
               help="torchvision's name of the teacher's weights.")
-@click.option("--size", type=click.IntRange(min=32), help="Pixels of an image's side.  [default: 224]")
+@click.option("--size", type=click.IntRange(min=32), help="Preprocessing of an image's side.  [default: 224]")
 @click.option("--workers", type=click.IntRange(min=0), default=min(8, os.cpu_count() or 1),
               show_default="8 or the cores", help="Loading processes, for each process.")
 @click.option("--at-once", type=cli.COUNT, metavar="N",
@@ -323,7 +325,7 @@ def main(**flags):
         raise click.UsageError("--seeds is for train_cifar.py; here, give one --seed at a time")
     with World(flags["device"]) as world:
         try:
-            with cli.one_line():
+            with cli.friendly_errors():
                 execute(flags, world)
         except RuntimeError as error:
             if "DataLoader" in str(error):
@@ -339,8 +341,8 @@ def main(**flags):
 
 
 def execute(flags, world):
-    cli.pick_kernels(flags["deterministic"], flags["precision"])
-    cli.keep_memory()
+    cli.set_backends(flags["deterministic"], flags["precision"])
+    cli.tune_malloc()
     if flags["compile"]:
         cli.check_compiler(world.device)
     if flags["eval_file"]:

@@ -168,7 +168,7 @@ def tf32(monkeypatch):
 @pytest.mark.parametrize("precision, allowed", [("fp32", False), ("tf32", True), ("bf16", False),
                                                 (None, False)])
 def test_tf32_is_used_where_it_is_asked_for_alone(tf32, precision, allowed):
-    cli.pick_kernels(False, precision)
+    cli.set_backends(False, precision)
     assert torch.backends.cudnn.allow_tf32 is allowed and torch.backends.cuda.matmul.allow_tf32 is False
 
 
@@ -239,7 +239,7 @@ def test_teachers_and_students_in_bf16_have_float32_logits():
 
 
 class Card:
-    """torch.cuda as `Captured` uses it, run at once; capture fails where `fail` says."""
+    """torch.cuda as `CUDAGraphStep` uses it, run at once; capture fails where `fail` says."""
 
     def __init__(self, monkeypatch, fail):
         self.here, self.current, self.log, self.fail = object(), None, [], fail
@@ -281,7 +281,7 @@ def captured(state, monkeypatch, *fail):
         card.log.append("step")
         state.add_(1)
         return state.clone()
-    return card, distill.Captured(step, [state])
+    return card, distill.CUDAGraphStep(step, [state])
 
 
 def test_a_failed_capture_leaves_the_stream_the_weights_and_the_other_graph(state, monkeypatch, capsys):
@@ -305,7 +305,7 @@ def test_rehearsals_that_raise_are_waited_for_before_they_are_undone(state, monk
         state.add_(1)
         raise RuntimeError("a kernel is missing")
     with pytest.raises(RuntimeError, match="a kernel is missing"):
-        distill.Captured(step, [state])([torch.zeros(4)], torch.zeros(4))
+        distill.CUDAGraphStep(step, [state])([torch.zeros(4)], torch.zeros(4))
     assert card.log == ["waited"] and state == 0
 
 
@@ -314,7 +314,7 @@ def test_a_full_card_is_no_missing_graph_but_one_line(state, monkeypatch):
     for name, value in {"is_available": lambda: True, "mem_get_info": lambda: (2**30, 8 * 2**30),
                         "memory_reserved": lambda: 3 * 2**30}.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    with pytest.raises(run.RunError) as caught, cli.one_line():
+    with pytest.raises(run.RunError) as caught, cli.friendly_errors():
         step([torch.zeros(4)], torch.zeros(4))
     assert "8.0 GiB, of which this process holds 3.0 and others 4.0" in str(caught.value.message)
     assert "--batch-size" in caught.value.message and "\n" not in caught.value.message
@@ -331,7 +331,7 @@ def test_on_a_card_a_step_that_cannot_be_captured_goes_on_without(capsys):
             state.item()            # waits for the device, which no capture allows
         return state.add_(1).clone(), views[0] + 1
 
-    captured, before = distill.Captured(step, [state]), torch.cuda.current_stream()
+    captured, before = distill.CUDAGraphStep(step, [state]), torch.cuda.current_stream()
     for i, size in enumerate((4, 3, 4, 3), 1):
         count, more = captured([torch.ones(size, device="cuda")], torch.zeros(size, device="cuda"))
         assert count.item() == state.item() == i and more.tolist() == [2.0] * size
@@ -360,23 +360,23 @@ def test_dkd_with_a_class_that_is_none_is_an_error():
 
 
 def test_uninitialized_memory_is_not_filled():
-    cli.pick_kernels(True)
+    cli.set_backends(True)
     try:
         assert torch.are_deterministic_algorithms_enabled()
         assert torch.utils.deterministic.fill_uninitialized_memory is False
     finally:
-        cli.pick_kernels(False)
+        cli.set_backends(False)
 
 
 def test_a_network_without_a_deterministic_form_is_one_line():
     """By an operation that has none on a CPU either."""
-    cli.pick_kernels(True)
+    cli.set_backends(True)
     try:
         with pytest.raises(run.RunError, match="^--deterministic: put_ does not have a deterministic impl"):
-            with cli.one_line():
+            with cli.friendly_errors():
                 torch.zeros(3).put_(torch.tensor([0]), torch.tensor([1.0]))
     finally:
-        cli.pick_kernels(False)
+        cli.set_backends(False)
 
 
 # ---------------------------------------------------------------- 7: the first bad step

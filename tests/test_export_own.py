@@ -176,7 +176,7 @@ def test_a_network_whose_file_is_gone_is_named_anew(folder):
 
 def test_a_network_is_built_for_the_classes_of_its_file():
     """A user's function may know one number of classes alone."""
-    save(networks.create("nets.py:three", 3), "nets.py:three", "folder", CLASSES, data.Pixels())
+    save(networks.create("nets.py:three", 3), "nets.py:three", "folder", CLASSES, data.Preprocessing())
     assert export.load_student("student.pt").num_classes == 3
 
 
@@ -211,7 +211,7 @@ def test_a_name_that_two_have_is_taken_for_what_the_keys_say(monkeypatch):
     file(networks.create("vgg13", 100), data="cifar100")        # as older runs say it
     student = export.load_student("vgg13.pt")
     assert "classifier.weight" in student.network.state_dict()
-    assert student.num_classes == 100 and student.pixels == data.Pixels()
+    assert student.num_classes == 100 and student.pixels == data.Preprocessing()
 
 
 # ---------------------------------------------------------------- small images in folders
@@ -314,7 +314,7 @@ def test_of_very_many_images_an_even_choice_is_read(size, counts, monkeypatch):
                         lambda samples, size, resize: torch.zeros(len(samples), 3, 1, 1))
     monkeypatch.setattr(export, "FolderImages", lambda samples, size: {
         (i, 0): ([torch.zeros(3, 1, 1)], [False], target, []) for i, (_, target) in enumerate(samples)})
-    pixels = data.Pixels(size=64, resize=64) if size == 64 else folders.imagenet_pixels(size)
+    pixels = data.Preprocessing(size=64, resize=64) if size == 64 else folders.imagenet_pixels(size)
     facts = {"data": "folder", "epochs": 1, "seed": 0}
     images = export.find_images(export.Student(None, facts, 3, CLASSES, False, pixels), "photos", 30)
     assert [len(x.targets) for x in images[:3]] == [30, *counts]
@@ -419,7 +419,7 @@ def test_flags_override_what_a_file_says():
     save(networks.create("resnet8", 10), "resnet8", "birds", CLASSES, folders.imagenet_pixels(64))
     student = export.load_student("student.pt", mean="0.5,0.5,0.5", std="0.1,0.1,0.1", size=112,
                                   classes=names_file("abcdefghij"))
-    assert student.pixels == data.Pixels((0.5,) * 3, (0.1,) * 3, 112, 128)
+    assert student.pixels == data.Preprocessing((0.5,) * 3, (0.1,) * 3, 112, 128)
     assert student.classes == list("abcdefghij")
 
 
@@ -443,7 +443,7 @@ def test_flags_that_cannot_be_are_one_line(flag, value, words):
 def test_a_bare_file_takes_the_folder_that_is_named(tmp_path):
     """Its classes' names too, where their number fits; the temperature is not fitted on what training saw."""
     made = folders.load_small(photos(), "cpu", 32)
-    pixels = data.Pixels()
+    pixels = data.Preprocessing()
     torch.save({"net": trained("nets.py:tiny", *made.train, pixels, 3).state_dict(), "epochs": 9, "seed": 0},
                "bare.pt")       # whose seed means nothing here
     bare = "--checkpoint", "bare.pt", "--student", "nets.py:tiny", "--data-dir", "photos"
@@ -475,7 +475,7 @@ def test_a_hundred_classes_are_cifar100s_unless_their_names_are_others():
 
 
 def test_a_teachers_path_is_not_shipped():
-    save(networks.create("resnet8", 3), "resnet8", "folder", CLASSES, data.Pixels(), method="kd",
+    save(networks.create("resnet8", 3), "resnet8", "folder", CLASSES, data.Preprocessing(), method="kd",
          teacher="/home/me/t.py:large")
     call("--checkpoint", "student.pt")
     assert facts_of("resnet8.onnx")["teacher"] == "t-large"

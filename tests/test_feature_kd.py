@@ -430,7 +430,7 @@ def test_simkds_deployed_network(pair):
         torch.testing.assert_close(network(images), want, rtol=1e-9, atol=1e-12)
         c.method.eval()
         t = c.t._replace(last=c.t.last[:1].expand(5, -1, -1, -1))
-        loss, logits = c.method.answered("the student's own", f, t)
+        loss, logits = c.method.loss_and_logits("the student's own", f, t)
         torch.testing.assert_close(logits, want, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(loss, c.method(f, t), rtol=0, atol=0)
 
@@ -440,7 +440,7 @@ def test_the_student_itself_is_deployed(name):
     c, again = case(name), case(name)
     assert c.method.deploy(c.student) is c.student
     torch.manual_seed(1)
-    loss, logits = c.method.answered("logits", c.s, c.t, None, c.index)
+    loss, logits = c.method.loss_and_logits("logits", c.s, c.t, None, c.index)
     torch.manual_seed(1)
     assert logits == "logits" and torch.equal(loss, again.loss())
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import Features, create_model, float32_head
-from networks import TORCHVISION, begin_with, create, with_features
+from networks import TORCHVISION, load_pretrained, create, with_features
 from test_models_forward import NETWORKS, Layers, random_state, shuffle
 
 # channels and sides of the stages; channels of `last`; the batch norms of which `pre` is made
@@ -262,7 +262,7 @@ def test_torchvisions_features_follow_the_network(generator):
         head, features = other(images, features=True)
     assert head.dtype == torch.float32 and features.last.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="resnet18 has IMAGENET1K_V1, DEFAULT"):
-        begin_with(model, "IMAGENET1K_V9")
+        load_pretrained(model, "IMAGENET1K_V9")
 
 
 def test_networks_that_give_no_features_say_so():

@@ -564,7 +564,7 @@ def test_tiny_imagenet_as_downloaded_comes_in_order_by_the_line_that_is_printed(
     Path(root, "wnids.txt").write_text("\n".join(names))
     output = call(script, *ALONE, "--data-dir", root, code=1).splitlines()[-1]
     assert output.startswith("Error: ") and "is Tiny-ImageNet's as it was downloaded" in output
-    command = output.split("brings it in order: ")[1]
+    command = output.split("downloaded; run: ")[1]
     subprocess.run(["sh", "-c", command], check=True)
     assert "24 and 9 of 3 classes" in call(script, *ALONE, "--data-dir", root, "--size", 64)
     found = load_folders(root)

@@ -344,8 +344,8 @@ def test_a_check_leaves_no_trace_in_the_seeded_numbers():
     torch.manual_seed(4)
     expected = create_model("resnet8", 3).state_dict()
     torch.manual_seed(4)
-    networks.check("nets.py:Net", 3, 32)
-    networks.check("resnet20", 3, 32)
+    networks.check_model("nets.py:Net", 3, 32)
+    networks.check_model("resnet20", 3, 32)
     made = networks.create("resnet8", 3).state_dict()
     assert all(map(torch.equal, expected.values(), made.values()))
 
@@ -476,8 +476,8 @@ def test_a_numbered_gpu_says_how_it_is_chosen(script):
 
 def test_nearest_first_keeps_every_name_once():
     known = ["ResNet18", "resnet18", "vgg8", "wrn_16_2"]
-    assert sorted(cli.nearest_first("RESNET18", known).split(", ")) == sorted(known)
-    assert cli.nearest_first("zzz", known) == ", ".join(known)
+    assert sorted(cli.suggest("RESNET18", known).split(", ")) == sorted(known)
+    assert cli.suggest("zzz", known) == ", ".join(known)
 
 
 # ---------------------------------------------------------------- which network a file holds
@@ -558,7 +558,7 @@ def test_running_statistics_are_taken_too():
             value.uniform_(1, 2)
     torch.save(source.state_dict(), "begin.pt")
     student = networks.create("resnet8", 3)
-    networks.begin_with(student, "begin.pt", lambda line: None)
+    networks.load_pretrained(student, "begin.pt", lambda line: None)
     for key, value in student.state_dict().items():
         assert key.startswith("fc.") or torch.equal(value, source.state_dict()[key]), key
 
@@ -809,7 +809,7 @@ def test_odd_networks_are_one_line(tmp_path, words, code):
         """ + code)
     with pytest.raises(ValueError, match=words):
         networks.create(f"{tmp_path}/odd.py:Net", 3)
-        networks.check(f"{tmp_path}/odd.py:Net", 3, 32, learns=True)
+        networks.check_model(f"{tmp_path}/odd.py:Net", 3, 32, learns=True)
 
 
 def test_cached_logits_of_other_code_are_others(tmp_path):

@@ -22,7 +22,7 @@ from data import crop_and_flip, epoch_draws, normalise, synthetic
 from distill import check_teacher
 from distributed import World
 from models import create_model
-from networks import settle
+from networks import init_bn_stats
 from teacher import Cache, Teacher, download_teachers, find_teacher, load_teacher, weights_sha256
 from test_weights import repdistiller_teacher
 
@@ -54,7 +54,7 @@ def settled(name):
     torch.manual_seed(len(name))
     network = create_model(name)
     with torch.no_grad():
-        settle(network, torch.rand(8, 3, 32, 32))
+        init_bn_stats(network, torch.rand(8, 3, 32, 32))
     return network
 
 

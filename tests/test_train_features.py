@@ -107,7 +107,7 @@ def lively(name, seed=5):
         if isinstance(m, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(m.weight, 0.5, 1.5)
             torch.nn.init.normal_(m.bias, 0, 0.3)
-    networks.settle(network, data.normalise(data.synthetic(64, 3).images))
+    networks.init_bn_stats(network, data.normalise(data.synthetic(64, 3).images))
     return network.eval()
 
 
@@ -614,7 +614,8 @@ def test_another_methods_teacher_is_in_evaluation_mode(files, modes, feature):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
     before, after = statistics(lively("resnet14")), statistics(taught.whole)
     assert all(torch.equal(after[k], v) for k, v in before.items())
-    hooks = [h for network in (taught.whole, taught.shown, taught.network, distiller, distiller.deployed[0])
+    networks = taught.whole, taught.shown, taught.network, distiller, distiller.inference_model[0]
+    hooks = [h for network in networks
              for m in network.modules() for h in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)]
     assert hooks and not any(hooks)
 
@@ -707,7 +708,7 @@ def test_simkds_accuracy_in_training_is_the_deployed_networks(files):
     torch.testing.assert_close(logits, twin.deployed[0](images))
     assert not torch.allclose(logits, copy.deepcopy(distiller.student)(images))
     distiller.eval()
-    assert torch.equal(distiller.predict(images), distiller.deployed[0](images))
+    assert torch.equal(distiller.predict(images), distiller.inference_model[0](images))
 
 
 # ---------------------------------------------------------------- flags

@@ -395,9 +395,9 @@ def test_a_clusters_variables_alone_make_no_processes(monkeypatch):
 
 
 def test_networks_say_which_sizes_they_do_not_take():
-    networks.check("resnet18", 3, 32, networks.TORCHVISION)
+    networks.check_model("resnet18", 3, 32, networks.TORCHVISION)
     with pytest.raises(ValueError, match=r"^vit_b_32 does not take images of 64 x 64 pixels \(.*Wrong image"):
-        networks.check("vit_b_32", 3, 64, networks.TORCHVISION)
+        networks.check_model("vit_b_32", 3, 64, networks.TORCHVISION)
 
 
 @pytest.mark.parametrize("error", [OSError("no route"), RuntimeError("invalid hash value"),
@@ -446,7 +446,7 @@ def test_undecodable_images_are_named_and_replaced_in_training_and_an_error_in_e
     bad.write_bytes(bad.read_bytes()[:300])
     flags = [*SMALL, "--zscore", "--batch-size", "10"]      # every image is drawn
     output = call(*flags)
-    assert f"notice: {bad.relative_to(folder)} cannot be decoded; another image stands in" in output
+    assert f"notice: {bad.relative_to(folder)} cannot be decoded; another image takes its place" in output
     assert rows(Path("runs") / NAME)[0]["undecodable"] == 1
     for name in ("5.jpg", "6.jpg", "7.jpg"):
         next((folder / "images" / "train").rglob(name)).write_bytes(b"no image")
