@@ -81,15 +81,17 @@ class Distiller(nn.Module):
         if passes and self.norms:
             torch._foreach_add_([m.num_batches_tracked for m in self.norms], passes)
 
+    def autocast(self, device):
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.recipe["precision"] == "bf16")
+
     def predict(self, images):
-        """float32 logits (B, K) of normalised images (B, 3, H, W)."""
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.recipe["precision"] == "bf16"):
-            return self.inference_model[0](images).float()
+        """Logits (B, K) of normalised images (B, 3, H, W), float32 whatever --precision is."""
+        return self.inference_model[0](images).float()
 
     def compare(self, images, target, index):
         """Logits as of `predict`, and the feature method's loss, of one forward pass of each network."""
         t = self.teacher[0].features(images)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.recipe["precision"] == "bf16"):
+        with self.autocast(images.device):
             logits, s = self.student(images, features=True)
             loss, logits = self.feature.loss_and_logits(logits, s, t, target, index)
         return logits.float(), loss
@@ -104,7 +106,9 @@ class Distiller(nn.Module):
         if self.feature:
             logits, loss = self.compare(views[0], target, index)
             z, more = [logits], [loss]
-        z += [self.predict(view) for view in views[len(z):]]                        # line 2: z_n, v_n
+        for view in views[len(z):]:                                                 # line 2: z_n, v_n
+            with self.autocast(view.device):
+                z.append(self.inference_model[0](view).float())
         ce = sum(F.cross_entropy(logits, target) for logits in z)                   # line 5
         kd = torch.zeros_like(ce)
         if v:
@@ -284,6 +288,17 @@ def top_k_hits(logits, target):
     return torch.stack([hits[:, 0].sum(), hits.any(1).sum()])
 
 
+@contextmanager
+def no_tf32():
+    """CUDA's float32 convolutions are not rounded in here."""
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
+
+
 @torch.no_grad()
 def evaluate(predict, batches, world=None, between=lambda: None):
     """Mean cross-entropy, top-1 and top-5 (%) of `predict`, images -> logits, over all processes' batches.
@@ -420,8 +435,9 @@ class Trainer:
             self.save(epoch, data.steps)
         distiller.eval()
         self.world.broadcast(distiller.buffers())       # all evaluate what is saved
-        scores = evaluate(distiller.predict, data.evaluation(), self.world,
-                          self.exit_if_requested if data.long_evaluation else lambda: None)
+        with no_tf32():
+            scores = evaluate(distiller.predict, data.evaluation(), self.world,
+                              self.exit_if_requested if data.long_evaluation else lambda: None)
         if not math.isfinite(scores["loss"]):
             raise RunError(f"the evaluation's loss became {scores['loss']} in epoch {epoch + 1}; "
                            f"{KEPT.format(self.run.folder)}")
