@@ -424,8 +424,9 @@ def table(result):
 @click.option("--rounds", type=cli.COUNT, default=7, show_default=True, help="Turns of each part.")
 @click.option("--compile/--no-compile", default=False, help="torch.compile too; a minute more for each.")
 @click.option("--device", type=cli.Choice(["cuda", "mps", "cpu"]), help="[default: the best there is]")
-@click.option("--json", "file", type=click.Path(dir_okay=False, writable=True), help="Every round's numbers.")
-@click.option("--image-dir", type=click.Path(file_okay=False, exists=True),
+@click.option("--json", "file", type=cli.UserPath(dir_okay=False, writable=True),
+              help="Every round's numbers.")
+@click.option("--image-dir", type=cli.UserPath(file_okay=False, exists=True),
               help="Holds train/CLASS/.  [default: JPEG files are made]")
 @click.option("--imagenet-batch", type=cli.COUNT, help="Images a step.  [default: 512 on cuda, else 16]")
 def main(only, rounds, compile, device, file, image_dir, imagenet_batch):

@@ -212,6 +212,13 @@ def show(error):
     return getattr(error, "exit_code", 1)
 
 
+class UserPath(click.Path):
+    """A path in which ~ is the home folder: a shell leaves it in --out=~/runs."""
+
+    def convert(self, value, param, ctx):
+        return super().convert(os.path.expanduser(value), param, ctx)
+
+
 class Finite(click.FloatRange):
     """A finite number in a range; click's own takes nan."""
 
@@ -223,10 +230,11 @@ class Finite(click.FloatRange):
 
 
 POSITIVE, WEIGHT, COUNT = Finite(min=0, min_open=True), Finite(min=0), click.IntRange(min=1)
+PATH = UserPath()
 
 SHARED = [
-    click.option("--teacher", metavar="NAME", help="Teacher network."),
-    click.option("--student", metavar="NAME",
+    click.option("--teacher", type=PATH, metavar="NAME", help="Teacher network."),
+    click.option("--student", type=PATH, metavar="NAME",
                  help="Student network, or the one to train alone with --method none. Both also "
                       "FILE.py:NAME, package.module:NAME (called with num_classes) or timm:NAME."),
     click.option("--zscore/--no-zscore", default=False,
@@ -257,10 +265,10 @@ SHARED = [
     click.option("--val-from-train", type=click.IntRange(min=0), default=0, metavar="N",
                  help="Hold N training images out and evaluate the student on them alone, "
                       "for choosing numbers."),
-    click.option("--teacher-checkpoint", metavar="FILE", help="The teacher's weights."),
-    click.option("--student-checkpoint", metavar="FILE",
+    click.option("--teacher-checkpoint", type=PATH, metavar="FILE", help="The teacher's weights."),
+    click.option("--student-checkpoint", type=PATH, metavar="FILE",
                  help="Weights that the student begins with: what fits of them."),
-    click.option("--out", metavar="DIR", default="runs", show_default=True,
+    click.option("--out", type=PATH, metavar="DIR", default="runs", show_default=True,
                  help="Folder for the runs' folders."),
     click.option("--device", type=Device(["cuda", "mps", "cpu"]), help="[default: the best there is]"),
     click.option("--precision", type=Choice(["fp32", "tf32", "bf16"]),
@@ -273,7 +281,7 @@ SHARED = [
                  help="Print all recipes and published numbers, and exit."),
     click.option("--dry-run", is_flag=True,
                  help="Walk the whole path in seconds: made data, two batches, a temporary folder."),
-    click.option("--eval", "eval_file", metavar="FILE",
+    click.option("--eval", "eval_file", type=PATH, metavar="FILE",
                  help="Evaluate a checkpoint of any supported format, and exit."),
 ]
 

@@ -627,16 +627,21 @@ def interrupted_by_sigterm():
 
 
 @click.command(cls=cli.Command, help=__doc__)
-@click.option("--checkpoint", required=True, metavar="FILE", help="student.pt of a run, or any format.")
-@click.option("--student", metavar="NAME", help="Its network, FILE.py:NAME too.  [default: as the file says]")
-@click.option("--classes", metavar="FILE", help="Class names, one a line.  [default: as the file says]")
+@click.option("--checkpoint", type=cli.PATH, required=True, metavar="FILE",
+              help="student.pt of a run, or any format.")
+@click.option("--student", type=cli.PATH, metavar="NAME",
+              help="Its network, FILE.py:NAME too.  [default: as the file says]")
+@click.option("--classes", type=cli.PATH, metavar="FILE",
+              help="Class names, one a line.  [default: as the file says]")
 @click.option("--mean", metavar="R,G,B", help="Its images' mean, in [0, 1].  [default: as the file says]")
 @click.option("--std", metavar="R,G,B", help="Their deviation, in [0, 1].  [default: as the file says]")
 @click.option("--size", type=click.IntRange(min=8), metavar="PIXELS", help="[default: as the file says]")
-@click.option("--out", metavar="DIR", help="Folder for the files.  [default: the checkpoint's]")
+@click.option("--out", type=cli.PATH, metavar="DIR",
+              help="Folder for the files.  [default: the checkpoint's]")
 @click.option("--name", metavar="NAME", help="The files' name.  [default: the network's]")
-@click.option("--data-dir", metavar="DIR", help="Folder of train/, val/ or a CIFAR, for accuracy, int8 and "
-                                                "the temperature.  [default: data, if there]")
+@click.option("--data-dir", type=cli.PATH, metavar="DIR",
+              help="Folder of train/, val/ or a CIFAR, for accuracy, int8 and the temperature.  "
+                   "[default: data, if there]")
 @click.option("--opset", type=click.IntRange(*OPSETS), default=18, show_default=True)
 @click.option("--float-input", is_flag=True, help="Of normalised float32; else uint8, normalised inside.")
 @click.option("--probabilities", is_flag=True, help="A second output, softmax(logits / temperature).")

@@ -286,15 +286,17 @@ FIGURES = {"toy": (toy, ()), "curves": (curves, ("pair",)), "gap": (gap, ("pair"
 @click.option("--pair", metavar="T-S", help="TEACHER-STUDENT.")
 @click.option("--methods", metavar="M,...", default="none,kd,kd-z,dkd,dkd-z", show_default=True,
               help="Of the curves.")
-@click.option("--results", metavar="DIR", default=ROOT / "results", type=click.Path(path_type=Path),
+@click.option("--results", metavar="DIR", default=ROOT / "results", type=cli.UserPath(path_type=Path),
               help="[default: results/ here]")
-@click.option("--runs", metavar="DIR", type=click.Path(path_type=Path), help="Of runs with --val-from-train.")
-@click.option("--teacher-checkpoint", metavar="FILE", help="The teacher's weights.")
-@click.option("--plain", metavar="FILE", help="student.pt of a run without --zscore.")
-@click.option("--zscore", metavar="FILE", help="student.pt of a run with --zscore.")
-@click.option("--data-dir", metavar="DIR", default="data", show_default=True, help="Of cifar-100-python.")
+@click.option("--runs", metavar="DIR", type=cli.UserPath(path_type=Path),
+              help="Of runs with --val-from-train.")
+@click.option("--teacher-checkpoint", type=cli.PATH, metavar="FILE", help="The teacher's weights.")
+@click.option("--plain", type=cli.PATH, metavar="FILE", help="student.pt of a run without --zscore.")
+@click.option("--zscore", type=cli.PATH, metavar="FILE", help="student.pt of a run with --zscore.")
+@click.option("--data-dir", type=cli.PATH, metavar="DIR", default="data", show_default=True,
+              help="Of cifar-100-python.")
 @click.option("--device", type=cli.Choice(["cuda", "mps", "cpu"]), help="[default: the best there is]")
-@click.option("--out", metavar="DIR", default=ROOT / "figures", type=click.Path(path_type=Path),
+@click.option("--out", metavar="DIR", default=ROOT / "figures", type=cli.UserPath(path_type=Path),
               help="[default: figures/ here]")
 def main(names, **flags):
     if matplotlib is None:

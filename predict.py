@@ -48,7 +48,8 @@ class Classifier:
     def __init__(self, path, threads=0):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads      # 0: all
-        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(os.path.expanduser(path), options,
+                                                    providers=["CPUExecutionProvider"])
         facts = self.session.get_modelmeta().custom_metadata_map
         if not {"classes", "size", "resize", "mean", "std", "temperature"} <= facts.keys():
             raise ValueError("it was not written by export.py: no metadata")
@@ -111,8 +112,9 @@ def main():
     if sys.stdout:      # None where it is closed
         sys.stdout.reconfigure(errors="backslashreplace")   # names that its encoding lacks
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", metavar="FILE.onnx")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="PNG, JPEG, WebP, BMP, TIFF, or folders")
+    parser.add_argument("file", type=os.path.expanduser, metavar="FILE.onnx")
+    parser.add_argument("images", nargs="+", type=os.path.expanduser, metavar="IMAGE",
+                        help="PNG, JPEG, WebP, BMP, TIFF, or folders")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="classes to print (default: 5)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     arguments = parser.parse_args()

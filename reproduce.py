@@ -438,9 +438,9 @@ def write_tables(results, readme):
 @click.command(cls=cli.Command, help=__doc__)
 @click.option("--pairs", metavar="T-S,...", help="TEACHER-STUDENT, or a network.  [default: six and eight]")
 @click.option("--methods", metavar="M,...", help=f"[default: {','.join(METHODS)}]")
-@click.option("--results", metavar="DIR", default=ROOT / "results", type=click.Path(path_type=Path),
+@click.option("--results", metavar="DIR", default=ROOT / "results", type=cli.UserPath(path_type=Path),
               help="[default: results/ here]")
-@click.option("--readme", metavar="FILE", default=ROOT / "RESULTS.md", type=click.Path(path_type=Path),
+@click.option("--readme", metavar="FILE", default=ROOT / "RESULTS.md", type=cli.UserPath(path_type=Path),
               help="File of the tables.  [default: RESULTS.md here]")
 @click.option("--table", is_flag=True, help="Only rewrite the tables from the results.")
 @click.option("--list", "list_rows", is_flag=True, help="Print the rows and which are done, and exit.")

@@ -51,7 +51,7 @@ class Run:
     """One run's folder. `recipe` (a flat dict) says what is computed; `facts` say with what and where."""
 
     def __init__(self, folder, recipe, facts):
-        self.folder, self.recipe, self.facts, self._lock = Path(folder), recipe, facts, None
+        self.folder, self.recipe, self.facts, self._lock = Path(folder).expanduser(), recipe, facts, None
 
     def open(self):
         """The state of the last checkpoint, or None for a new run. The log is cut back to that checkpoint.

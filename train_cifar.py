@@ -449,7 +449,7 @@ def check_demo():
 @click.option("--recipe", type=cli.Choice(recipes.SOURCES), default="authors", show_default=True,
               help="Whose numbers: the authors' logs, or the defaults of their released code.")
 @click.option("--data", type=cli.Choice([*CIFAR, "folder", "synthetic"]), help="[default: cifar100]")
-@click.option("--data-dir", default="data", show_default=True, metavar="DIR",
+@click.option("--data-dir", type=cli.PATH, default="data", show_default=True, metavar="DIR",
               help="Folder that holds cifar-100-python, cifar-10-batches-py, or train/ and val/.")
 @click.option("--size", type=click.IntRange(min=8), metavar="PIXELS",
               help="Side of the images of --data folder.  [default: 32]")

@@ -301,7 +301,7 @@ def evaluate_file(flags, world, folders=None):
 @click.option("--method", type=cli.Choice(["none", *METHODS]), default="kd", show_default=True,
               help="Distillation method; none trains the student alone.")
 @cli.shared_flags
-@click.option("--data-dir", default="imagenet", show_default=True, metavar="DIR",
+@click.option("--data-dir", type=cli.PATH, default="imagenet", show_default=True, metavar="DIR",
               help="Folder that holds train/ and val/.")
 @click.option("--teacher-weights", default="IMAGENET1K_V1", show_default=True, metavar="NAME",
               help="torchvision's name of the teacher's weights.")

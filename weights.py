@@ -11,6 +11,7 @@ where all of its keys are and no others: {"model": ...}, {"net": ...}, a bare st
 
 import argparse
 import io
+import os
 import re
 import tarfile
 import zipfile
@@ -50,6 +51,7 @@ def read_checkpoint(path, network=None):
     Reads torch's files (also of before version 1.6) and safetensors. ValueError, one line with the path: what
     the file is instead, or which object in it is more than data.
     """
+    path = os.path.expanduser(path)
     try:
         with open(path, "rb") as file:
             start = file.read(512)

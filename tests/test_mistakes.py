@@ -1,16 +1,19 @@
 """Every mistake of a user is one line that says what was wrong and what to do; nothing is overwritten."""
 
+import importlib
 import shutil
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner
 
+import cli
 import data
 import distill
 import teacher
 import train_cifar
-from models import create_model
+from models import create_model, load_weights
 from train_cifar import main
 
 PAIR = "--teacher resnet14 --teacher-checkpoint teacher.pt --student resnet8 "
@@ -250,3 +253,31 @@ def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, output = call(ALONE + MADE)
     assert code == 2 and "train_cifar.py is one process: start it without torchrun" in output
+
+
+def test_a_tilde_is_the_home_folder(folder, monkeypatch):
+    """bash leaves it in --out=~/x, and in Python nothing else replaces it."""
+    home = folder / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    shutil.copy("teacher.pt", home / "t.pt")
+    (home / "nets.py").write_text("import models\n\n\ndef tiny(num_classes):\n"
+                                  "    return models.create_model('resnet8', num_classes)\n")
+    code, output = call("--teacher resnet14 --teacher-checkpoint=~/t.pt --student=~/nets.py:tiny --out=~/x "
+                        + MADE)
+    assert code == 0, output
+    assert (home / "x" / "resnet14-nets-tiny-kd-synthetic-seed0" / "student.pt").is_file()
+    assert not (folder / "~").exists()
+    assert load_weights(create_model("resnet14"), "~/t.pt") == {}
+    arguments = "--eval=~/x/resnet14-nets-tiny-kd-synthetic-seed0/student.pt"
+    assert "top-1" in call(arguments)[1]
+
+
+SCRIPTS = "train_cifar", "train_imagenet", "export", "reproduce", "figures", "bench"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_path_flag_is_of_the_type_that_expands_a_tilde(script):
+    options = importlib.import_module(script).main.params
+    paths = [p for p in options if p.metavar in ("DIR", "FILE") or isinstance(p.type, click.Path)]
+    assert len(paths) >= 2 and all(isinstance(p.type, cli.UserPath) for p in paths)
