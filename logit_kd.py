@@ -14,11 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-import zscore_kd
-from zscore_kd import (_check_weight, _decoupled, _full_precision, _mean, _pair, _softened, kd_loss,
-                       weighted_zscore)
+if __package__:     # copied into a package
+    from .zscore_kd import (METHODS, _check_weight, _decoupled, _full_precision, _mean, _pair, _softened,
+                            distillation_loss as first_methods, kd_loss, weighted_zscore)
+else:
+    from zscore_kd import (METHODS, _check_weight, _decoupled, _full_precision, _mean, _pair, _softened,
+                           distillation_loss as first_methods, kd_loss, weighted_zscore)
 
-METHODS = (*zscore_kd.METHODS, "dist", "rld")
+METHODS = (*METHODS, "dist", "rld")
 
 
 def dist_loss(student_logits, teacher_logits, base_temp=4.0, *, beta=2.0, gamma=2.0, zscore=True,
@@ -83,7 +86,7 @@ def entropy_weight(student_logits, teacher_logits, temperature=3.0):
     reduction="mean" would be over the weights. With a mask m of rows that hold anything give
     weight=w.where(m, 0).
     """
-    z, v, temperature, _ = _pair(student_logits.detach(), teacher_logits, temperature)
+    z, v, temperature, _ = _pair(student_logits.detach(), teacher_logits.detach(), temperature)
     with _full_precision(z):
         h_student, h_teacher = (torch.special.entr(F.softmax(x / temperature, -1)).sum(-1) for x in (z, v))
         return 0.5 * h_teacher * (1 + h_student / math.log(z.shape[1]))
@@ -155,7 +158,7 @@ def distillation_loss(method, student_logits, teacher_logits, target=None, base_
         if all(x is not None for x in strong):      # a missing one is said below
             options["kl_weights"] = entropy_weight(z, v, entropy_temp), entropy_weight(*strong, entropy_temp)
     if method != "rld":
-        loss = zscore_kd.distillation_loss(method, z, v, target, base_temp, **options)
+        loss = first_methods(method, z, v, target, base_temp, **options)
     elif target is None:
         raise TypeError("method 'rld' needs target")
     else:

@@ -13,9 +13,9 @@ Copy this one file; it needs torch alone. In your own training loop:
 
 Standardization is per sample, over the classes; nothing else changes. For softmax tasks (one label of K).
 
-Every loss takes logits (B, K), casts half precision up to float32, detaches the teacher, and returns the
-mean over the batch, unweighted: the weights stand in the training loop. A row with a NaN or +inf makes the
-loss NaN, never a silent number; a row of equal logits has Z = 0 and no gradient.
+Every loss takes logits (B, K), casts half precision and float8 up to float32, detaches the teacher, and
+returns the mean over the batch, unweighted. A row with a NaN or +inf makes the loss NaN, never a silent
+number; a row of equal logits has Z = 0 and no gradient.
 
 weight: (B,), a sample's weight, or a mask; the mean is then sum(w loss) / sum(w), 0 where all are 0, and a
 row of weight 0 may hold anything. Whether one is negative is not looked at. reduction="none" returns the
@@ -68,7 +68,7 @@ def weighted_zscore(logits, base_temp=1.0, *, correction=0):
         raise ValueError(f"logits must be (..., K) and not empty, got shape {tuple(logits.shape)}")
     _check_classes(logits, base_temp)
     with _full_precision(logits):
-        x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        x = logits.to(_wide(logits))
 
         # Z is the same for x and a x + b, a > 0. Bringing each row to [0, 1] first, by constants, changes
         # neither Z nor its gradient; it keeps the digits of logits that are large, or close together, and
@@ -146,9 +146,8 @@ def mlkd_loss(student_weak, teacher_weak, student_strong, teacher_strong, base_t
                          f"got {tuple(z.shape)} and {tuple(z_strong.shape)}")
     with _full_precision(z):
         raw = z, v
-        if zscore:
-            z, v, z_strong, v_strong = (weighted_zscore(x, correction=correction)
-                                        for x in (z, v, z_strong, v_strong))
+        z, v, z_strong, v_strong = (_softened(x, 1.0, zscore, correction)
+                                    for x in (z, v, z_strong, v_strong))
         temperatures = (base_temp, 3.0, 5.0, 2.0, 6.0)
 
         def kl(z, v, t, weight):
@@ -203,13 +202,19 @@ class CurriculumTemperature(torch.nn.Module):
 
     forward(reversal) gives T, a tensor for `base_temp` of `kd_loss`. The gradient that reaches g is
     multiplied by -reversal: the student minimises the loss, g maximises it. Put g, one scalar, into the
-    student's optimizer.
+    student's optimizer. start and span are saved and loaded with g; a file without them keeps the module's.
     """
 
     def __init__(self, start=1.0, span=20.0):
         super().__init__()
-        self.start, self.span = start, span
+        self.register_buffer("start", torch.tensor(float(start)))
+        self.register_buffer("span", torch.tensor(float(span)))
         self.g = torch.nn.Parameter(torch.tensor(1.0))
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        state_dict.setdefault(prefix + "start", self.start)     # an older file has g alone
+        state_dict.setdefault(prefix + "span", self.span)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(self, reversal):
         g = self.g.detach()
@@ -251,7 +256,16 @@ def distillation_loss(method, student_logits, teacher_logits, target=None, base_
 
 def _softened(x, temperature, zscore, correction):
     """Z(x; tau), or x / tau."""
-    return weighted_zscore(x, temperature, correction=correction) if zscore else x / temperature
+    if not zscore:
+        return x / temperature
+    if x.shape[-1] == 2:
+        raise ValueError("with zscore the logits of 2 classes are always +-1 / tau, without gradient: "
+                         "use zscore=False")
+    return weighted_zscore(x, temperature, correction=correction)
+
+
+def _wide(logits):
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def _decoupled(z, v, own, top, out, hidden):
@@ -336,8 +350,9 @@ def _pair(student_logits, teacher_logits, base_temp, weight=None, min_classes=2,
                          f"got shape {tuple(base_temp.shape)}")
     for logits in (student_logits, teacher_logits):
         _check_classes(logits, base_temp, min_classes)
-    dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype),
-                                torch.float32)
+    if torch.is_grad_enabled() and teacher_logits.requires_grad and not student_logits.requires_grad:
+        raise ValueError("the teacher's logits need a gradient and the student's do not: are they exchanged?")
+    dtype = torch.promote_types(_wide(student_logits), _wide(teacher_logits))
     temp = base_temp.to(dtype) if isinstance(base_temp, torch.Tensor) else base_temp
     z, v = student_logits.to(dtype), teacher_logits.detach().to(dtype)
     if target is not None:
