@@ -7,8 +7,10 @@ code runs when no value is given (CIFAR-100). `unsure` gives the reasons for wha
 FEATURES to a method: alone (method "none") it is the published baseline, cross-entropy and the feature loss.
 """
 
+import hashlib
 import math
 import re
+from pathlib import Path
 
 METHODS = ("none", "kd", "dkd", "mlkd", "ctkd", "ttm", "wttm", "dist", "rld")
 FEATURES = ("fitnet", "at", "rkd", "crd", "ofd", "reviewkd", "simkd", "catkd")
@@ -215,15 +217,10 @@ def recipe(teacher, student, method, zscore=False, source="authors", data="cifar
            entropy=False):
     """Every number of one run, a dict. ValueError for an unknown method or feature.
 
-    known: whether a paper has this pair (for "none" without a feature: this network); one that none has takes
-    temperature 2 and weight 9 with Z. epochs: at full length. stages: epochs after which the learning rate is
-    divided by ten. base_temp: tau, the temperature of every method. kd_weight, ce_weight: lambda_KD,
-    lambda_CE. alpha, beta: DKD's and RLD's, before kd_weight multiplies both; warmup: epochs of its ramp.
-    beta, gamma: DIST's. span: CTKD's range of temperatures above base_temp; ramp: epochs of its reversal.
-    entropy_temp: that of EA-KD's weights, where `entropy` asks for them.
-    With a feature: feature, its name; feature_weight; feature_ramp: epochs of ReviewKD's ramp; resolution,
-    normalize: the side of CAT-KD's maps, whether they are normalised; factor: how much narrower SimKD's
-    projector is inside. SimKD has no cross-entropy, whatever the method.
+    known: whether a paper has this pair, without a method this student. base_temp: tau of every method.
+    stages: epochs after which lr is divided by ten. warmup: epochs of DKD's and RLD's ramp, ramp: of CTKD's
+    reversal, feature_ramp: of ReviewKD's. alpha, beta: before kd_weight multiplies both. span: CTKD's range
+    of temperatures above base_temp. resolution, normalize: CAT-KD's maps. source: only where not "authors".
     """
     for kind, name, names in (("method", method, METHODS), ("feature", feature, (None, *FEATURES))):
         if name not in names:
@@ -231,6 +228,8 @@ def recipe(teacher, student, method, zscore=False, source="authors", data="cifar
     large, pair = data == "imagenet", (teacher, student)
     logs = zscore and (large or source == "authors")
     r = {"known": pair in IMAGENET if large else pair in PAIRS, **(IMAGE_NET if large else CIFAR_100)}
+    if source != "authors":
+        r["source"] = source
     if not large and student.startswith(("MobileNet", "Shuffle")):
         r["lr"] = 0.01
     temp, weight, ce = NUMBERS[method if method in ("none", "ttm", "wttm") else key(method, zscore)][
@@ -328,6 +327,56 @@ def results_of(of, data="cifar100"):
     names = [of[k] for k in ("teacher", "student", "method", "zscore")]
     more = {"data": data, "feature": of.get("feature"), "entropy": bool(of.get("entropy_temp"))}
     return {"published": published(*names, **more), "logged": logged(*names, **more)}
+
+
+# What a run's folder is named by where it differs from the pair's recipe, in this order.
+NAME_PARTS = {"base_temp": "tau", "kd_weight": "kd", "ce_weight": "ce", "alpha": "alpha", "beta": "beta",
+              "lr": "lr", "weight_decay": "wd", "batch_size": "batch"}
+LONGEST_NAME = 120      # characters; a hash replaces the rest
+
+
+def run_name(run, data="cifar100", precision="fp32", teacher_file=False):
+    """The folder of a run: resnet32x4-resnet8x4-kd-z-tau1.5-seed0, its pair and what differs from the recipe.
+
+    run: every resolved value. data: the recipe's, "cifar100" or "imagenet". precision: the device's default.
+    teacher_file: whether the teacher's file was named; run["teacher_sha256"] is then part of the name.
+    """
+    usual = recipe(run["teacher"], run["student"], run["method"], run["zscore"],
+                   run.get("source", "authors"), data, run.get("feature"), bool(run.get("entropy_temp")))
+    parts = [_network(run["student"], run.get("student_sha256")), name_of(run)]
+    if run["teacher"]:
+        parts.insert(0, _network(run["teacher"], run["teacher_sha256"] if teacher_file else None))
+    for key, short in NAME_PARTS.items():
+        if run.get(key) != usual.get(key):
+            parts.append(f"{short}{run[key]:g}")
+    if run["epochs"] != run["full_epochs"]:
+        parts.append(f"{run['epochs']}epochs")
+    if run.get("train_images"):
+        parts.append(f"{run['train_images']}images")
+    if run.get("val_from_train"):
+        parts.append(f"{run['val_from_train']}val")
+    usual_size = 224 if data == "imagenet" else 32
+    if run.get("size", usual_size) != usual_size:
+        parts.append(f"{run['size']}px")
+    if run["precision"] != precision:
+        parts.append(run["precision"])
+    if "source" in run:
+        parts.append(run["source"])
+    if run["data"] != "cifar100":
+        parts.append(run.get("folder", run["data"]))
+    name = "-".join([*parts, f"seed{run['seed']}"])
+    if len(name) <= LONGEST_NAME:
+        return name
+    return name[:LONGEST_NAME] + hashlib.sha256(name.encode()).hexdigest()[:8]
+
+
+def _network(name, sha256):
+    """A network in a name: resnet56, nets-tiny for my/nets.py:tiny, resnet56@a93aca for a file's weights."""
+    where, colon, function = name.rpartition(":")
+    if where.endswith(".py"):
+        where = Path(where).stem
+    label = re.sub(r"[^\w.-]", "-", where + colon + function)
+    return f"{label}@{sha256[:6]}" if sha256 else label
 
 
 def recipe_epoch(step, steps_per_epoch, recipe):

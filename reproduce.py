@@ -306,6 +306,8 @@ def load_record(path):
             record[key]
         record["last"]["top1"] + record["best"]["top1"] + record["minutes"]
         record["facts"]["device"], record["recipe"]["data"], record["method"] + record["command"]
+        if record["method"].endswith("-released"):      # older records do not contain it
+            record["recipe"]["source"] = "released"
         return record
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise RunError(f"{path} is not a row's result; remove it") from None

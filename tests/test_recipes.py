@@ -210,6 +210,50 @@ def test_the_schedule_is_its_four_parts():
     assert schedule(5, recipe("vgg13", "vgg8", "dkd", True))[1:] == (15 * 5 / 20, 0.0, 0.0)
 
 
+def resolved(teacher="resnet32x4", student="resnet8x4", method="kd", zscore=True, **values):
+    """A run's recipe as the scripts resolve it."""
+    source, data = (values.pop(k, usual) for k, usual in (("source", "authors"), ("rules", "cifar100")))
+    found = recipe(teacher, student, method, zscore, source, data, values.get("feature"),
+                   bool(values.pop("entropy", False)))
+    return {"teacher": teacher, "student": student, "method": method, "zscore": zscore, **found,
+            "full_epochs": found["epochs"], "precision": "fp32", "seed": 0, "data": "cifar100",
+            "train_images": None, "val_from_train": 0, "teacher_sha256": "a93aca9c131b"} | values
+
+
+@pytest.mark.parametrize("values, name", [
+    ({}, "resnet32x4-resnet8x4-kd-z-seed0"),
+    ({"base_temp": 1.5, "seed": 3}, "resnet32x4-resnet8x4-kd-z-tau1.5-seed3"),
+    ({"epochs": 12, "train_images": 15000}, "resnet32x4-resnet8x4-kd-z-12epochs-15000images-seed0"),
+    ({"method": "dkd", "base_temp": 4.0, "kd_weight": 0.9, "ce_weight": 0.5, "alpha": 2.0, "beta": 6.0,
+      "lr": 1e-5, "weight_decay": 0.0, "batch_size": 128, "epochs": 3, "train_images": 2000000,
+      "val_from_train": 5000},
+     "resnet32x4-resnet8x4-dkd-z-tau4-kd0.9-ce0.5-alpha2-beta6-lr1e-05-wd0-batch128-3epochs-2000000images-"
+     "5000val-seed0"),
+    ({"precision": "bf16", "source": "released"}, "resnet32x4-resnet8x4-kd-z-bf16-released-seed0"),
+    ({"method": "none", "zscore": False, "teacher": None}, "resnet8x4-none-seed0"),
+    ({"feature": "crd", "entropy": True}, "resnet32x4-resnet8x4-kd-z-ea-crd-seed0"),
+    ({"data": "folder", "folder": "birds", "size": 64}, "resnet32x4-resnet8x4-kd-z-64px-birds-seed0"),
+    ({"data": "folder", "folder": "birds", "size": 32}, "resnet32x4-resnet8x4-kd-z-birds-seed0"),
+    ({"teacher": "my/nets.py:big", "student": "timm:a/b", "student_sha256": "0123456789"},
+     "nets-big-timm-a-b@012345-kd-z-seed0"),
+])
+def test_a_runs_folder_is_named_by_what_differs_from_the_recipe(values, name):
+    assert recipes.run_name(resolved(**values)) == name
+
+
+def test_a_runs_name_with_a_teachers_file_another_device_and_imagenets_rules():
+    assert recipes.run_name(resolved(), teacher_file=True) == "resnet32x4@a93aca-resnet8x4-kd-z-seed0"
+    assert recipes.run_name(resolved(), precision="bf16") == "resnet32x4-resnet8x4-kd-z-fp32-seed0"
+    large = resolved("resnet34", "resnet18", rules="imagenet", data="photos", size=224)
+    assert recipes.run_name(large, "imagenet") == "resnet34-resnet18-kd-z-photos-seed0"
+    assert recipes.run_name(large | {"size": 192}, "imagenet") == "resnet34-resnet18-kd-z-192px-photos-seed0"
+
+
+def test_a_long_name_ends_with_a_hash_and_differs_where_the_values_do():
+    names = {recipes.run_name(resolved(data="folder", folder="x" * 120, seed=seed)) for seed in range(3)}
+    assert len(names) == 3 and {len(name) for name in names} == {128}
+
+
 def test_unknown_method():
     with pytest.raises(ValueError, match="unknown method 'kdd'; known: none, kd"):
         recipe("resnet56", "resnet20", "kdd")

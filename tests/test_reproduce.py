@@ -43,7 +43,7 @@ def test_every_result_is_complete_and_has_its_log(path):
 
 
 def check_result(path):
-    record = json.loads(path.read_text())
+    record = reproduce.load_record(path)
     log = gzip.decompress((path.parent / "logs" / f"{path.stem}.jsonl.gz").read_bytes())
     rows = [json.loads(line) for line in log.splitlines()]
     assert [row["epoch"] for row in rows] == list(range(1, record["epochs"] + 1))
