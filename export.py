@@ -43,7 +43,6 @@ from networks import TORCHVISION, check_model, fitting, identify, label, pixels_
 
 CENTRE = ((2 * PAD + 1) ** 2 // 2) * 2          # the view that is the image itself
 OPSETS = 13, 23         # the oldest that quantizes by channel, and the newest that was tried
-METHODS = {name.lower(): quantization.CalibrationMethod[name] for name in ("MinMax", "Entropy", "Percentile")}
 BATCHES = 1, 2, 7, 64   # sizes that are verified
 LIMITS = {"fp32": 1e-4, "fp16": 1e-2, "int8": math.inf}     # largest error, relative to the largest logit
 WARM_UP, SAMPLES, SECONDS = 20, 200, 1.0        # of a latency, and the time after which fewer samples do
@@ -51,7 +50,7 @@ FACTS = "teacher", "method", "zscore", "feature", "entropy_temp", "epochs", "see
 HELD_OUT = "held-out training images"
 UNSEEN = "training images at a position that training did not draw"
 UNMEASURED = "accuracy is not measured, int8 is not calibrated, the temperature is not fitted"
-ADVICE = "try --exclude-first-last, --calibration-method entropy, --calibration 2048 or --agreement"
+ADVICE = "try --exclude-first-last, --calibration 2048 or a lower --agreement"
 
 
 # ---------------------------------------------------------------- the student and its images
@@ -369,10 +368,6 @@ def write_fp16(source, path, metadata):
         save(model, path, metadata)
 
 
-def activations_of(flags):
-    return flags["activations"] or ("int8" if flags["symmetric"] else "uint8")
-
-
 class Reader(list):
     """The calibration's batches, which the quantizer asks for one after the other."""
 
@@ -386,12 +381,12 @@ class Reader(list):
 def write_int8(source, path, metadata, student, images, flags):
     """Static quantization, QDQ: int8 weights for each channel, 8-bit activations whose ranges `images` give.
 
-    Weights take 7 bits, -64 to 64, unless --full-range: x86 processors without VNNI add two uint8 x int8
-    products in 16 bits, which 2 x 255 x 64 fits. The first convolution, whose input has been rounded to a
-    byte once already, then stays in float32. --symmetric: int8 activations too, and all zero points 0.
+    Weights take 7 bits, -64 to 64: x86 processors without VNNI add two uint8 x int8 products in 16 bits,
+    which 2 x 255 x 64 fits. The first convolution, whose input is already 8-bit, stays in float32.
+    --symmetric: weights of 8 bits, int8 activations, and all zero points 0.
     """
-    full_range, ends = flags["full_range"] or flags["symmetric"], flags["exclude_first_last"]
-    activations = activations_of(flags)
+    symmetric, ends = flags["symmetric"], flags["exclude_first_last"]
+    kind = quantization.QuantType
     batches = Reader({"image": student.feed(x)} for x in images.split(min(64, student.batch)))
     prepared = path.with_name("prepared.onnx")
     with quiet():
@@ -400,15 +395,14 @@ def write_int8(source, path, metadata, student, images, flags):
         layers = [i for i, n in enumerate(nodes) if n.op_type in ("Conv", "Gemm", "MatMul")]
         excluded = [n.name for i, n in enumerate(nodes) if n.op_type in ("Softmax", "Div")
                     or i < layers[0]            # normalisation
-                    or i == layers[0] and (ends or not full_range) or i == layers[-1] and ends]
+                    or i == layers[0] and (ends or not symmetric) or i == layers[-1] and ends]
         quantization.quantize_static(
             str(prepared), str(path), batches, quant_format=quantization.QuantFormat.QDQ,
-            activation_type=quantization.QuantType[{"uint8": "QUInt8", "int8": "QInt8"}[activations]],
-            weight_type=quantization.QuantType.QInt8, per_channel=True, reduce_range=not full_range,
-            calibrate_method=METHODS[flags["calibration_method"]], nodes_to_exclude=excluded,
+            activation_type=kind.QInt8 if symmetric else kind.QUInt8, weight_type=kind.QInt8,
+            per_channel=True, reduce_range=not symmetric, nodes_to_exclude=excluded,
             extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"],    # 256 levels have ties
                            "CalibStridedMinMax": 1,     # batch by batch, or all images' activations are held
-                           "ActivationSymmetric": flags["symmetric"]})
+                           "ActivationSymmetric": symmetric})
     prepared.unlink()
     model = onnx.load(path)
     shift = student.logits(images, load(source)) - student.logits(images, load(path))
@@ -479,7 +473,7 @@ def verify(path, precision, student, images, expected, wanted):
                          f"{100 * wanted:.0f} % wanted; {ADVICE}")
     if same - here > 0.005:
         click.echo(f"warning: {path.name}: {100 * same:.1f} % of images in PyTorch's class, {100 * here:.1f} "
-                   "% on this processor, whose 16-bit sums saturate: leave --full-range out")
+                   "% on this processor, whose 16-bit sums saturate: leave --symmetric out")
     return {"error": error, "agreement": same, "agreement_here": here, "compared": len(some)}
 
 
@@ -595,9 +589,9 @@ def export(student, images, flags, folder, out):
 
 def how_quantized(flags):
     """int8's choices, for the metadata."""
-    wide = flags["full_range"] or flags["symmetric"]
-    return {"weight_bits": 8 if wide else 7, "activations": activations_of(flags),
-            **{k: flags[k] for k in ("symmetric", "calibration", "calibration_method", "exclude_first_last")}}
+    bits, activations = (8, "int8") if flags["symmetric"] else (7, "uint8")
+    return {"weight_bits": bits, "activations": activations,
+            **{k: flags[k] for k in ("symmetric", "calibration", "exclude_first_last")}}
 
 
 def describe(student, classes):
@@ -649,11 +643,8 @@ def interrupted_by_sigterm():
 @click.option("--fp16/--no-fp16", default=False, help="Write the float16 file.  [default: off]")
 @click.option("--calibration", type=click.IntRange(1, 50_000), default=512, show_default=True, metavar="N",
               help="Training images for int8's ranges.")
-@click.option("--calibration-method", type=cli.Choice(list(METHODS)), default="minmax", show_default=True)
-@click.option("--activations", type=cli.Choice(["uint8", "int8"]), help="[default: uint8, --symmetric: int8]")
-@click.option("--full-range", is_flag=True, help="int8 weights of 8 bits, not 7: nearer to float32 with VNNI "
-                                                 "and on Arm, wrong on x86 without VNNI.")
-@click.option("--symmetric", is_flag=True, help="int8 with zero points 0, weights of 8 bits, for TensorRT.")
+@click.option("--symmetric", is_flag=True, help="int8 for TensorRT and Arm: zero points 0, 8-bit weights; "
+                                                "wrong on x86 without VNNI.")
 @click.option("--agreement", type=click.FloatRange(0, 1), default=0.95, show_default=True, metavar="SHARE",
               help="Of images that int8 must put in PyTorch's class.")
 @click.option("--exclude-first-last", is_flag=True, help="int8's first convolution and classifier in float.")
@@ -662,8 +653,6 @@ def main(**flags):
         cli.check_name("--student", flags["student"], [*MODELS, *TORCHVISION])
     if flags["name"] is not None and Path(flags["name"]).name != flags["name"]:
         raise click.UsageError(f"--name {flags['name']}: a name, not a path; --out names the folder")
-    if flags["symmetric"] and flags["activations"] == "uint8":
-        raise click.UsageError("--symmetric has int8 activations: leave --activations out")
     torch.manual_seed(0)
     with cli.friendly_errors(), interrupted_by_sigterm():
         student = load_student(flags["checkpoint"], flags["student"], flags["float_input"],

@@ -82,7 +82,7 @@ def facts_of(path):
     facts = onnxruntime.InferenceSession(str(path)).get_modelmeta().custom_metadata_map
     return {k: v if k in ("network", "teacher", "data", "weights_sha256", "version") else json.loads(v)
             for k, v in facts.items() if k not in ("input", "method", "precision", "temperature_fitted_on",
-                                                   "activations", "calibration_method")}
+                                                   "activations")}
 
 
 def logits_of(path, images):
@@ -196,7 +196,7 @@ def test_a_name_that_two_have_is_taken_for_what_the_keys_say(monkeypatch):
         monkeypatch.setattr(kind, "reset_parameters", lambda self: None)
     for init in ("normal_", "kaiming_normal_", "constant_"):
         monkeypatch.setattr(torch.nn.init, init, lambda tensor, *rest, **more: tensor)
-    monkeypatch.setattr(export, "check", lambda *rest: None)
+    monkeypatch.setattr(export, "check_model", lambda *rest: None)
 
     def file(network, **facts):     # in a small file
         state = {k: torch.zeros(()).expand(v.shape) for k, v in network.state_dict().items()}
