@@ -125,13 +125,14 @@ class Reproduction:
         return Row(teacher, student, method, seed, arguments, where, recipe, "-".join([folder, *parts]))
 
     def done(self, row):
-        """Whether a row's result is there; RunError for another recipe's, or not the named teacher's."""
-        path, recipe, named = self.results / f"{row.name}.json", row.recipe, self.flags["teacher_checkpoint"]
+        """Whether a row's result is there; RunError for another recipe's, or another teacher's."""
+        path, recipe = self.results / f"{row.name}.json", row.recipe
         if not path.exists():
             return False
-        if row.teacher and named:
-            recipe = recipe | {"teacher_sha256": self.sha256(row.teacher, named)}
-        differ = differences(load_record(path)["recipe"], recipe, () if named else ("teacher_sha256",))
+        file = self.flags["teacher_checkpoint"] or local_teacher(row.teacher)
+        if row.teacher and file:
+            recipe = recipe | {"teacher_sha256": self.sha256(row.teacher, file)}
+        differ = differences(load_record(path)["recipe"], recipe, () if file else ("teacher_sha256",))
         if differ:
             raise RunError(f"{path} is of another recipe ({'; '.join(differ)}): choose other --results and "
                            "--out, or remove it")
@@ -213,6 +214,12 @@ class Reproduction:
                            "--teacher-checkpoint, or choose other --results")
 
 
+def local_teacher(name):
+    """The file that would be taken for a teacher without a download, or None."""
+    places = (f"{name}.pt", f"mdistiller/{name}.pth", f"pytorch-cifar-models/{name}.pt")
+    return next((CHECKPOINTS / place for place in places if (CHECKPOINTS / place).is_file()), None)
+
+
 def run_all(rows, shared):
     """Every row that is not done, for a Reproduction; whether there was one.
 
@@ -238,7 +245,6 @@ def run_all(rows, shared):
                 click.echo(f"{row.name}: {runs.first_line(error)}", err=True)
                 problems.append(row.name)
         again = again and bool(elsewhere)
-    write_tables(shared.results, shared.readme)       # another process may have written its own in between
     if elsewhere:
         click.echo(f"in another process's hands: {', '.join(elsewhere)}")
     if problems:
@@ -353,8 +359,16 @@ RULE = f"""\
 It is called better or worse where it exceeds twice its standard error, from the sample deviations of the two
 cells. One seed gives no deviation: a full-length run is then taken to deviate by {NOISE} points, as such runs
 are known to, and a short one is within noise."""
+FLOAT32 = """\
+The last epoch is evaluated from the kept students by `--eval` in float32 (the KD+Z student is kept in
+float16); the best epoch is the log's, in bfloat16."""
 HEAD = ("pair", "method", "last epoch, top-1", "best, chosen on test", "paper", "authors' log, last epoch",
         "Δ of Z", "paper's Δ", "as deployed", "minutes", "device", "`python train_cifar.py`, with `--seed`")
+
+
+def last_top1(record):
+    """Top-1 of the last epoch; that of the kept student in float32, where training evaluated in bfloat16."""
+    return record.get("float32", record["last"])["top1"]
 
 
 def table_row(key, cells):
@@ -365,7 +379,7 @@ def table_row(key, cells):
     alike = ("teacher_sha256", "precision", "compile")      # the two methods' recipes differ anyway
     seeds = [s for s in cell if s in plain and not differences(
         *({k: c[s]["recipe"][k] for k in alike if k in c[s]["recipe"]} for c in (plain, cell)))]
-    last = [[c[s]["last"]["top1"] for s in seeds] for c in (cell, plain)]
+    last = [[last_top1(c[s]) for s in seeds] for c in (cell, plain)]
     gain = [a - b for a, b in zip(*last)]
     more = {"feature": feature, "entropy": entropy}
     published, baseline = (recipes.published(teacher, student, name, on, **more) for on in (z, False))
@@ -378,7 +392,7 @@ def table_row(key, cells):
     command = re.sub(" --seed [0-9]+", "", record["command"].removeprefix("python train_cifar.py "))
     return [f"{teacher} → {student}" if teacher else student,
             recipes.title(method),
-            *(spread([r[k]["top1"] for r in cell.values()]) for k in ("last", "best")),
+            spread([last_top1(r) for r in cell.values()]), spread([r["best"]["top1"] for r in cell.values()]),
             f"{published:.2f}" if published else "", f"{logged:.2f}" if logged else "",
             f"{spread(gain, '+')}, {verdict(*last, record['full_length'])}" if gain else "",
             f"{published - baseline:+.2f}" if z and published and baseline else "", deployed,
@@ -410,7 +424,9 @@ def tables(records):
         budgets.setdefault((full, *budget), []).append(record)
     for (full, *budget), group in sorted(budgets.items()):
         if full:
-            text.append(f"**Full length, as in the papers: {len(cells_of(group))} rows.** {markdown(group)}")
+            said = " " + FLOAT32 if any("float32" in record for record in group) else ""
+            text.append(f"**Full length, as in the papers: {len(cells_of(group))} rows.**{said} "
+                        + markdown(group))
             continue
         (data, epochs, images), real = budget, budget[0] == "cifar100"
         timed = [r["minutes"] for r in group if not r.get("background")]
@@ -423,13 +439,26 @@ def tables(records):
     return "\n".join(text + [RULE] * any("Δ of Z" in part for part in text)).strip()
 
 
-def write_tables(results, readme):
-    """Puts the tables between the marks of a file."""
+def list_line(row, shared):
+    """A row in --list: whether it is done, or why its result is not the row's."""
+    try:
+        return f"{'done' if shared.done(row) else '    '}  {row.name}"
+    except (RunError, ValueError) as error:
+        return f"      {row.name}: {runs.first_line(error)}"
+
+
+def split_readme(readme):
+    """What is before and after the tables in a file; RunError where it has no place for them."""
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise RunError(f"{readme} has no place for the tables: it must hold the lines {BEGIN} and {END}, "
                        "once each")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    return text.split(BEGIN)[0], text.split(END)[1]
+
+
+def write_tables(results, readme):
+    """Puts the tables between the marks of a file."""
+    before, after = split_readme(readme)
     with runs.disk_errors(readme.parent):
         replace(readme, f"{before}{BEGIN}\n{tables(load_records(results))}\n{END}{after}".encode())
 
@@ -467,9 +496,9 @@ def main(pairs, methods, results, readme, table, list_rows, **flags):
         rows = [shared.row(*row, seed) for seed in seeds for row in rows_of(pairs, methods)]
         if list_rows:
             for row in rows:
-                click.echo(f"{'done' if shared.done(row) else '    '}  {row.name}")
+                click.echo(list_line(row, shared))
             return
-        write_tables(results, readme)       # what is missing there is better said now than after hours
+        split_readme(readme)        # a missing place for the tables is an error now, not after hours
         if not run_all(rows, shared):
             click.echo(f"nothing to run: all rows are in {results} already")
 
