@@ -1,8 +1,8 @@
 """Eight feature-distillation methods, the baselines of the papers' tables. Copy this file; it needs torch.
 
     with torch.no_grad():                           # once: of any two images, both networks in eval mode
-        (_, s), (_, t) = (network(images[:2], features=True) for network in (student, teacher))
-    method = METHODS["crd"](student, teacher, s, t, labels).to(images.device)
+        (z, s), (v, t) = (network(images[:2], features=True) for network in (student, teacher))
+    method = METHODS["crd"](student, teacher, s, t, labels, logits=(z, v)).to(images.device)
     optimizer = SGD([*student.parameters(), *method.parameters()], ...)
     student.train()
 
@@ -17,7 +17,7 @@ A network's features are any object with the fields
     post    its stages' maps (B, C, H, W), after their ReLU; without the stem
     pre     the same before it
     last    the map that global pooling averages
-    pooled  its mean (B, C), what the last nn.Linear, its classifier, sees
+    pooled  its mean (B, C), the input of its classifier, an nn.Linear
 
 Half precision is cast up to float32 before a loss is computed, autocast is off there; convolutions that learn
 beside the student follow autocast. The teacher is detached. Every loss is a scalar, unweighted; a NaN shows.
@@ -201,9 +201,10 @@ def _pairs(student_maps, teacher_maps):
 
 
 class Method(nn.Module):
-    """What learns beside the student, and the loss. Made of both networks and their features of one batch.
+    """What learns with the student, and the loss. Made of both networks and their features of one batch.
 
-    ValueError, one line, where the method does not take these networks. reads: which of the teacher's
+    logits: of that batch, of both; they tell a classifier from another linear layer. ValueError, one line,
+    where the method does not take these networks. reads: which of the teacher's
     features, of its first `depth` stages where that is not None. notice: a line for people, or empty.
     """
 
@@ -227,7 +228,7 @@ class FitNet(Method):
 
     reads, depth = ("post",), 2
 
-    def __init__(self, student, teacher, s, t, labels=None):
+    def __init__(self, student, teacher, s, t, labels=None, *, logits=None):
         super().__init__()
         (c, h), (c_teacher, h_teacher) = (_shape(_stages("FitNet", x, f, 2)[1])
                                           for x, f in ((student, s), (teacher, t)))
@@ -251,7 +252,7 @@ class AT(Method):
 
     reads = ("post",)
 
-    def __init__(self, student, teacher, s, t, labels=None):
+    def __init__(self, student, teacher, s, t, labels=None, *, logits=None):
         super().__init__()
         n = [len(_stages("AT", x, f)) for x, f in ((student, s), (teacher, t))]
         if n[0] != n[1]:
@@ -267,7 +268,7 @@ class RKD(Method):
 
     reads = ("pooled",)
 
-    def __init__(self, student, teacher, s, t, labels=None):
+    def __init__(self, student, teacher, s, t, labels=None, *, logits=None):
         super().__init__()
         _check_pooled("RKD", student, teacher, s, t)
 
@@ -288,7 +289,7 @@ class CRD(Method):
     WIDTH, NEGATIVES, TEMPERATURE, MOMENTUM = 128, 16384, 0.07, 0.5
     LARGE = 2**17       # images; a batch's draw without replacement takes memory for all of them
 
-    def __init__(self, student, teacher, s, t, labels=None):
+    def __init__(self, student, teacher, s, t, labels=None, *, logits=None):
         super().__init__()
         _check_pooled("CRD", student, teacher, s, t)
         labels = torch.as_tensor([] if labels is None else labels)
@@ -358,7 +359,7 @@ class OFD(Method):
 
     teacher_mode, reads = "train", ("pre",)
 
-    def __init__(self, student, teacher, s, t, labels=None):
+    def __init__(self, student, teacher, s, t, labels=None, *, logits=None):
         super().__init__()
         _check_stages("OFD", student, teacher, s.pre, t.pre)
         norms = teacher.norms_before_relu() if hasattr(teacher, "norms_before_relu") else []
@@ -388,7 +389,7 @@ class ReviewKD(Method):
 
     reads = "pre", "pooled"
 
-    def __init__(self, student, teacher, s, t, labels=None):
+    def __init__(self, student, teacher, s, t, labels=None, *, logits=None):
         super().__init__()
         _check_stages("ReviewKD", student, teacher, s.post, t.pre)
         _check_pooled("ReviewKD", student, teacher, s, t)
@@ -433,15 +434,17 @@ class SimKD(Method):
 
     reads = ("last",)
 
-    def __init__(self, student, teacher, s, t, labels=None, factor=2):
+    def __init__(self, student, teacher, s, t, labels=None, factor=2, *, logits=None):
         super().__init__()
-        classifier = head(teacher)
-        if head(student).out_features != classifier.out_features:
-            raise ValueError(f"SimKD: {_name(student)} has {head(student).out_features} classes, "
+        own, other = logits or (None, None)
+        classifier = classifier_of("SimKD", teacher, t, other)
+        classes = [m.out_features for m in student.modules() if isinstance(m, nn.Linear)][-1:]
+        if own is not None:
+            classes = [own.shape[1]]
+        if classes != [classifier.out_features]:
+            raise ValueError(f"SimKD: {_name(student)} has {classes[0] if classes else 'no'} classes, "
                              f"{_name(teacher)} {classifier.out_features}")
         stages = _stages("SimKD", student, s)
-        if t.last is None or t.last.shape[1] != classifier.in_features:
-            raise ValueError(f"SimKD: {_name(teacher)} gives no map that its classifier sees the mean of")
         stage = s.last.shape[1] != stages[-1].shape[1]      # of ShuffleV2 and MobileNetV2: before a 1x1 layer
         (c, h), (c_teacher, h_teacher) = _shape(stages[-1] if stage else s.last), _shape(t.last)
         if max(h, h_teacher) % min(h, h_teacher):
@@ -483,15 +486,15 @@ class CATKD(Method):
 
     reads = ("last",)
 
-    def __init__(self, student, teacher, s, t, labels=None, resolution=2, normalize=False, fresh=True):
+    def __init__(self, student, teacher, s, t, labels=None, resolution=2, normalize=False, fresh=True, *,
+                 logits=None):
         super().__init__()
-        self.heads, self.resolution, self.normalize = (head(student), head(teacher)), resolution, normalize
+        z, v = logits or (None, None)
+        self.heads = classifier_of("CAT-KD", student, s, z), classifier_of("CAT-KD", teacher, t, v)
+        self.resolution, self.normalize = resolution, normalize
         own, other = (x.out_features for x in self.heads)
         if own != other:
             raise ValueError(f"CAT-KD: {_name(student)} has {own} classes, {_name(teacher)} {other}")
-        for x, f, layer in zip((student, teacher), (s, t), self.heads):
-            if f.last is None or f.last.shape[1] != layer.in_features:
-                raise ValueError(f"CAT-KD: {_name(x)} gives no map that its classifier sees the mean of")
         with torch.no_grad():
             weight, bias = self.heads[0].weight, self.heads[0].bias
             if fresh and _name(student).lower().startswith(("vgg", "shuffle")):
@@ -553,12 +556,34 @@ def trimmed(network):
     return traced
 
 
-def head(network):
-    """A network's classifier: its last nn.Linear."""
+def classifier_of(method, network, features, logits=None):
+    """The linear layer that makes a network's logits (B, K) of the mean of its map `last`.
+
+    ValueError where there is none (another pooling, a norm between), or several may be and logits is None.
+    """
     layers = [m for m in network.modules() if isinstance(m, nn.Linear)]
-    if not layers:
-        raise ValueError(f"{_name(network)} has no linear layer at its end")
+    if features.last is not None:
+        layers = [m for m in layers if m.in_features == features.last.shape[1]]
+        if logits is not None:
+            layers = [m for m in layers if m.out_features == logits.shape[1]
+                      and _makes(m, _pool(features.last), logits)]
+    if features.last is None or not layers:
+        raise ValueError(f"{method}: no linear layer of {_name(network)} makes its logits from the mean of "
+                         "its last map")
+    if logits is None and len(layers) > 1:
+        raise ValueError(f"{method}: {_name(network)} has {len(layers)} linear layers of that size; give "
+                         "logits=(student's, teacher's)")
     return layers[-1]
+
+
+def _makes(layer, x, logits):
+    """Whether a linear layer makes these logits of x, to a thousandth of the largest in float32."""
+    x, logits, weight = _up(x), _up(logits), _up(layer.weight)
+    bias = None if layer.bias is None else _up(layer.bias)
+    rounding = max(1e-3, 8 * torch.finfo(layer.weight.dtype).eps)       # of a network in half precision
+    with _full_precision(x):
+        error = (F.linear(x, weight, bias) - logits).abs().amax()
+    return bool(error <= rounding * logits.abs().amax())
 
 
 def _name(network):

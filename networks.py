@@ -178,17 +178,19 @@ def feature_method(recipe, student, teacher, labels, size, call=False):
 
     labels: (n,) classes of the training images; size: pixels of an image's side; call: try it on two images.
     """
-    images = torch.zeros(2, 3, size, size, device=next(student.parameters()).device)
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = images.to(next(student.parameters()).device)
     options = {k: recipe[k] for k in ("resolution", "normalize", "factor") if k in recipe}
     if recipe["feature"] == "catkd":
         options["fresh"] = "student_sha256" not in recipe       # else the student begins with given weights
     try:
         with torch.no_grad():
-            (logits, s), (_, t) = (with_features(network).eval()(images, features=True)
+            (z, s), (v, t) = (with_features(network).eval()(images, features=True)
                                    for network in (student, teacher))
-            method = feature_kd.METHODS[recipe["feature"]](student, teacher, s, t, labels, **options)
+            method = feature_kd.METHODS[recipe["feature"]](student, teacher, s, t, labels,
+                                                            logits=(z, v), **options)
             if call:
-                method.eval().loss_and_logits(logits, s, t, torch.arange(2), torch.arange(2))
+                method.eval().loss_and_logits(z, s, t, torch.arange(2), torch.arange(2))
         return method
     except ValueError:
         raise

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -1007,6 +1008,41 @@ def test_simkd_takes_a_classifier_without_a_bias():
     teacher.fc.bias = None
     method = METHODS["simkd"](student, teacher, s, t)
     assert torch.equal(method.fc.weight, teacher.fc.weight) and (method.fc.bias == 0).all()
+
+
+class Decoy(Tiny):
+    """A network with an unused linear layer of its classifier's size after it, or a classifier of no mean."""
+
+    def __init__(self, name, kind):
+        super().__init__(name, (4, 6, 8), (16, 8, 4))
+        self.kind, self.other = kind, nn.Linear(8, 5)
+
+    def forward(self, x, features=False):
+        _, f = super().forward(x, features=True)
+        seen = {"decoy": f.pooled, "GeM": f.last.pow(3).mean((2, 3)).pow(1 / 3),
+                "norm": F.layer_norm(f.pooled, (8,))}[self.kind]
+        logits = self.fc(seen)
+        return (logits, f) if features is True else logits
+
+
+@pytest.mark.parametrize("kind, dtype", [("decoy", torch.float32), ("decoy", torch.bfloat16),
+                                         ("GeM", torch.float32), ("norm", torch.float32)])
+@pytest.mark.parametrize("name", ["simkd", "catkd"])
+def test_the_classifier_is_the_layer_that_makes_the_logits(name, kind, dtype):
+    """A decoy head was deployed by SimKD and matched by CAT-KD: the student ended at chance."""
+    student, teacher = Tiny("small", (4, 6, 8), (16, 8, 4)).to(dtype), Decoy("large", kind).to(dtype)
+    with torch.no_grad():
+        (z, s), (v, t) = (network.eval()(torch.randn(2, 3, 16, 16).to(dtype), features=True)
+                          for network in (student, teacher))
+    if kind == "decoy":
+        method = METHODS[name](student, teacher, s, t, logits=(z, v))
+        used = method.heads[1] if name == "catkd" else method.fc
+        assert torch.equal(used.weight, teacher.fc.weight.to(used.weight))
+    else:
+        with pytest.raises(ValueError, match="no linear layer of large makes its logits from the mean"):
+            METHODS[name](student, teacher, s, t, logits=(z, v))
+    with pytest.raises(ValueError, match="large has 2 linear layers of that size; give logits="):
+        METHODS[name](student, teacher, s, t)
 
 
 @pytest.mark.parametrize("name", METHODS)
