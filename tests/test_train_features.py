@@ -705,7 +705,7 @@ def test_simkds_accuracy_in_training_is_the_deployed_networks(files):
     images, targets = images_of(16)
     twin = copy.deepcopy(distiller)
     logits, _ = distiller.compare(images, targets, torch.arange(16))
-    torch.testing.assert_close(logits, twin.deployed[0](images))
+    torch.testing.assert_close(logits, twin.inference_model[0](images))
     assert not torch.allclose(logits, copy.deepcopy(distiller.student)(images))
     distiller.eval()
     assert torch.equal(distiller.predict(images), distiller.inference_model[0](images))
