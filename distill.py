@@ -318,20 +318,6 @@ def evaluate(predict, batches, world=None, between=lambda: None):
     return {"loss": loss / n, "top1": 100 * top1 / n, "top5": 100 * top5 / n}
 
 
-def check_teacher(teacher, batches, images, world, published=None):
-    """Evaluates a Teacher as `evaluate`, and prints what it is beside what is published; its top-1 (%).
-
-    images: their name, for the line. A point or more under the published one is a warning.
-    """
-    top1 = evaluate(teacher.logits, batches, world)["top1"]
-    world.print(f"teacher {teacher.name} ({teacher.source}): {top1:.2f} % top-1 on the {images}"
-                + (f", published {published:.2f}" if published else ""))
-    if published and top1 <= published - 1:
-        world.print("warning: this teacher is worse than the published one; the paper's numbers cannot be "
-                    "expected")
-    return top1
-
-
 # ---------------------------------------------------------------- the training loop
 
 
@@ -339,7 +325,7 @@ def train(recipe, data, distiller, run, state, world, stop, *, save_every=60, st
     """Trains `distiller` on `data`; returns the result, a dict.
 
     data: a script's Batches: eval_name, images (an epoch's), train_images, steps, undecodable, check,
-    check_teacher, place, epoch, evaluation, long_evaluation, facts (for student.pt), advice and chunk (see
+    place, epoch, evaluation, long_evaluation, facts (for student.pt), advice and chunk (see
     cli.Progress). state: the checkpoint to go on from, or None. stop: a Stop. save_every: seconds; a run also
     saves when it is stopped, at its end, and around an evaluation that takes long. stop_after: leave after so
     many epochs, as a kill would, and return None. how: see `make_step`.
@@ -409,7 +395,6 @@ class Trainer:
             last = i == data.steps - 1
             save_now, asked = (False, False) if last else self.due()
             if save_now or last or world.device.type == "cpu":      # on a GPU looking waits for it
-                data.check_teacher()
                 check_finite(self.tally, epoch, i, logits, teacher_logits, self.run, world)
             if save_now:
                 self.collect()

@@ -30,7 +30,7 @@ from click.core import ParameterSource
 import cli
 import recipes
 from data import CIFAR, Data, Preprocessing, Split, crop_and_flip, epoch_draws, load_data, synthetic
-from distill import check_teacher, run_experiment, evaluate
+from distill import run_experiment, evaluate
 from distributed import World
 from folders import load_small
 from logit_kd import METHODS
@@ -39,7 +39,7 @@ from networks import (check_feature, check_model, create, fitting, identify, ini
                       load_pretrained, pixels_of, restored)
 from randaugment import strong_draws, strong_view
 from run import RunError
-from teacher import ARCHIVE_URL, CHECKPOINTS, Teacher, check_names, find_teacher, load_teacher
+from teacher import ARCHIVE_URL, CHECKPOINTS, Teacher, check_names, check_teacher, find_teacher, load_teacher
 
 # images that are augmented, and the teacher is asked about, at once
 CHUNK = {"cuda": 8192, "mps": 1024, "cpu": 1024}
@@ -65,11 +65,6 @@ class Batches:
     def check(self, undecodable):
         """What a row of the log says beside the usual."""
         return {}
-
-    def check_teacher(self):
-        """ValueError where the cached logits are out of range."""
-        if self.teacher:
-            self.teacher.check_range()
 
     def place(self, epoch, step):
         """Where in the run a step's first image is."""
@@ -210,7 +205,8 @@ def execute(flags, world, shared):
             known = recipes.published(None, teacher.name, "none") if recipe["data"] == "cifar100" else None
             split = "test split" if data.eval_name == "test" or recipe["data"] != "folder" else (
                 f"{data.eval_name} images")
-            teacher.top1 = check_teacher(teacher, evaluation(data.test, data.pixels), split, world, known)
+            teacher.top1 = evaluate(teacher.logits, evaluation(data.test, data.pixels), world)["top1"]
+            check_teacher(teacher, teacher.top1, split, world.print, known)
             shared[asked] = teacher
         teacher = shared[asked]
     return recipe, *run_one(recipe, data, teacher, flags, world), teacher

@@ -25,7 +25,7 @@ from torchvision.transforms.functional import to_pil_image
 import cli
 import recipes
 from data import epoch_draws
-from distill import check_teacher, run_experiment, evaluate, micro_batches
+from distill import run_experiment, evaluate, micro_batches
 from distributed import World
 from folders import (FolderImages, folder_batches, folder_keys, imagenet_pixels, load_folders,
                      normalise_folder, printable)
@@ -36,7 +36,7 @@ from networks import (TORCHVISION, load_pretrained, check_model, check_feature, 
                       torchvision_network)
 from randaugment import StrongDraws, strong_draws, strong_operations
 from run import RunError, first_line
-from teacher import Teacher, load_teacher
+from teacher import Teacher, check_teacher, load_teacher
 
 BAD = 0.001         # the share of training images that may be undecodable
 
@@ -70,9 +70,6 @@ class Batches:
             raise RunError(f"{undecodable} of {self.train_images} training images cannot be decoded{name}; "
                            "mend or remove them")
         return {"undecodable": undecodable}
-
-    def check_teacher(self):
-        """Its logits are float32 here, whatever their size."""
 
     def place(self, epoch, step):
         """Where in the run the first image of this process's share of a step is."""
@@ -224,8 +221,11 @@ def run_one(recipe, folders, teacher, flags, world, stop_after=None):
                 and not (real and recipes.known(recipe, "imagenet"))):
             world.print(cli.temperature_line(recipe, classes))
         if teacher:
-            top1 = recipes.published(recipe["teacher"], None, "teacher", data="imagenet") if real else None
-            check_teacher(teacher, batches.evaluation(), f"{folders.eval_name} images", world, top1)
+            published = None
+            if real:
+                published = recipes.published(recipe["teacher"], None, "teacher", data="imagenet")
+            top1 = evaluate(teacher.logits, batches.evaluation(), world)["top1"]
+            check_teacher(teacher, top1, f"{folders.eval_name} images", world.print, published)
 
     torch.manual_seed(recipe["seed"])
     student = create(recipe["student"], classes, TORCHVISION)

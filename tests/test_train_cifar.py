@@ -78,8 +78,8 @@ def test_the_main_command_finds_a_teacher_as_mdistiller_publishes_it(serve, cifa
     monkeypatch.setattr(data, "read_cifar", lambda *_: (train, test))
     output = call("--teacher", "resnet56", "--student", "resnet20", "--zscore", "--epochs", 1,
                   "--device", "cpu")
-    assert ("downloading mdistiller's teachers, once, from http" in output
-            and "teacher resnet56 (mdistiller's, checkpoints/mdistiller/resnet56.pth): " in output)
+    assert "/cifar_teachers.tar, once" in output
+    assert "teacher resnet56 (checkpoints/mdistiller/resnet56.pth): " in output
     assert "epoch   1/1" in output and "resnet56-resnet20-kd-z-seed0: last epoch" in output
 
 

@@ -560,7 +560,7 @@ def modes(monkeypatch):
     seen = []
 
     def features(taught, images, real=Teacher.features):
-        norms = [m.training for m in taught.shown.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        norms = [m.training for m in taught.extractor.modules() if isinstance(m, torch.nn.BatchNorm2d)]
         seen.append((set(norms), images, real(taught, images)))
         return seen[-1][-1]
 
@@ -588,9 +588,10 @@ def test_ofds_teacher_takes_the_batchs_statistics_and_keeps_its_own(files, modes
     fresh = Teacher(lively("resnet14"), "cpu")
     assert torch.equal(fresh.logits(images), taught.logits(images))
     index, views = torch.arange(20), torch.full((20,), 80)
-    torch.testing.assert_close(taught.cached_logits(index, views), fresh.logits(
-        data.normalise(data.crop_and_flip(data.load_data("synthetic", None, "cpu", train_images=48)
-                                          .train.images[index], views))), rtol=2e-3, atol=2e-3)
+    seen = data.load_data("synthetic", None, "cpu", train_images=48).train.images[index]
+    seen = data.normalise(data.crop_and_flip(seen, views))
+    torch.testing.assert_close(taught.cached_logits(index, views, seen), fresh.logits(seen), rtol=2e-3,
+                               atol=2e-3)
     # one Teacher serves all the runs of a process
     modes.clear()
     again, *_ = begun(flags("fitnet", files, method="kd"), shared)
@@ -614,7 +615,7 @@ def test_another_methods_teacher_is_in_evaluation_mode(files, modes, feature):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
     before, after = statistics(lively("resnet14")), statistics(taught.whole)
     assert all(torch.equal(after[k], v) for k, v in before.items())
-    networks = taught.whole, taught.shown, taught.network, distiller, distiller.inference_model[0]
+    networks = taught.whole, taught.extractor, taught.network, distiller, distiller.inference_model[0]
     hooks = [h for network in networks
              for m in network.modules() for h in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)]
     assert hooks and not any(hooks)
