@@ -36,6 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
 
 import cli
+import recipes
 import train_cifar
 import train_imagenet
 from data import IMAGENET_MEAN, IMAGENET_STD, MEAN, STD, VIEWS, Data, Split, synthetic
@@ -45,11 +46,11 @@ from folders import Folders, folder_keys
 from logit_kd import linear_kd_loss
 from models import create_model
 from networks import TORCHVISION, create, feature_method, init_bn_stats
-from recipes import FEATURE_NAMES, IMAGENET
 from run import RunError, collect_facts, first_line, rounded
 from teacher import BATCH, Teacher
 from zscore_kd import kd_loss
 
+IMAGENET = [tuple(pair.split("-")) for pair in recipes.IMAGENET]
 EXPERIMENTS = "resnet56-resnet20", "resnet32x4-resnet8x4", "resnet32x4-resnet8x4-mlkd"
 ALL = *EXPERIMENTS, "imagenet", "features", "vocabulary"
 ROWS = "data", "teacher", "student", "whole, first epoch", "whole, cached"
@@ -268,7 +269,7 @@ def imagenet(world, rounds, folder, batch):
         loading.keys[:], _ = folder_keys(0, epoch, loads * batch, batch, 0, 0, 1, 1)
         return ((images, target) for images, _, target, _ in islice(loading.loader, loads))
 
-    folders, recipe = Folders(plain.samples, [], "val", []), resolved(*next(iter(IMAGENET)))
+    folders, recipe = Folders(plain.samples, [], "val", []), resolved(*IMAGENET[0])
     loading = train_imagenet.Batches(folders, recipe, None, world, workers, None)
     held = next(loading.epoch(0, 0))
     parts = {"loading": {"baseline": Part(chain.from_iterable(theirs), loads, lambda x, _: x.to(device)),
@@ -347,7 +348,7 @@ def feature_part(feature, column, world):
 def features(world, rounds, compile):
     """Images per second of each feature method's whole steps, as a dict; the teacher sees every batch."""
     rates = {}
-    for feature, name in FEATURE_NAMES.items():
+    for feature, name in recipes.FEATURE_NAMES.items():
         if compile:
             torch._dynamo.reset()       # its limit is of all variants together
         parts = {c: feature_part(feature, c, world) for c in ["baseline", "this", "compiled"][:2 + compile]}

@@ -76,12 +76,10 @@ GIVEN = ("base_temp", "kd_weight", "ce_weight", "alpha", "beta", "zscore_relatio
          "epochs", "batch_size", "lr", "weight_decay")
 
 
-def resolve(flags, found, doubts, device):
+def resolve(flags, found, device):
     """The recipe: the pair's numbers `found`, with the flags given. Returns (recipe, lines to print)."""
     names = {k: flags[k] for k in ("teacher", "student", "method", "zscore")}
     found, lines = dict(found), []
-    if doubts:
-        lines.append(f"unsure: {len(doubts)} of this recipe's choices are in doubt, see --list")
     given = {k: flags[k] for k in GIVEN if flags[k] is not None}
     if not found.pop("known"):
         pair = (f"{names['teacher']} -> {names['student']}" if names["teacher"]

@@ -25,7 +25,7 @@ from cli import Progress, check_batch, duration, peak_memory
 from logit_kd import distillation_loss
 from models import float32_head
 from networks import feature_method
-from recipes import name_of, recipe_epoch, schedule
+from recipes import method_name, recipe_epoch, schedule
 from run import Run, RunError, Stop, Stopped, collect_facts, first_line
 from zscore_kd import CurriculumTemperature
 
@@ -565,7 +565,7 @@ def run_experiment(recipe, data, student, folder, world, *, teacher=None, publis
     values = ", ".join(f"{k} {recipe[k]}" for k in SHOWN
                        if recipe.get(k) not in (None, False) or k == "ce_weight"
                        or k == "zscore_relations" and recipe["zscore"] and k in recipe)
-    world.print(f"{run.folder}: {name_of(recipe)}, {values}")
+    world.print(f"{run.folder}: {method_name(recipe)}, {values}")
     batch = recipe["batch_size"]
     share = batch // world.size // micro_batches(batch, world.size, how.get("micro_batch"))
     check_batch(recipe, data.train_images, min(share, data.images % batch or batch))

@@ -65,7 +65,7 @@ def save(figure, flags, name, rows):
 
 
 def label(method, n):
-    return f"{recipes.title(method)} (n = {n})"
+    return f"{recipes.display_name(method)} (n = {n})"
 
 
 def toy(flags):
@@ -180,8 +180,8 @@ def logits_of(flags):
     for who in ("teacher", "plain", "zscore"):
         name, path = (teacher, flags["teacher_checkpoint"]) if who == "teacher" else (student, flags[who])
         facts = facts_of(read_checkpoint(path, name))
-        said, method = facts.get("zscore"), recipes.title(recipes.key(
-            facts.get("method", "kd"), who == "zscore", facts.get("feature"), facts.get("entropy_temp")))
+        run = {"method": "kd"} | facts | {"zscore": who == "zscore"}
+        said, method = facts.get("zscore"), recipes.display_name(recipes.method_name(run))
         if who != "teacher" and said not in (None, who == "zscore"):
             how = "with" if said else "without"
             raise RunError(f"--{who} {path}: this student was distilled {how} --zscore")

@@ -111,7 +111,7 @@ class Reproduction:
         self.hashes = {}        # of files of weights
 
     def row(self, teacher, student, method, seed):
-        flags, (name, z, released, feature, entropy) = self.flags, recipes.words(method)
+        flags, (name, z, released, feature, entropy) = self.flags, recipes.parse_method(method)
         arguments = options(teacher=teacher, student=student, method=name, feature=feature)
         arguments += ["--zscore"] * z + ["--entropy-weight"] * entropy + ["--recipe", "released"] * released
         arguments += options(teacher_checkpoint=flags["teacher_checkpoint"] if teacher else None, seed=seed,
@@ -374,7 +374,7 @@ def last_top1(record):
 def table_row(key, cells):
     """One line of a table; "" where there is nothing to say."""
     (teacher, student, method), cell = key, cells[key]
-    (name, z, _, feature, entropy), record = recipes.words(method), next(iter(cell.values()))
+    (name, z, _, feature, entropy), record = recipes.parse_method(method), next(iter(cell.values()))
     plain = cells.get((teacher, student, method.replace("-z", "")), {}) if z else {}
     alike = ("teacher_sha256", "precision", "compile")      # the two methods' recipes differ anyway
     seeds = [s for s in cell if s in plain and not differences(
@@ -391,7 +391,7 @@ def table_row(key, cells):
                else d["device"] for d in (r["facts"] for r in cell.values())}
     command = re.sub(" --seed [0-9]+", "", record["command"].removeprefix("python train_cifar.py "))
     return [f"{teacher} → {student}" if teacher else student,
-            recipes.title(method),
+            recipes.display_name(method),
             spread([last_top1(r) for r in cell.values()]), spread([r["best"]["top1"] for r in cell.values()]),
             f"{published:.2f}" if published else "", f"{logged:.2f}" if logged else "",
             f"{spread(gain, '+')}, {verdict(*last, record['full_length'])}" if gain else "",

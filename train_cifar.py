@@ -111,7 +111,7 @@ def resolve(flags, device):
     """The run's recipe: the pair's, with the flags that were given. Returns (recipe, lines to print)."""
     names = [flags[k] for k in ("teacher", "student", "method", "zscore", "recipe")]
     more = {"feature": flags["feature"], "entropy": flags["entropy_weight"]}
-    recipe, lines = cli.resolve(flags, recipes.recipe(*names, **more), recipes.unsure(*names, **more), device)
+    recipe, lines = cli.resolve(flags, recipes.recipe(*names, **more), device)
     recipe |= {"data": flags["data"], "train_images": flags["train_images"]}
     if flags["data"] == "folder":
         recipe |= {"folder": Path(flags["data_dir"]).resolve().name, "size": flags["size"]}
@@ -122,7 +122,7 @@ def run_name(recipe):
     """The folder's name: resnet32x4-resnet8x4-kd-z-seed0."""
     pair = [label(recipe["teacher"])] if recipe["teacher"] else []
     data = [] if recipe["data"] == "cifar100" else [recipe.get("folder", recipe["data"])]
-    name = recipes.name_of(recipe)
+    name = recipes.method_name(recipe)
     return "-".join([*pair, label(recipe["student"]), name, *data, f"seed{recipe['seed']}"])
 
 

@@ -174,8 +174,7 @@ def resolve(flags, world):
     """The run's recipe: the pair's, with the flags that were given. Returns (recipe, lines to print)."""
     names = [flags[k] for k in ("teacher", "student", "method", "zscore")]
     data = {"data": "imagenet", "feature": flags["feature"], "entropy": flags["entropy_weight"]}
-    recipe, lines = cli.resolve(flags, recipes.recipe(*names, **data), recipes.unsure(*names, **data),
-                                world.device)
+    recipe, lines = cli.resolve(flags, recipes.recipe(*names, **data), world.device)
     if flags["feature"] == "crd" and world.size > 1:
         raise click.UsageError("--feature crd has one memory bank of all images: it is for one process")
     if recipe["batch_size"] < world.size:
@@ -186,7 +185,7 @@ def resolve(flags, world):
 
 def run_name(recipe):
     pair = [label(recipe["teacher"])] if recipe["teacher"] else []
-    name = recipes.name_of(recipe)
+    name = recipes.method_name(recipe)
     return "-".join([*pair, label(recipe["student"]), name, recipe["data"], f"seed{recipe['seed']}"])
 
 

@@ -6,13 +6,20 @@ import json
 import pytest
 
 import recipes
-from recipes import (FEATURES, IMAGENET, PAIRS, PUBLISHED, logged, published, recipe, recipe_epoch, schedule,
-                     table, unsure)
+from recipes import (FEATURE_NAMES, FEATURES, IMAGENET, PAIRS, PUBLISHED, logged, parse_method, published,
+                     recipe, recipe_epoch, schedule, table)
 
 
 @pytest.fixture(scope="module")
 def tables(shared):
     return json.loads((shared / "reference" / "paper_tables.json").read_text())
+
+
+def split(pair):
+    return pair.split("-")
+
+
+# ---------------------------------------------------------------- CIFAR-100
 
 
 def test_the_first_command_is_the_papers_experiment():
@@ -23,14 +30,12 @@ def test_the_first_command_is_the_papers_experiment():
     assert logged("resnet32x4", "resnet8x4", "kd", True) == 76.28
 
 
-def test_plain_kd_is_the_published_baseline_and_not_the_released_default():
-    r = recipe("resnet56", "resnet20", "kd")
-    assert (r["base_temp"], r["ce_weight"], r["kd_weight"]) == (4.0, 0.1, 0.9)
-    r = recipe("resnet56", "resnet20", "kd", source="released")
-    assert (r["base_temp"], r["ce_weight"], r["kd_weight"]) == (2.0, 0.1, 9.0)
-
-
 def test_where_released_code_and_logs_differ_both_are_rows():
+    """Plain KD is the published baseline, not the released default."""
+    for source, numbers in (("authors", (4.0, 0.9, 0.1)), ("released", (2.0, 9.0, 0.1))):
+        r = recipe("resnet56", "resnet20", "kd", source=source)
+        assert (r["base_temp"], r["kd_weight"], r["ce_weight"]) == numbers
+        assert r.get("source", "authors") == source
     for method, authors in (("kd", (3, 9)), ("dkd", (2, 15)), ("mlkd", (2, 6))):
         for source, numbers in (("authors", authors), ("released", (2, 9))):
             r = recipe("vgg13", "vgg8", method, True, source)
@@ -44,25 +49,25 @@ def test_where_released_code_and_logs_differ_both_are_rows():
 
 def test_all_fourteen_pairs_have_the_logs_temperature_weight_and_beta(tables):
     names = {"KD+Z": "kd", "DKD+Z": "dkd", "MLKD+Z": "mlkd", "CTKD+Z": "ctkd"}
-    checked = 0
-    for key, row in tables["hyper_parameters_per_pair_from_log_names"].items():
+    found = tables["hyper_parameters_per_pair_from_log_names"]
+    for key, row in found.items():
         method, teacher, student = key.split("|")
         r = recipe(teacher, student, names[method], zscore=True)
-        assert (teacher, student) in PAIRS and r["known"]
+        assert f"{teacher}-{student}" in PAIRS and r["known"]
         assert (r["base_temp"], r["kd_weight"]) == (row["base_temp"], row["kd_weight"]), key
         if method == "DKD+Z":
             assert r["beta"] == (row["dkd_beta"] or 8), key
-        checked += 1
-    assert checked == 4 * 14 - 2 and len(PAIRS) == 14
+    assert len(found) == 4 * 14 - 2 and len(PAIRS) == 14
     for pair, beta in tables["dkd_upstream_beta"].items():
-        if tuple(pair.split("|")) in PAIRS:
+        if pair.replace("|", "-") in PAIRS:
             assert recipe(*pair.split("|"), "dkd")["beta"] == beta
             assert recipe(*pair.split("|"), "dkd", True, "released")["beta"] == beta
 
 
 def test_learning_rates_and_lengths():
-    for pair in PAIRS:
-        assert recipe(*pair, "kd", True)["lr"] == (0.01 if pair[1] in ("MobileNetV2", "ShuffleV2") else 0.05)
+    for teacher, student in map(split, PAIRS):
+        rate = 0.01 if student in ("MobileNetV2", "ShuffleV2") else 0.05
+        assert recipe(teacher, student, "kd", True)["lr"] == rate
     assert recipe("resnet32x4", "ShuffleV2", "mlkd", True)["epochs"] == 960
     assert recipe("wrn_40_2", "MobileNetV2", "mlkd", True)["lr"] == 0.005
     alone = recipe(None, "ShuffleV1", "none")
@@ -74,7 +79,7 @@ def test_published_accuracies_are_the_tables(tables):
         method, zscore = row["method"].removesuffix("+Z").lower(), row["method"].endswith("+Z")
         assert published(row["teacher"], row["student"], method, zscore) == row["top1"], row
     for row in tables["cifar100_ttm_readme"]:
-        if row["method"] in ("TTM", "WTTM") and (row["teacher"], row["student"]) in PUBLISHED:
+        if row["method"] in ("TTM", "WTTM") and f"{row['teacher']}-{row['student']}" in PUBLISHED:
             assert published(row["teacher"], row["student"], row["method"].lower()) == row["top1"], row
     for row in tables["vanilla_accuracies"]:
         assert published(None, row["student"], "none") == row["student_top1"]
@@ -85,12 +90,42 @@ def test_published_accuracies_are_the_tables(tables):
 def test_logged_last_epochs_are_the_logs(tables):
     last = {}
     for row in tables["official_logs"]:
-        if (row["teacher"], row["student"]) in PAIRS and row["base_temp"] is not None:
+        if f"{row['teacher']}-{row['student']}" in PAIRS and row["base_temp"] is not None:
             last.setdefault((row["teacher"], row["student"], row["method"]), []).append(row["last"])
     for (teacher, student, method), values in last.items():
         ours = logged(teacher, student, method.removesuffix("+Z").lower(), True)
         assert ours == pytest.approx(sum(values) / len(values), abs=0.0051)
     assert logged("resnet56", "resnet20", "mlkd", True) is None
+
+
+def test_an_unknown_pair_takes_temperature_2_and_weight_9():
+    r = recipe("resnet56", "resnet8", "kd", True)
+    assert (r["known"], r["base_temp"], r["kd_weight"], r["lr"]) == (False, 2.0, 9.0, 0.05)
+    assert recipe("resnet56", "MobileNetV2", "kd", True)["lr"] == 0.01
+    r = recipe("resnet56", "MobileNetV2", "mlkd", True)
+    assert (r["base_temp"], r["kd_weight"], r["lr"], r["epochs"]) == (2.0, 9.0, 0.01, 480)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "folder", "synthetic"])
+def test_another_data_set_takes_cifar_100s_rules(name):
+    """For any pair, ImageNet's too; what is published for CIFAR-100 is the caller's to leave out."""
+    for method, zscore, feature in itertools.product(recipes.METHODS, (False, True), (None, "catkd")):
+        for pair in (("vgg13", "vgg8"), ("resnet34", "resnet18")):
+            for function in (recipe, published, logged):
+                of = *pair, method, zscore
+                assert function(*of, data=name, feature=feature) == function(*of, feature=feature)
+    assert recipe("resnet34", "resnet18", "kd", data=name)["epochs"] == 240
+    assert published("resnet34", "resnet18", "kd", data=name) is None
+
+
+def test_unknown_method():
+    with pytest.raises(ValueError, match="unknown method 'kdd'; known: none, kd"):
+        recipe("resnet56", "resnet20", "kdd")
+    with pytest.raises(ValueError, match="unknown feature 'cdr'; known: fitnet, at, .*, simkd, catkd$"):
+        recipe("resnet56", "resnet20", "kd", feature="cdr")
+
+
+# ---------------------------------------------------------------- ImageNet
 
 
 def imagenet(*names):
@@ -102,14 +137,15 @@ def test_the_imagenet_recipes_are_the_papers():
               "momentum": 0.9, "weight_decay": 1e-4}
     small, large = ("resnet34", "resnet18"), ("resnet50", "MobileNetV1")
     for pair in (small, large):
+        z = {"base_temp": 2.0, "kd_weight": 9.0}
         assert imagenet(*pair, "kd") == common | {"base_temp": 1.0, "kd_weight": 0.5, "ce_weight": 0.5}
-        assert imagenet(*pair, "kd", True) == common | {"base_temp": 2.0, "kd_weight": 9.0, "ce_weight": 0.5}
+        assert imagenet(*pair, "kd", True) == common | z | {"ce_weight": 0.5}
         assert imagenet(*pair, "none") == common | {"base_temp": None, "kd_weight": 0.0, "ce_weight": 1.0}
         beta = {"alpha": 1.0, "beta": 0.5 if pair == small else 2.0, "warmup": 1, "ce_weight": 1.0}
         assert imagenet(*pair, "dkd") == common | beta | {"base_temp": 1.0, "kd_weight": 1.0}
-        assert imagenet(*pair, "dkd", True) == common | beta | {"base_temp": 2.0, "kd_weight": 9.0}
+        assert imagenet(*pair, "dkd", True) == common | beta | z
         rate = common | {"lr": 0.1 if pair == small else 0.2, "ce_weight": 0.5}
-        plain, z = {"base_temp": 1.0, "kd_weight": 0.5}, {"base_temp": 2.0, "kd_weight": 9.0}
+        plain = {"base_temp": 1.0, "kd_weight": 0.5}
         assert imagenet(*pair, "mlkd") == rate | plain | {"zscore_relations": False}
         assert imagenet(*pair, "mlkd", True) == rate | z | {"zscore_relations": True}
         curriculum = common | {"ce_weight": 1.0, "ramp": 5}
@@ -131,83 +167,195 @@ def test_published_imagenet_accuracies_are_the_tables(tables):
     for row in tables["seed_poster_imagenet"]:
         method, zscore = methods.get(row["method"].removesuffix("+Z")), row["method"].endswith("+Z")
         for column, pair in pairs.items() if method else ():
-            assert published(*pair, method, zscore, "imagenet") == row[column]["top1"], row
-            top5 = recipes.IMAGENET_TOP5[pair][order.index(recipes.key(method, zscore))]
-            assert top5 == row[column]["top5"], row
+            name = recipes.method_name({"method": method, "zscore": zscore})
+            assert published(*split(pair), method, zscore, "imagenet") == row[column]["top1"], row
+            assert recipes.IMAGENET_TOP5[pair][order.index(name)] == row[column]["top5"], row
             checked += 1
     assert checked == 2 * 10
     transformed = tables["imagenet_ttm_readme"]
     names = "ResNet34(73.31)->ResNet18(69.76)", "ResNet50(76.16)->MobileNet(68.87)"
     for name, pair in zip(names, IMAGENET):
         wttm = dict(zip(transformed["columns"], transformed[name]))["WTTM"]
-        assert published(*pair, "wttm", data="imagenet") == wttm
+        assert published(*split(pair), "wttm", data="imagenet") == wttm
     log, = [row for row in tables["official_logs"] if row["student"] == "ResNet18"]
     assert logged("resnet34", "resnet18", "kd", True, "imagenet") == log["last"]
 
 
-@pytest.mark.parametrize("name", ["cifar10", "folder", "synthetic"])
-def test_another_data_set_takes_cifar_100s_rules(name):
-    """For any pair, ImageNet's too; what is published for CIFAR-100 is the caller's to leave out."""
-    for method, zscore, feature in itertools.product(recipes.METHODS, (False, True), (None, "crd", "catkd")):
-        for pair in (("vgg13", "vgg8"), ("resnet34", "resnet18")):
-            for function in (recipe, unsure, published, logged):
-                of = *pair, method, zscore
-                assert function(*of, data=name, feature=feature) == function(*of, feature=feature)
-    assert recipe("resnet34", "resnet18", "kd", data=name)["epochs"] == 240
-    assert published("resnet34", "resnet18", "kd", data=name) is None
-    assert logged("resnet34", "resnet18", "kd", True, name) is None
+# ---------------------------------------------------------------- feature methods
+
+# fmt: off
+PER_PAIR = (    # ReviewKD, CAT-KD: weight, side of the maps, normalised
+    ("resnet32x4 resnet8x4",   5,   (15, 2, False)),
+    ("vgg13 vgg8",             5,   (4.5, 2, False)),
+    ("wrn_40_2 wrn_40_1",      5,   (1.5, 2, False)),
+    ("wrn_40_2 wrn_16_2",      5,   (12, 2, False)),
+    ("resnet56 resnet20",      0.6, (0.7, 2, False)),
+    ("resnet110 resnet32",     1,   (1.8, 2, False)),
+    ("resnet110 resnet20",     0.6, (0.7, 2, False)),
+    ("resnet32x4 ShuffleV1",   5,   (600, 4, True)),
+    ("resnet32x4 ShuffleV2",   8,   (600, 4, True)),
+    ("wrn_40_2 resnet8x4",     5,   (15, 2, False)),
+    ("wrn_40_2 ShuffleV1",     5,   (80, 4, True)),
+    ("wrn_40_2 MobileNetV2",   5,   (40, 2, True)),
+    ("vgg13 MobileNetV2",      5,   (15, 2, True)),
+    ("ResNet50 MobileNetV2",   5,   (40, 2, True)),
+    # in no paper
+    ("resnet110 resnet8",      0.6, (0.7, 2, False)),     # narrow ResNets both
+    ("resnet56 resnet8x4",     5,   (15, 2, False)),
+    ("resnet34 resnet18",      5,   (15, 2, False)),      # torchvision's are not narrow
+    ("vgg16 vgg8",             5,   (15, 2, False)),
+    ("vgg13 resnet20",         5,   (80, 4, True)),
+    ("wrn_40_2 mobilenet_v2",  5,   (40, 2, True)),       # a last map of side 2
+)
+# fmt: on
 
 
-def test_an_unknown_pair_takes_temperature_2_and_weight_9():
-    r = recipe("resnet56", "resnet8", "kd", True)
-    assert (r["known"], r["base_temp"], r["kd_weight"], r["lr"]) == (False, 2.0, 9.0, 0.05)
-    assert recipe("resnet56", "MobileNetV2", "kd", True)["lr"] == 0.01
+def test_weights_per_pair():
+    for names, review, cat in PER_PAIR:
+        pair = names.split()
+        assert recipe(*pair, "none", feature="reviewkd")["feature_weight"] == review, names
+        r = recipe(*pair, "none", feature="catkd")
+        assert (r["feature_weight"], r["resolution"], r["normalize"]) == cat, names
+        for feature, weight in recipes.FEATURE_WEIGHTS.items():
+            assert recipe(*pair, "kd", feature=feature)["feature_weight"] == weight
 
 
-def reason(method, pair="any", reasons=recipes.UNSURE):
-    return next(why for pairs, names, why in reasons if method in names.split() and pair in pairs.split())
+def test_a_feature_alone_is_the_published_baseline():
+    """Cross-entropy and the feature loss, no KL; SimKD has no cross-entropy either."""
+    common = recipe("resnet32x4", "resnet8x4", "none")
+    assert common["kd_weight"] == 0 and common["ce_weight"] == 1
+    more = {"reviewkd": {"feature_ramp": 20}, "simkd": {"factor": 2, "ce_weight": 0.0},
+            "catkd": {"resolution": 2, "normalize": False}}
+    weights = (100, 1000, 1, 0.8, 0.001, 5, 1, 15)
+    for feature, weight in zip(FEATURES, weights, strict=True):
+        wanted = common | {"feature": feature, "feature_weight": weight} | more.get(feature, {})
+        r = recipe("resnet32x4", "resnet8x4", "none", feature=feature)
+        assert r == wanted and isinstance(r["feature_weight"], float)
 
 
-def test_what_is_unsure_is_said():
-    of_all = reason("kd-z")
-    assert unsure("vgg13", "vgg8", "kd", True) == [of_all]
-    assert unsure("resnet32x4", "ShuffleV2", "kd", True) == [reason("kd-z", "resnet32x4-ShuffleV2"), of_all]
-    assert unsure("wrn_40_2", "MobileNetV2", "mlkd", True)[0].startswith("published without a log")
-    assert unsure("vgg13", "vgg8", "kd") == [] == unsure("vgg13", "vgg8", "none")
-    assert unsure("vgg13", "vgg8", "dkd") == [] != unsure("resnet110", "resnet20", "dkd")   # a beta, or none
-    assert unsure("vgg13", "vgg8", "ttm") == [] != unsure("resnet110", "resnet20", "ttm")
-    assert unsure("vgg13", "vgg8", "kd", True, "released") == []
-    assert unsure("vgg13", "vgg8", "wttm", source="released") == [reason("wttm")]
-
-    large = {"data": "imagenet"}
-    doubt = reason("kd-z", reasons=recipes.IMAGENET_UNSURE)
-    assert unsure("resnet34", "resnet18", "kd", True, **large) == [doubt] != []
-    assert unsure("resnet50", "MobileNetV1", "kd", True, **large) == []
-    assert unsure("resnet34", "resnet18", "dkd", **large) == []
-    assert unsure("resnet50", "MobileNetV1", "ctkd", **large)
+@pytest.mark.parametrize("data, pair", [("cifar100", ("vgg13", "vgg8")),
+                                        ("imagenet", ("resnet50", "MobileNetV1"))])
+def test_a_feature_only_adds_to_a_method(data, pair):
+    for method, zscore, feature in itertools.product(recipes.METHODS[1:], (False, True), FEATURES):
+        plain = recipe(*pair, method, zscore, data=data)
+        both = recipe(*pair, method, zscore, data=data, feature=feature)
+        changed = {"ce_weight"} if feature == "simkd" else set()
+        assert {k for k in plain if both[k] != plain[k]} == changed and set(both) > set(plain)
 
 
-@pytest.mark.parametrize("data, pairs, row, cells", [
-    ("cifar100", PAIRS, "resnet32x4 -> ShuffleV2", ["2, 9?", "75.56 (75.58)"]),
-    ("imagenet", IMAGENET, "resnet34 -> resnet18", ["1, 0.5?", "71.42 / 90.29 (71.26)"])])
-def test_the_list_holds_every_pair_and_its_doubts_under_them(data, pairs, row, cells):
-    text = table(data)
-    recipes_part, published_part = text.split("\nPublished")
-    parts = recipes_part.split("\nFeature")[0], published_part.split("\nOf newer")[0]
-    for part, cell in zip(parts, cells):
-        assert cell in next(line for line in part.splitlines() if line.startswith(row))
-        assert all(part.count(f"\n{t} -> {s} ") == 1 for t, s in pairs)
-    for _, names, why in recipes.IMAGENET_UNSURE if data == "imagenet" else recipes.UNSURE:
-        line, = [line for line in recipes_part.split("\n") if line.endswith(f": {why}")]
-        shown = line.removeprefix("  ? ").split(": ")[0].upper().replace("CAT-KD", "CATKD")
-        assert shown.startswith(names.upper().replace("-Z", "+Z").replace(" ", ", "))
-    assert "?" not in published_part
+def test_a_pair_is_known_with_a_feature_where_a_paper_has_the_pair():
+    def known(teacher, student, method, feature, data="cifar100"):
+        of = {"teacher": teacher, "student": student, "method": method, "feature": feature}
+        found = recipes.known(of, data)
+        assert recipe(**of, data=data)["known"] == found
+        return found
+
+    assert known("vgg13", "resnet20", "none", None)     # the student alone
+    assert not known("vgg13", "resnet20", "none", "crd") and not known("resnet34", "resnet18", "none", "crd")
+    assert known("vgg13", "vgg8", "none", "crd") and known("wrn_40_2", "ShuffleV1", "none", "crd")
+    assert known("vgg13", "vgg8", "kd", "crd")
+    assert not known("wrn_40_2", "ShuffleV1", "kd", "crd")      # no paper has its temperature
+    assert known("resnet34", "resnet18", "none", "crd", "imagenet")
+    assert not known("vgg13", "vgg8", "none", "crd", "imagenet")
+
+
+def test_reviewkds_ramp_begins_at_a_twentieth_and_scales_with_the_epochs():
+    r = recipe("resnet32x4", "resnet8x4", "kd", True, feature="reviewkd") | {"full_epochs": 240}
+    assert [schedule(e, r)[3] for e in (1, 10, 20, 21, 240)] == pytest.approx([0.25, 2.5, 5, 5, 5])
+    assert schedule(1, r)[:3] == (0.05, 9.0, 0.0)       # nothing else is ramped
+    short = r | {"epochs": 24}      # one epoch goes through ten of the recipe's
+    assert [schedule(recipe_epoch(step, 100, short), short)[3] for step in (0, 9, 10, 99, 100, 199)] == (
+        pytest.approx([0.25, 0.25, 0.5, 2.5, 2.75, 5]))
+    constant = recipe("resnet32x4", "resnet8x4", "none", feature="catkd")
+    assert schedule(1, constant)[3] == schedule(240, constant)[3] == constant["feature_weight"]
 
 
 def test_the_schedule_is_its_four_parts():
     r = recipe("vgg13", "vgg8", "ctkd", True)
     assert schedule(10, r) == (0.05, 9.0, 1.0, 0.0) and schedule(211, r)[0] == pytest.approx(5e-5)
     assert schedule(5, recipe("vgg13", "vgg8", "dkd", True))[1:] == (15 * 5 / 20, 0.0, 0.0)
+
+
+def test_published_features_are_the_posters(tables):
+    poster, checked = tables["seed_poster_cifar100"], 0
+    for feature, name in FEATURE_NAMES.items():
+        for pair, top1 in zip(poster["pairs"], poster["rows"][name], strict=True):
+            assert published(*pair, "none", feature=feature) == top1, (pair, name)
+            checked += 1
+    assert checked == 8 * 7 and [*recipes.FEATURE_PUBLISHED] == ["-".join(pair) for pair in poster["pairs"]]
+    last = {(row["method"], row["teacher"], row["student"]): row["top1"]
+            for row in tables["cifar100_repdistiller_readme"]}
+    differ = {(name, *pair, last[name, *pair]) for pair in map(split, recipes.FEATURE_PUBLISHED)
+              for feature, name in FEATURE_NAMES.items() if (name, *pair) in last
+              and last[name, *pair] != published(*pair, "none", feature=feature)}
+    assert differ == {("AT", "resnet110", "resnet20", 70.22)}       # as the table's comment says
+
+
+def test_nothing_is_published_for_a_feature_with_a_method():
+    pair = ("resnet56", "resnet20")
+    assert published(*pair, "none", feature="crd") == 71.16 and published(*pair, "kd", feature="crd") is None
+    assert published(*pair, "kd", True, feature="crd") is None is logged(*pair, "kd", True, feature="crd")
+    assert published("vgg13", "vgg8", "none", feature="crd") is None
+    assert published(*pair, "none", data="imagenet", feature="crd") is None
+
+
+# ---------------------------------------------------------------- newer methods
+
+
+def test_the_newer_methods_have_their_papers_numbers():
+    cifar, large = ("resnet32x4", "resnet8x4"), ("resnet50", "MobileNetV1")
+    for of, data, wanted in (
+            ((*cifar, "dist"), "cifar100", dict(base_temp=4, kd_weight=2, ce_weight=1, beta=2, gamma=2)),
+            ((*large, "dist"), "imagenet", dict(base_temp=1, kd_weight=2, ce_weight=1, beta=1, gamma=1)),
+            ((*cifar, "rld"), "cifar100", dict(base_temp=4, kd_weight=1, alpha=1, beta=8, warmup=20)),
+            ((*large, "rld"), "imagenet", dict(base_temp=1, kd_weight=1, alpha=1, beta=2, warmup=1)),
+            (("resnet34", "resnet18", "rld"), "imagenet", dict(beta=0.5))):
+        found = recipe(*of, data=data)
+        assert found == found | wanted, of
+    assert recipe(*cifar, "kd", True, entropy=True) == recipe(*cifar, "kd", True) | {"entropy_temp": 3.0}
+    assert recipe(*large, "kd", data="imagenet", entropy=True)["entropy_temp"] == 2.0
+    ea = {"entropy_temp": 3.0, "zscore_relations": False}       # EA-KD's code: raw relations, weight 4
+    assert recipe(*cifar, "mlkd", entropy=True) == recipe(*cifar, "mlkd") | ea
+    ea["kd_weight"] = 4.0
+    assert recipe(*cifar, "mlkd", True, entropy=True) == recipe(*cifar, "mlkd", True) | ea
+
+
+def test_what_is_published_of_the_newer_methods():
+    cifar, large = ("resnet32x4", "resnet8x4"), ("resnet34", "resnet18")
+    assert [published(*cifar, m) for m in ("dist", "rld")] == [76.31, 76.64]
+    assert [published(*large, m, data="imagenet") for m in ("dist", "rld")] == [72.07, 71.91]
+    assert [published(*cifar, "kd", z, entropy=True) for z in (False, True)] == [75.46, None]
+    assert [published(*cifar, "mlkd", z, entropy=True) for z in (False, True)] == [77.65, 78.38]
+    assert published("vgg13", "vgg8", "dist") is None and published(*cifar, "dist", True) is None
+    of = {"teacher": cifar[0], "student": cifar[1], "method": "mlkd", "zscore": True}
+    assert recipes.results_of(of) == {"published": 78.28, "logged": 78.17}
+    assert recipes.results_of(of | {"entropy_temp": 3.0}) == {"published": 78.38, "logged": None}
+    assert recipes.results_of(of | {"method": "none", "zscore": False, "feature": "crd"})["published"] is None
+
+
+# ---------------------------------------------------------------- names and the list
+
+
+def test_names_of_methods():
+    for name, displayed in {
+            "none": "alone", "kd-z": "KD+Z", "mlkd-z-released": "MLKD+Z, released", "kd-z-ea": "KD+Z, EA",
+            "crd": "CRD", "dkd-z-reviewkd": "DKD+Z and ReviewKD", "dist": "DIST"}.items():
+        assert recipes.display_name(name) == displayed
+    for name in recipes.NAMES:      # every name is that of its recipe
+        method, z, released, feature, entropy = parse_method(name)
+        found = recipe("resnet32x4", "resnet8x4", method, z, feature=feature, entropy=entropy)
+        assert recipes.method_name(found | {"method": method, "zscore": z}) == name.removesuffix("-released")
+        assert released == name.endswith("-released")
+    assert len({*recipes.NAMES}) == len(recipes.NAMES)
+
+
+def test_the_list_is_this_files_tables():
+    text, large = table(), table("imagenet")
+    assert '"resnet32x4-ShuffleV2": ((2, 9),  8,' in text and "(76.31, 76.64, 75.46" in text
+    assert "AT of resnet110 -> resnet20 is 70.22" in text and "IMAGENET" not in text
+    assert "(71.03, 71.42" in large and "72.07, 71.91" in large and "resnet56-resnet20" not in large
+    for listed in (text, large):
+        assert "see NOTES.md" in listed and "    # ?" in listed and "def " not in listed
 
 
 def resolved(teacher="resnet32x4", student="resnet8x4", method="kd", zscore=True, **values):
@@ -252,236 +400,3 @@ def test_a_runs_name_with_a_teachers_file_another_device_and_imagenets_rules():
 def test_a_long_name_ends_with_a_hash_and_differs_where_the_values_do():
     names = {recipes.run_name(resolved(data="folder", folder="x" * 120, seed=seed)) for seed in range(3)}
     assert len(names) == 3 and {len(name) for name in names} == {128}
-
-
-def test_unknown_method():
-    with pytest.raises(ValueError, match="unknown method 'kdd'; known: none, kd"):
-        recipe("resnet56", "resnet20", "kdd")
-    with pytest.raises(ValueError, match="unknown feature 'cdr'; known: fitnet, at, .*, simkd, catkd$"):
-        recipe("resnet56", "resnet20", "kd", feature="cdr")
-
-
-# ---------------------------------------------------------------- feature methods
-
-# fmt: off
-PER_PAIR = (    # ReviewKD, CAT-KD: weight, side of the maps, normalised; whether each is published
-    ("resnet32x4 resnet8x4",   5,   (15, 2, False),  True,  True),
-    ("vgg13 vgg8",             5,   (4.5, 2, False), False, True),
-    ("wrn_40_2 wrn_40_1",      5,   (1.5, 2, False), True,  True),
-    ("wrn_40_2 wrn_16_2",      5,   (12, 2, False),  True,  True),
-    ("resnet56 resnet20",      0.6, (0.7, 2, False), True,  True),
-    ("resnet110 resnet32",     1,   (1.8, 2, False), True,  True),
-    ("resnet110 resnet20",     0.6, (0.7, 2, False), False, False),
-    ("resnet32x4 ShuffleV1",   5,   (600, 4, True),  True,  True),
-    ("resnet32x4 ShuffleV2",   8,   (600, 4, True),  True,  True),
-    ("resnet32x4 wrn_16_2",    5,   (15, 2, False),  False, False),
-    ("resnet32x4 wrn_40_2",    5,   (15, 2, False),  False, False),
-    ("wrn_40_2 resnet8x4",     5,   (15, 2, False),  False, False),
-    ("wrn_40_2 ShuffleV1",     5,   (80, 4, True),   True,  True),
-    ("wrn_40_2 MobileNetV2",   5,   (40, 2, True),   False, False),
-    ("vgg13 MobileNetV2",      5,   (15, 2, True),   False, True),
-    ("ResNet50 MobileNetV2",   5,   (40, 2, True),   False, True),
-    # in no paper
-    ("resnet110 resnet8",      0.6, (0.7, 2, False), False, False),     # narrow ResNets both
-    ("resnet56 resnet8x4",     5,   (15, 2, False),  False, False),
-    ("resnet34 resnet18",      5,   (15, 2, False),  False, False),     # torchvision's are not narrow
-    ("vgg16 vgg8",             5,   (15, 2, False),  False, False),
-    ("vgg13 ShuffleV2",        5,   (80, 4, True),   False, False),
-    ("vgg13 resnet20",         5,   (80, 4, True),   False, False),
-    ("wrn_40_2 mobilenet_v2",  5,   (40, 2, True),   False, False),     # a last map of side 2
-)
-# fmt: on
-
-
-def test_a_feature_alone_is_the_published_baseline():
-    """Cross-entropy and the feature loss, no KL; SimKD has no cross-entropy either."""
-    common = {"known": True, "lr": 0.05, "epochs": 240, "stages": (150, 180, 210), "batch_size": 64,
-              "momentum": 0.9, "weight_decay": 5e-4, "base_temp": None, "kd_weight": 0.0, "ce_weight": 1.0}
-    more = {"reviewkd": {"feature_ramp": 20}, "simkd": {"factor": 2, "ce_weight": 0.0},
-            "catkd": {"resolution": 2, "normalize": False}}
-    weights = (100, 1000, 1, 0.8, 0.001, 5, 1, 15)
-    for feature, weight in zip(FEATURES, weights, strict=True):
-        wanted = common | {"feature": feature, "feature_weight": weight} | more.get(feature, {})
-        r = recipe("resnet32x4", "resnet8x4", "none", feature=feature)
-        assert r == wanted and isinstance(r["feature_weight"], float)
-    assert recipe("resnet32x4", "ShuffleV2", "none", feature="at")["lr"] == 0.01
-
-
-@pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("data", ["cifar100", "imagenet"])
-def test_a_feature_only_adds_to_a_method(feature, data):
-    pair = ("resnet50", "MobileNetV1") if data == "imagenet" else ("vgg13", "vgg8")
-    for method, zscore, source in itertools.product(recipes.METHODS, (False, True), recipes.SOURCES):
-        plain = recipe(*pair, method, zscore, source, data)
-        both = recipe(*pair, method, zscore, source, data, feature)
-        assert [*both][:len(plain)] == [*plain]
-        assert {k for k in plain if both[k] != plain[k]} <= ({"ce_weight"} if feature == "simkd" else set())
-        assert both["ce_weight"] == 0 or feature != "simkd"
-        reasons = unsure(*pair, method, zscore, source, data)
-        assert reasons == [why for why in unsure(*pair, method, zscore, source, data, feature)
-                           if why not in unsure(*pair, "none", data=data, feature=feature)]
-
-
-@pytest.mark.parametrize("names, review, cat, review_sure, cat_sure", PER_PAIR)
-def test_weights_per_pair_and_their_doubts(names, review, cat, review_sure, cat_sure):
-    pair = names.split()
-    assert recipe(*pair, "none", feature="reviewkd")["feature_weight"] == review
-    r = recipe(*pair, "none", feature="catkd")
-    assert (r["feature_weight"], r["resolution"], r["normalize"]) == cat
-    for feature, settled in {"reviewkd": review_sure, "catkd": cat_sure}.items():
-        for source in recipes.SOURCES:
-            reasons = unsure(*pair, "none", source=source, feature=feature)
-            assert (reasons == []) == settled and reasons[-1:] == [reason("reviewkd")] * (not settled)
-    for feature, weight in recipes.FEATURE_WEIGHTS.items():
-        assert recipe(*pair, "kd", feature=feature)["feature_weight"] == weight
-        assert unsure(*pair, "none", feature=feature) == []
-
-
-def test_doubts_of_the_method_and_of_the_feature_are_both_said():
-    both = unsure("resnet110", "resnet20", "kd", True, feature="catkd")
-    assert both == [reason("kd-z"), reason("catkd")]
-    user, = [why for why in unsure("ResNet50", "MobileNetV2", "none", feature="reviewkd") if "30" in why]
-    assert user not in unsure("ResNet50", "MobileNetV2", "none", feature="catkd")
-    for feature in ("at", "rkd", "crd", "simkd"):       # on ImageNet none is settled: CIFAR-100's weight
-        why, = unsure("resnet34", "resnet18", "none", data="imagenet", feature=feature)
-        assert why == reason(feature, reasons=recipes.IMAGENET_UNSURE)
-        weight = recipe("resnet34", "resnet18", "none", data="imagenet", feature=feature)["feature_weight"]
-        assert weight == recipe("resnet34", "resnet18", "none", feature=feature)["feature_weight"]
-
-
-def test_a_pair_is_known_with_a_feature_where_a_paper_has_the_pair():
-    def known(teacher, student, method, feature, data="cifar100"):
-        of = {"teacher": teacher, "student": student, "method": method, "zscore": method != "none"}
-        return recipes.known(of | ({"feature": feature} if feature else {}), data)
-
-    assert known("vgg13", "resnet20", "none", None)     # the student alone
-    assert not known("vgg13", "resnet20", "none", "crd") and not known("resnet34", "resnet18", "none", "crd")
-    assert known("vgg13", "vgg8", "none", "crd") and known("wrn_40_2", "ShuffleV1", "none", "crd")
-    assert known("vgg13", "vgg8", "kd", "crd")
-    assert not known("wrn_40_2", "ShuffleV1", "kd", "crd")      # whose temperature no paper has
-    assert known("resnet34", "resnet18", "none", "crd", "imagenet")
-    assert not known("vgg13", "vgg8", "none", "crd", "imagenet")
-
-
-def test_names_of_methods_with_features():
-    names = {("none", False, None): "none", ("kd", False, None): "kd", ("kd", True, None): "kd-z",
-             ("none", False, "crd"): "crd", ("kd", False, "crd"): "kd-crd", ("kd", True, "crd"): "kd-z-crd"}
-    assert {of: recipes.key(*of) for of in names} == names
-
-
-def test_reviewkds_ramp_begins_at_a_twentieth_and_scales_with_the_epochs():
-    r = recipe("resnet32x4", "resnet8x4", "kd", True, feature="reviewkd") | {"full_epochs": 240}
-    assert [schedule(e, r)[3] for e in (1, 10, 20, 21, 240)] == pytest.approx([0.25, 2.5, 5, 5, 5])
-    assert schedule(1, r)[:3] == (0.05, 9.0, 0.0)       # nothing else is ramped
-    short = r | {"epochs": 24}      # one epoch goes through ten of the recipe's
-    assert [schedule(recipe_epoch(step, 100, short), short)[3] for step in (0, 9, 10, 99, 100, 199)] == (
-        pytest.approx([0.25, 0.25, 0.5, 2.5, 2.75, 5]))
-    for feature in {*FEATURES} - {"reviewkd"}:
-        constant = recipe("resnet32x4", "resnet8x4", "none", feature=feature)
-        assert schedule(1, constant)[3] == schedule(240, constant)[3] == constant["feature_weight"]
-
-
-def test_published_features_are_the_posters(tables):
-    poster, checked = tables["seed_poster_cifar100"], 0
-    for feature, name in recipes.FEATURE_NAMES.items():
-        for pair, top1 in zip(poster["pairs"], poster["rows"][name], strict=True):
-            assert published(*pair, "none", feature=feature) == top1, (pair, name)
-            checked += 1
-    assert checked == 8 * 7 and [*recipes.FEATURE_PUBLISHED] == [tuple(pair) for pair in poster["pairs"]]
-    last = {(row["method"], row["teacher"], row["student"]): row["top1"]
-            for row in tables["cifar100_repdistiller_readme"]}
-    differ = {(name, *pair, last[name, *pair]) for pair in recipes.FEATURE_PUBLISHED
-              for feature, name in recipes.FEATURE_NAMES.items() if (name, *pair) in last
-              and last[name, *pair] != published(*pair, "none", feature=feature)}
-    assert differ == {("AT", "resnet110", "resnet20", 70.22)}       # as --list says
-
-
-def test_nothing_is_published_for_a_feature_beside_a_method():
-    pair = ("resnet56", "resnet20")
-    assert published(*pair, "none", feature="crd") == 71.16 and published(*pair, "kd", feature="crd") is None
-    assert published(*pair, "kd", True, feature="crd") is None is logged(*pair, "kd", True, feature="crd")
-    assert published("vgg13", "vgg8", "none", feature="crd") is None
-    assert published("resnet34", "resnet18", "none", data="imagenet", feature="crd") is None
-
-
-def test_the_list_says_what_the_features_weights_and_numbers_are():
-    text = table()
-    weights, poster = text.split("\nFeature")[1].split("\nPublished")[0], text.split("\nThe same")[1]
-    assert "FitNet 100, AT 1000, RKD 1, CRD 0.8, OFD 0.001, SimKD 1" in weights
-    rows = {line.split("  ")[0].replace(" -> ", " "): line.split()[3:] for line in weights.splitlines()}
-    for names, review, (weight, side, normalize), *sure in PER_PAIR[:16]:
-        doubt = ["" if settled else "?" for settled in sure]
-        if names == "wrn_40_2 MobileNetV2":     # which ReviewKD refuses
-            review, doubt[0] = "-", ""
-        assert " ".join(rows[names]) == (
-            f"{review}{doubt[0]} {weight}, {side}{', normalised' * normalize}{doubt[1]}")
-    assert "\nresnet110 -> resnet20    68.99   70.65  69.25  71.46  71.29  71.34     71.06  71.37\n" in poster
-    for said in ("FitNet, AT, RKD, CRD: last epochs", "70.22", "best epochs on the test split",
-                 "no repository", "OFD and ReviewKD", "resnet38x2", "more than 0.2 in places"):
-        assert said in " ".join(poster.split()), said
-    assert "\nFeature" not in table("imagenet") and "poster" not in table("imagenet")
-
-
-# ---------------------------------------------------------------- newer methods
-
-
-def test_the_newer_methods_have_their_papers_numbers():
-    cifar, large = ("resnet32x4", "resnet8x4"), ("resnet50", "MobileNetV1")
-    wanted = {"base_temp": 4.0, "kd_weight": 2.0, "ce_weight": 1.0, "beta": 2.0, "gamma": 2.0}
-    assert recipe(*cifar, "dist") | wanted == recipe(*cifar, "dist")
-    wanted = {"base_temp": 1.0, "kd_weight": 2.0, "ce_weight": 1.0, "beta": 1.0, "gamma": 1.0}
-    assert recipe(*large, "dist", data="imagenet") | wanted == recipe(*large, "dist", data="imagenet")
-    wanted = {"base_temp": 4.0, "kd_weight": 1.0, "ce_weight": 1.0, "alpha": 1.0, "beta": 8.0, "warmup": 20}
-    assert recipe(*cifar, "rld") | wanted == recipe(*cifar, "rld")
-    wanted = {"base_temp": 1.0, "kd_weight": 1.0, "alpha": 1.0, "beta": 2.0, "warmup": 1}
-    assert recipe(*large, "rld", data="imagenet") | wanted == recipe(*large, "rld", data="imagenet")
-    assert recipe("resnet34", "resnet18", "rld", data="imagenet")["beta"] == 0.5
-    plain = recipe(*cifar, "kd", True)
-    assert recipe(*cifar, "kd", True, entropy=True) == plain | {"entropy_temp": 3.0}
-    assert recipe(*large, "kd", data="imagenet", entropy=True)["entropy_temp"] == 2.0
-    ea = {"entropy_temp": 3.0, "zscore_relations": False}       # EA-KD's code: raw relations, weight 4
-    assert recipe(*cifar, "mlkd", entropy=True) == recipe(*cifar, "mlkd") | ea
-    ea["kd_weight"] = 4.0
-    assert recipe(*cifar, "mlkd", True, entropy=True) == recipe(*cifar, "mlkd", True) | ea
-
-
-def test_what_is_published_of_the_newer_methods_and_what_is_second_hand():
-    cifar, large = ("resnet32x4", "resnet8x4"), ("resnet34", "resnet18")
-    assert [published(*cifar, m) for m in ("dist", "rld")] == [76.31, 76.64]
-    assert [published(*large, m, data="imagenet") for m in ("dist", "rld")] == [72.07, 71.91]
-    assert published(*cifar, "kd", entropy=True) == 75.46
-    assert published(*cifar, "kd", True, entropy=True) is None
-    assert [published(*cifar, "mlkd", z, entropy=True) for z in (False, True)] == [77.65, 78.38]
-    assert published("vgg13", "vgg8", "dist") is None and published(*cifar, "dist", True) is None
-    assert unsure(*cifar, "dist") == [] and "no paper has it" in unsure(*cifar, "dist", True)[0]
-    assert unsure(*cifar, "dist", True, "released") == unsure(*cifar, "dist", True)
-    for data, of in (("cifar100", ("kd", "dkd", "mlkd", "mlkd-z")), ("imagenet", ("kd", "dkd", "dkd-z"))):
-        for name in recipes.COLUMNS:
-            method, z, *_ = recipes.words(name)
-            doubts = unsure(*(cifar if data == "cifar100" else large), method, z, data=data, entropy=True)
-            assert any("published with KD, DKD" in reason for reason in doubts) == (name not in of)
-    assert recipes.key("kd", True, None, True) == "kd-z-ea" and recipes.key("dist", False) == "dist"
-    of = {"teacher": cifar[0], "student": cifar[1], "method": "mlkd", "zscore": True}
-    assert recipes.results_of(of) == {"published": 78.28, "logged": 78.17}
-    assert recipes.results_of(of | {"entropy_temp": 3.0}) == {"published": 78.38, "logged": None}
-    assert recipes.results_of(of | {"method": "none", "zscore": False, "feature": "crd"})["published"] is None
-
-
-@pytest.mark.parametrize("name, title", [
-    ("none", "alone"), ("kd-z", "KD+Z"), ("mlkd-z-released", "MLKD+Z, released"), ("kd-z-ea", "KD+Z, EA"),
-    ("crd", "CRD"), ("dkd-z-reviewkd", "DKD+Z and ReviewKD"), ("dist", "DIST")])
-def test_a_methods_title(name, title):
-    assert recipes.title(name) == title
-
-
-def test_every_name_in_the_tables_is_that_of_its_recipe():
-    for name in recipes.NAMES:
-        method, z, released, feature, entropy = recipes.words(name)
-        found = recipe("resnet32x4", "resnet8x4", method, z, feature=feature, entropy=entropy)
-        of = found | {"method": method, "zscore": z}
-        assert recipes.name_of(of) == name.removesuffix("-released")
-    assert len({*recipes.NAMES}) == len(recipes.NAMES)
-    assert "76.31  76.64  75.46*  77.65*    78.38*" in table()
-    assert "72.07  71.91*  71.79*" in table("imagenet") and "73.24  72.75*  -" in table("imagenet")
-    assert "DIST: temperature 4, weight 2; DIST+Z: 2, 2; beta 2, gamma 2." in table()
-    assert "RLD: temperature 1, weight 1; RLD+Z: 2, 9; beta 0.5 (resnet50: 2)." in table("imagenet")

@@ -583,4 +583,4 @@ def test_real_images_are_read_and_learnt_from(shared, folder):
 
 def test_list_prints_recipes_and_published_numbers():
     output = call("--list")
-    assert "71.42" in output and "90.29" in output and "72.18" in output and "unsure" in output.lower()
+    assert "71.42" in output and "90.29" in output and "72.18" in output and "NOTES.md" in output
