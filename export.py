@@ -36,10 +36,11 @@ from onnxruntime.transformers.onnx_model import OnnxModel
 
 import cli
 import run as runs
+from checkpoints import open_checkpoint, weights_sha256
 from data import CIFAR, HELD_OUT_KEY, PAD, Preprocessing, Split, epoch_draws, has_cifar, load_data, synthetic
 from folders import FolderImages, collate, load_folders, read_images, printable
-from models import MODELS, load_weights, weights_sha256
-from networks import TORCHVISION, check_model, fitting, identify, label, pixels_of, restored
+from models import MODELS
+from networks import TORCHVISION, label
 
 CENTRE = ((2 * PAD + 1) ** 2 // 2) * 2          # the view that is the image itself
 OPSETS = 13, 23         # the oldest that quantizes by channel, and the newest that was tried
@@ -85,23 +86,19 @@ def load_student(path, name=None, float_input=False, *, classes=None, mean=None,
 
     classes (a file), mean and std ("R,G,B"), size: in place of what the checkpoint says.
     """
-    name, content, facts = identify(path, name)
-    count, first = fitting(name, content, facts)
-    network = restored(name, count, first, facts)
-    load_weights(network, path)
-    pixels, known = pixels_of(name, facts, first, size)
+    network, facts = open_checkpoint(path, name, size=size)
+    name, count, pixels = facts["student"], facts["num_classes"], facts["preprocessing"]
     if mean or std:
         pixels = with_statistics(pixels, mean, std)
     papers = ":" not in name and count == (100 if pixels.size == pixels.resize else 1000)
-    if not (known or mean and std or "data" in facts or papers):
+    if not (facts["preprocessing_known"] or mean and std or "data" in facts or papers):
         click.echo(f"{path} does not say its images' mean and deviation: where --mean and --std do not, "
                    f"{'CIFAR-100' if pixels.size == pixels.resize else 'ImageNet'}'s are taken, at "
                    f"{pixels.size} pixels (--size); --classes names the classes")
-    check_model(name, count, pixels.size, first, click.echo)
     facts = {k: facts[k] for k in (*FACTS, "train_images", "val_from_train", "classes")
              if isinstance(facts.get(k), list if k == "classes" else (str, int, float))}
     names = read_classes(classes, count) if classes else facts.get("classes")
-    return Student(network.eval(), facts, count, names, float_input, pixels)
+    return Student(network, facts, count, names, float_input, pixels)
 
 
 def with_statistics(pixels, mean, std):

@@ -23,11 +23,11 @@ import torch
 import cli
 import recipes
 import run as runs
+from checkpoints import metadata_of, read_checkpoint
 from data import CIFAR100_CLASSES, load_data, normalise
 from models import MODELS, create_model
 from run import RunError
 from teacher import load_teacher
-from weights import facts_of, read_checkpoint
 from zscore_kd import kd_loss, weighted_zscore
 
 try:
@@ -179,7 +179,7 @@ def logits_of(flags):
     logits, titles = {}, {}
     for who in ("teacher", "plain", "zscore"):
         name, path = (teacher, flags["teacher_checkpoint"]) if who == "teacher" else (student, flags[who])
-        facts = facts_of(read_checkpoint(path, name))
+        facts = metadata_of(read_checkpoint(path, name))
         run = {"method": "kd"} | facts | {"zscore": who == "zscore"}
         said, method = facts.get("zscore"), recipes.display_name(recipes.method_name(run))
         if who != "teacher" and said not in (None, who == "zscore"):

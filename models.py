@@ -1,7 +1,6 @@
 """The networks of the distillation papers, under the names and parameter keys that the field uses.
 
     model = create_model("resnet8x4", num_classes=100)
-    load_weights(model, "student.pt")       # RepDistiller's, mdistiller's, torchvision-style or bare files
     logits = model(images)                  # (B, 3, 32, 32) float -> (B, num_classes)
     logits, features = model(images, features=True)         # the maps of its stages too: see Features
 
@@ -9,16 +8,12 @@ Keys and shapes are those of RepDistiller and mdistiller, so their checkpoints l
 All networks take 32 x 32 images, except MobileNetV1 (ImageNet, 224 x 224).
 """
 
-import functools
-import hashlib
 from typing import NamedTuple
 
 import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import nn
-
-from weights import CLEAN, COUNTERS, FromNumpy, facts_of, find_weights, preferred, read_checkpoint
 
 
 def conv3x3(inp, out, stride=1, groups=1):
@@ -530,7 +525,7 @@ def float32_head(network):
     return network
 
 
-# -------------------------------------------------------- names and files
+# -------------------------------------------------------- names
 
 NARROW, WIDE = (16, 16, 32, 64), (32, 64, 128, 256)
 
@@ -566,95 +561,3 @@ def create_model(name, num_classes=100):
     model = MODELS[name](num_classes)
     model.name = name
     return model
-
-
-def load_weights(model, path, *, prefer="student", say=print):
-    """Loads any of the field's checkpoint files into `model`; returns what else the file says, a dict.
-
-    Formats: see weights.py; float16 weights are cast to the model's. Always weights_only, always strict; only
-    `num_batches_tracked`, which old files lack, may be missing. prefer: "student" or "teacher", where a file
-    has both halves; `say` takes a line where there was a choice. Raises ValueError, one line that names the
-    file, the network and the first keys that differ; the model is then untouched.
-    """
-    name = getattr(model, "name", type(model).__name__)
-    content = read_checkpoint(path, name)
-    fits, state = find_weights(content, model)
-    if fits:
-        where = preferred(fits, prefer)
-        state = fits[where]
-        if len(fits) > 1 or prefer == "student" and "teacher" in where.lower():
-            say(f"notice: {path} has weights of a {name} at {', '.join(fits)}; taking {where}")
-    if not state:
-        guess = guess_network(content)
-        raise ValueError(f"{path} holds no weights for {name}" + (f" but a {guess}" if guess else ""))
-    if any(isinstance(value, FromNumpy) for value in state.values()):
-        raise ValueError(f"{path} holds its weights as numpy.ndarray, which is not read. "
-                         + CLEAN.format("{k: torch.as_tensor(v) for k, v in weights.items()}"))
-
-    want = model.state_dict()
-    missing = [k for k in want if k not in state and not k.endswith(COUNTERS)]
-    unexpected = [k for k in state if k not in want]
-    reshaped = [k for k in want if k in state and want[k].shape != state[k].shape]
-    if not missing and not unexpected and (classes := _other_classes(state, want)):
-        raise ValueError(f"{path} is for {classes[0]} classes, this {name} is for {classes[1]}")
-    if missing or unexpected or reshaped:
-        differ = ([f"{k} is missing" for k in missing] + [f"{k} is not in {name}" for k in unexpected]
-                  + [f"{k} is {tuple(state[k].shape)}, not {tuple(want[k].shape)}" for k in reshaped])
-        simkd = "SimKD student, which answers with its teacher's classifier"
-        guess = simkd if "simkd" in facts_of(content) else guess_network(content)
-        raise ValueError(f"{path} is not a {name}" + (f" but a {guess}" if guess not in (None, name) else "")
-                         + f": {'; '.join(differ[:3])}"
-                         + (f"; and {len(differ) - 3} more" if len(differ) > 3 else ""))
-    model.load_state_dict(want | state)
-    return facts_of(content)
-
-
-def _other_classes(state, want):
-    """(classes of the state, of the network) where their tensors differ in the number of classes alone."""
-    pairs = [(v.shape, want[k].shape) for k, v in state.items()
-             if isinstance(v, torch.Tensor) and k in want and v.shape != want[k].shape]
-    counts = {(a[:1], b[:1]) for a, b in pairs}
-    if len(counts) == 1 and all(a and a[1:] == b[1:] for a, b in pairs):
-        (given,), (wanted,) = counts.pop()
-        return given, wanted
-
-
-def class_count(content, model, classes=100, prefer="student"):
-    """How many classes a checkpoint's weights are for, where all else fits the model; None where not.
-
-    classes: those that the model was built for.
-    """
-    fits, _ = find_weights(content, model)
-    state = fits[preferred(fits, prefer)] if fits else {}
-    if not state or any(isinstance(v, FromNumpy) for v in state.values()):
-        return None
-    differ = _other_classes(state, model.state_dict())
-    return differ[0] if differ else classes
-
-
-def guess_network(content):
-    """The name in MODELS whose keys and shapes a checkpoint's content has, class count aside; else None."""
-    found = {}
-    for name in MODELS:
-        model = _outline(name)
-        want = {k: v.shape[1:] for k, v in model.state_dict().items()}
-        for where, state in find_weights(content, model)[0].items():
-            if all(v.shape[1:] == want[k] for k, v in state.items() if isinstance(v, torch.Tensor)):
-                found[where] = name
-    return found[preferred(found)] if found else None
-
-
-@functools.cache
-def _outline(name):
-    """A network without its numbers."""
-    with torch.device("meta"):
-        return create_model(name)
-
-
-def weights_sha256(network):
-    """SHA-256 of a network's parameters and buffers, names included; the same on every device."""
-    digest = hashlib.sha256()
-    for name, tensor in network.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -23,11 +23,8 @@ import torchvision.models
 from torch import nn
 
 import feature_kd
-from data import Preprocessing
-from folders import imagenet_pixels
-from models import MODELS, Features, Network, class_count, create_model, guess_network
+from models import MODELS, Features, Network, create_model
 from run import first_line
-from weights import facts_of, find_weights, preferred, read_checkpoint
 
 ROOT = Path(__file__).resolve().parent
 OTHERS = ("googlenet", "inception_v3")      # return more than logits
@@ -152,25 +149,30 @@ def check_model(name, num_classes, size, first=MODELS, say=print, learns=False):
 
     learns: it needs something to learn.
     """
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]):
         model = _own(name, num_classes) if ":" in name else create(name, num_classes, first)
         if learns and not any(p.requires_grad for p in model.parameters()):
             raise ValueError(f"{name} has no parameter that learns")
-        for training in (True, False):
-            try:
-                output = model.train(training)(torch.zeros(2, 3, size, size))
-            except (Exception, SystemExit) as error:        # of any network, any
-                what, todo = ((f"fails on a batch of images of {size} x {size} pixels", "")
-                              if ":" in name else
-                              (f"does not take images of {size} x {size} pixels", ": choose another --size"))
-                raise ValueError(f"{name} {what} ({_reason(error)}){todo}") from None
-            logits = _logits(output)
-            if logits is not output and training:
-                say(f"notice: {name} returns {len(output)} values; the first is taken as its logits")
-            shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-            if shape != (2, num_classes):
-                raise ValueError(f"{name} makes {shape} of 2 images and {num_classes} classes, not logits "
-                                 f"(2, {num_classes}): it has to take num_classes")
+        output = check_logits(model.train(), name, num_classes, size)
+        if isinstance(output, (tuple, list)):
+            say(f"notice: {name} returns {len(output)} values; the first is taken as its logits")
+        check_logits(model.eval(), name, num_classes, size)
+
+
+@torch.no_grad()
+def check_logits(model, name, num_classes, size):
+    """A network's output for two images. ValueError, one line, where that is not (2, num_classes) logits."""
+    try:
+        output = model(torch.zeros(2, 3, size, size))
+    except (Exception, SystemExit) as error:        # of any network, any
+        raise ValueError(f"{name} does not take images of {size} x {size} pixels ({_reason(error)}): "
+                         "choose another --size") from None
+    logits = _logits(output)
+    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if shape != (2, num_classes):
+        raise ValueError(f"{name} makes {shape} of 2 images and {num_classes} classes, not logits "
+                         f"(2, {num_classes}): it has to take num_classes")
+    return output
 
 
 def feature_method(recipe, student, teacher, labels, size, call=False):
@@ -216,58 +218,11 @@ def init_bn_stats(network, images):
     network.train()(images)
 
 
-def restored(name, num_classes, first, facts):
-    """The network of a checkpoint that says these facts: with SimKD the student's is another."""
-    model = create(name, num_classes, first)
-    if "simkd" not in facts:
-        return model
-    try:
-        network = feature_kd.trimmed(feature_kd.Reuse(with_features(model).eval(), *facts["simkd"]))
-    except Exception as error:      # of a user's file and network, any
-        raise ValueError(f"the file's SimKD network of {name} cannot be built ({_reason(error)})") from None
-    network.name, network.own = model.name, model.own
+def simkd_network(student, form):
+    """SimKD's network at test time, of its student and the form in its checkpoint (feature_kd.Reuse)."""
+    network = feature_kd.trimmed(feature_kd.Reuse(with_features(student).eval(), *form))
+    network.name, network.own = student.name, student.own
     return network
-
-
-def identify(path, name=None):
-    """(name, content, facts) of a checkpoint file: the given name, the one it says, or that its keys fit."""
-    content = read_checkpoint(path, name)
-    facts = facts_of(content)
-    said = facts.get("student")
-    if not name and isinstance(said, str) and ":" in said:
-        file = said.rpartition(":")[0]
-        if file.endswith(".py") and not Path(file).is_file():
-            raise ValueError(f"{path} says that its network is {said}, and there is no {file} here: name it "
-                             "with --student")
-        print(f"notice: {path} says that its network is {said}, which is imported", flush=True)
-    name = name or said or guess_network(content)
-    if not isinstance(name, str) or ":" not in name and name not in MODELS and name not in TORCHVISION:
-        raise ValueError(f"{path} does not say which network it holds, and none has its keys: name it with "
-                         "--student")
-    return name, content, facts
-
-
-def fitting(name, content, facts):
-    """(number of classes, whose names go first) of a checkpoint's network: of vgg13's two its keys decide."""
-    said = facts["num_classes"] if isinstance(facts.get("num_classes"), int) else 100
-    for first in (MODELS, TORCHVISION):
-        if name in first or ":" in name:
-            if count := class_count(content, restored(name, said, first, facts), said):
-                return count, first
-    return said, MODELS if name in MODELS else TORCHVISION     # load_weights says what is wrong
-
-
-def pixels_of(name, facts, first, size=None):
-    """(Preprocessing of a checkpoint's images, whether the file has it): else the network's usual one."""
-    side = facts["size"] if isinstance(facts.get("size"), int) else None
-    large = side or first is TORCHVISION or name == "MobileNetV1" or name.startswith("timm:")
-    usual = imagenet_pixels(side or 224) if large else Preprocessing()
-    said = Preprocessing.of(facts, usual.size, usual.resize)
-    pixels = said or usual
-    if size:
-        pixels = pixels._replace(size=size, resize=size if pixels.size == pixels.resize else
-                                 imagenet_pixels(size).resize)
-    return pixels, said is not None
 
 
 # ---------------------------------------------------------------- the maps of a network's stages
@@ -369,27 +324,3 @@ def torchvision_network(name, weights, flag):
                          f"{flag.strip('-').split('-')[0]}-checkpoint") from None
     model.name, model.own = name, False
     return model
-
-
-def load_pretrained(model, source, say=print):
-    """Loads what fits of a checkpoint file into a network; the rest, a head of other classes, begins anew.
-
-    source: a file of any of the field's formats (see weights.py), or the name of torchvision's weights for
-    one of its networks. ValueError where nothing fits.
-    """
-    known = not model.own and type(model).__module__.startswith("torchvision.")
-    if known and source.isidentifier() and not Path(source).exists():
-        given = torchvision_network(model.name, source, "--student-checkpoint").state_dict()
-    else:
-        fits, nearest = find_weights(read_checkpoint(source, model.name), model)
-        given = fits[preferred(fits)] if fits else nearest
-    want = model.state_dict()
-    taken = {k: v for k, v in given.items()
-             if k in want and isinstance(v, torch.Tensor) and v.shape == want[k].shape}
-    if not any(want[k].is_floating_point() for k in taken):
-        raise ValueError(f"--student-checkpoint {source}: nothing in it fits {model.name}")
-    model.load_state_dict(want | taken)
-    left = [f"{k} {tuple(v.shape)}" + (f" is {tuple(given[k].shape)} there" if k in given else "")
-            for k, v in want.items() if k not in taken and v.is_floating_point()]
-    say(f"{model.name} begins with {source}" + (f", but for {len(left)} of {len(want)} tensors, which begin "
-        f"anew: {', '.join(left[:4])}{', ...' if len(left) > 4 else ''}" if left else ""))

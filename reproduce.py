@@ -26,12 +26,12 @@ import cli
 import recipes
 import run as runs
 import train_cifar
+from checkpoints import load_weights, read_checkpoint, weights_sha256
 from data import load_data
 from distill import evaluate
-from models import create_model, load_weights, weights_sha256
+from models import create_model
 from run import Busy, RunError
 from teacher import CHECKPOINTS, find_teacher, load_teacher
-from weights import read_checkpoint
 
 ROOT = Path(__file__).resolve().parent
 TEACHERS = ("resnet32x4", "wrn_40_2", "resnet56", "resnet110", "vgg13", "ResNet50")

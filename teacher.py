@@ -24,8 +24,9 @@ from torch import nn
 from torch.fx.experimental.optimization import fuse
 from torch.fx.proxy import TraceError
 
+from checkpoints import load_weights, weights_sha256
 from data import VIEWS, Preprocessing
-from models import Features, float32_head, load_weights, weights_sha256
+from models import Features, float32_head
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 ARCHIVE_URL = "https://github.com/megvii-research/mdistiller/releases/download/checkpoints/cifar_teachers.tar"
@@ -239,7 +240,7 @@ def load_teacher(network, path, device, source="", precision="fp32", compile=Fal
                  classes=None, prefer="teacher"):
     """The Teacher of a network with the weights of a checkpoint file. pixels, classes: those of the images.
 
-    ValueError as in `models.load_weights`, and for a file that names other classes.
+    ValueError as in `checkpoints.load_weights`, and for a file that names other classes.
     """
     metadata = load_weights(network, path, prefer=prefer)
     check_names(path, metadata, classes)

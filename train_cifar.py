@@ -29,14 +29,14 @@ from click.core import ParameterSource
 
 import cli
 import recipes
+from checkpoints import load_pretrained, open_checkpoint, weights_sha256
 from data import CIFAR, Data, Preprocessing, Split, crop_and_flip, epoch_draws, load_data, synthetic
 from distill import run_experiment, evaluate
 from distributed import World
 from folders import load_small
 from logit_kd import METHODS
-from models import MODELS, class_count, weights_sha256
-from networks import (check_feature, check_model, create, fitting, identify, init_bn_stats, label, layout,
-                      load_pretrained, pixels_of, restored)
+from models import MODELS
+from networks import check_feature, check_model, create, init_bn_stats, label, layout
 from randaugment import strong_draws, strong_view
 from run import RunError
 from teacher import ARCHIVE_URL, CHECKPOINTS, Teacher, check_names, check_teacher, find_teacher, load_teacher
@@ -337,12 +337,9 @@ def seeds_table(results):
 def evaluate_file(flags, world, data=None):
     """--eval: prints loss, top-1 and top-5 of a checkpoint on a data set, by default the one of the flags."""
     path = flags["eval_file"]
-    name, content, facts = identify(path, flags["student"])
-    count, first = fitting(name, content, facts)
-    pixels, known = pixels_of(name, facts, first, flags["size"])
-    check_model(name, count, pixels.size, first, lambda line: None)
-    network = load_teacher(restored(name, count, first, facts), path, world.device, pixels=pixels,
-                           precision=flags["precision"] or "fp32", prefer="student")
+    network, facts = open_checkpoint(path, flags["student"], size=flags["size"])
+    name, count, pixels = facts["student"], facts["num_classes"], facts["preprocessing"]
+    network = Teacher(network, world.device, flags["precision"] or "fp32", path, pixels=pixels)
     if data is None:
         flags = flags | {"data": flags["data"] or usual_data(facts, pixels, flags["data_dir"])}
         if flags["data"] == "folder":
@@ -350,7 +347,7 @@ def evaluate_file(flags, world, data=None):
                               val_from_train=flags["val_from_train"])
         else:
             data = read_data(flags | {"train_images": None}, world.device)
-        if flags["data"] == "folder" and not known:
+        if flags["data"] == "folder" and not facts["preprocessing_known"]:
             whose = "CIFAR-100" if pixels[:2] == Preprocessing()[:2] else "ImageNet"
             click.echo(f"notice: {path} does not say its images' mean and deviation; taking {whose}'s")
     if count != data.num_classes:
@@ -379,8 +376,8 @@ def dry_run(flags, world):
     count, size = 10 if flags["data"] == "cifar10" else 100, flags["size"]
     classes = [f"class {i}" for i in range(count)]
     if flags["teacher_checkpoint"]:     # whose classes are the file's
-        name, content, facts = identify(flags["teacher_checkpoint"], recipe["teacher"])
-        count = class_count(content, create(name, count), count, "teacher") or count
+        _, facts = open_checkpoint(flags["teacher_checkpoint"], recipe["teacher"], prefer="teacher")
+        count = facts["num_classes"]
         classes = facts.get("classes") or [f"class {i}" for i in range(count)]
 
     def made(part):

@@ -24,19 +24,19 @@ from torchvision.transforms.functional import to_pil_image
 
 import cli
 import recipes
+from checkpoints import load_pretrained, open_checkpoint, weights_sha256
 from data import epoch_draws
 from distill import run_experiment, evaluate, micro_batches
 from distributed import World
 from folders import (FolderImages, folder_batches, folder_keys, imagenet_pixels, load_folders,
                      normalise_folder, printable)
 from logit_kd import METHODS
-from models import MODELS, class_count, weights_sha256
-from networks import (TORCHVISION, load_pretrained, check_model, check_feature, create, fitting, identify,
-                      known_weights, label, layout, pixels_of, restored, init_bn_stats,
-                      torchvision_network)
+from models import MODELS
+from networks import (TORCHVISION, check_feature, check_model, create, init_bn_stats, known_weights, label,
+                      layout, torchvision_network)
 from randaugment import StrongDraws, strong_draws, strong_operations
 from run import RunError, first_line
-from teacher import Teacher, check_teacher, load_teacher
+from teacher import Teacher, check_names, check_teacher, load_teacher
 
 BAD = 0.001         # the share of training images that may be undecodable
 
@@ -253,9 +253,8 @@ def dry_run(recipe, flags, world):
                "size": size, "data": "made", "val_from_train": 0}
     classes, generator = [f"class {i}" for i in range(3)], torch.Generator().manual_seed(0)
     if flags["teacher_checkpoint"]:         # whose classes are the file's
-        name, content, facts = identify(flags["teacher_checkpoint"], recipe["teacher"])
-        count = class_count(content, create(name, 3, TORCHVISION), 3, "teacher") or 3
-        classes = facts.get("classes") or [f"class {i}" for i in range(count)]
+        _, facts = open_checkpoint(flags["teacher_checkpoint"], recipe["teacher"], prefer="teacher")
+        classes = facts.get("classes") or [f"class {i}" for i in range(facts["num_classes"])]
     # each process's own folder, the same in all: nodes need not share a disk
     with tempfile.TemporaryDirectory() as folder:
         for i, part in enumerate(["train"] * 2 * recipe["batch_size"] + ["val"] * 7):
@@ -280,14 +279,14 @@ def dry_run(recipe, flags, world):
 
 def evaluate_file(flags, world, folders=None):
     """--eval: loss, top-1 and top-5 of a checkpoint on evaluation images, by default those of the flags."""
-    name, content, facts = identify(flags["eval_file"], flags["student"])
     folders = folders or load_folders(flags["data_dir"], flags["val_from_train"], ("val",), world.print)
-    _, first = fitting(name, content, facts)
-    pixels, _ = pixels_of(name, facts, first, flags["size"])
-    check_model(name, len(folders.classes), pixels.size, first, lambda line: None)
-    teacher = load_teacher(restored(name, len(folders.classes), first, facts), flags["eval_file"],
-                           world.device, precision=flags["precision"] or "fp32",
-                           pixels=imagenet_pixels(pixels.size), classes=folders.classes, prefer="student")
+    network, facts = open_checkpoint(flags["eval_file"], flags["student"], size=flags["size"],
+                                     num_classes=len(folders.classes))
+    check_names(flags["eval_file"], facts, folders.classes)
+    name, pixels = facts["student"], facts["preprocessing"]
+    teacher = Teacher(network, world.device, flags["precision"] or "fp32", flags["eval_file"],
+                      pixels=imagenet_pixels(pixels.size),
+                      own=pixels if facts["preprocessing_known"] else None)
     teacher.batch = flags["at_once"] or 64
     images = Evaluation(folders, pixels.size, world, flags["workers"], teacher.batch, pixels.resize)
     scores = evaluate(teacher.logits, images, world)

@@ -14,8 +14,9 @@ import torch.fx
 import torch.nn.functional as F
 from torch import nn
 
+from checkpoints import load_pretrained
 from models import Features, create_model, float32_head
-from networks import TORCHVISION, load_pretrained, create, with_features
+from networks import TORCHVISION, create, with_features
 from test_models_forward import NETWORKS, Layers, random_state, shuffle
 
 # channels and sides of the stages; channels of `last`; the batch norms of which `pre` is made

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import models
-from models import MODELS, create_model, load_weights
+from checkpoints import guess_network, load_weights
+from models import MODELS, create_model
 
 # name: parameters, multiply-accumulates of one image, and the first digits of the SHA-256 of "key shape"
 # lines, taken from RepDistiller's and mdistiller's own networks (MobileNetV1 with 1000 classes at 224 x 224,
@@ -106,4 +106,4 @@ def test_initial_weights_are_the_papers(name, conv, linear_std, linear_bias):
 
 def test_guess_network_tells_all_networks_apart():
     for name in MODELS:
-        assert models.guess_network(build(name).state_dict()) == name
+        assert guess_network(build(name).state_dict()) == name

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.models import _api
 
+import checkpoints
 import cli
 import folders
 import networks
@@ -356,7 +357,7 @@ def test_a_check_leaves_no_trace_in_the_seeded_numbers():
 WRONG = [
     ("nets.py:Few", "nets.py:Few makes (2, 2) of 2 images and 3 classes, not logits (2, 3): it has to take"),
     ("nets.py:Breaks",
-     "nets.py:Breaks fails on a batch of images of 32 x 32 pixels (RuntimeError: my own words)"),
+     "nets.py:Breaks does not take images of 32 x 32 pixels (RuntimeError: my own words)"),
     ("nets.py:Dictionary", "nets.py:Dictionary makes dict of 2 images and 3 classes, not logits (2, 3)"),
     ("nets.py:Nothing", "nets.py:Nothing "),         # an empty tuple
     ("nets.py:nope", "nets.py:nope: nets.py has no nope"),
@@ -496,11 +497,10 @@ def test_eval_knows_a_bare_state_dict_by_its_keys(name):
 
 @both
 def test_eval_says_where_no_network_is_known(script):
-    assert (last_line(script, "--eval", "net.pt") == "net.pt does not say which network it holds, and none "
-            "has its keys: name it with --student")
-    for said in ("resnet9", 3, None, ["nets.py:Net"]):
-        torch.save({"model": torch.load("net.pt"), "student": said}, "says.pt")
-        assert "does not say which network it holds" in last_line(script, "--eval", "says.pt")
+    assert (last_line(script, "--eval", "net.pt") == "net.pt does not name its network, and its keys fit "
+            "none: give --student")
+    torch.save({"model": torch.load("net.pt"), "student": "resnet9"}, "says.pt")
+    assert "unknown network 'resnet9'; known: " in last_line(script, "--eval", "says.pt")
 
 
 def test_eval_takes_the_data_that_the_file_says(monkeypatch):
@@ -545,8 +545,7 @@ def test_a_student_begins_with_a_file_and_a_new_head_where_classes_differ(script
         torch.testing.assert_close(value, expected, rtol=0, atol=1e-6, msg=key)
     line, = [line for line in output.splitlines() if line.startswith("resnet8 begins with begin.pt")]
     assert line == "resnet8 begins with begin.pt" + (
-        f", but for 2 of {len(fresh)} tensors, which begin anew: fc.weight (3, 64) is (5, 64) there, "
-        "fc.bias (3,) is (5,) there" if head else "")
+        f", but for 2 of {len(fresh)} tensors, which start new: fc.weight, fc.bias" if head else "")
 
 
 def test_running_statistics_are_taken_too():
@@ -558,7 +557,7 @@ def test_running_statistics_are_taken_too():
             value.uniform_(1, 2)
     torch.save(source.state_dict(), "begin.pt")
     student = networks.create("resnet8", 3)
-    networks.load_pretrained(student, "begin.pt", lambda line: None)
+    checkpoints.load_pretrained(student, "begin.pt", lambda line: None)
     for key, value in student.state_dict().items():
         assert key.startswith("fc.") or torch.equal(value, source.state_dict()[key]), key
 
@@ -590,8 +589,8 @@ def test_ones_own_network_begins_with_its_file(script):
 @pytest.mark.parametrize("name, words", [
     ("net.pt", "--student-checkpoint net.pt: nothing in it fits resnet8"),
     ("empty.pt", "--student-checkpoint empty.pt: nothing in it fits resnet8"),
-    ("absent.pt", "absent.pt: no such file"), ("text.pt", "text.pt is not a PyTorch checkpoint"),
-    ("images", "images is a folder, not a checkpoint file"), ("DEFAULT", "DEFAULT: no such file")])
+    ("absent.pt", "absent.pt: No such file"), ("text.pt", "text.pt is not loaded (damaged"),
+    ("images", "images: Is a directory"), ("DEFAULT", "DEFAULT: No such file")])
 def test_a_file_to_begin_with_that_has_nothing_is_one_line(script, name, words):
     """Else a run of days would begin from chance."""
     Path("text.pt").write_text("hello")
@@ -655,8 +654,8 @@ def test_torchvisions_weights_by_name_begin_a_student_of_other_classes(published
     for key, value in student.items():
         torch.testing.assert_close(value, (fresh if key.startswith("classifier") else state)[key], rtol=0,
                                    atol=1e-6)
-    assert (f"squeezenet1_1 begins with {weights}, but for 2 of {len(fresh)} tensors, which begin anew: "
-            "classifier.1.weight (3, 512, 1, 1) is (1000, 512, 1, 1) there, ") in output
+    assert (f"squeezenet1_1 begins with {weights}, but for 2 of {len(fresh)} tensors, which start new: "
+            "classifier.1.weight, classifier.1.bias") in output
     assert asked and set(asked) == {"https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth"}
     call("imagenet", "--method", "none", "--student", "squeezenet1_1", "--lr", "1e-30", "--size", 64,
          "--student-checkpoint", weights)       # finished before
@@ -687,7 +686,7 @@ def test_a_file_without_a_suffix_is_a_file(script, name):
     torch.manual_seed(8)
     torch.save(torchvision.models.squeezenet1_1(num_classes=3).state_dict(), "weights")
     flags = ["--method", "none", "--student", name, "--student-checkpoint"]
-    assert re.search("--student-checkpoint NOPE|NOPE: no such file", last_line(script, *flags, "NOPE"))
+    assert re.search("--student-checkpoint NOPE|NOPE: No such file", last_line(script, *flags, "NOPE"))
     assert "begins with weights\n" in call(script, *flags, "weights")
 
 
@@ -793,7 +792,7 @@ def test_what_a_file_imports_from_an_environment_beside_it_stays(tmp_path, monke
     ("no parameter that learns", """
         def Net(num_classes):
             return Base(num_classes).requires_grad_(False)"""),
-    ("fails on a batch", """
+    ("does not take images", """
         class Net(Base):
             def forward(self, x):
                 raise SystemExit(3)""")])

@@ -17,7 +17,8 @@ import reproduce
 import run as runs
 import teacher
 import train_cifar
-from models import create_model, load_weights, weights_sha256
+from checkpoints import load_weights, weights_sha256
+from models import create_model
 from reproduce import BEGIN, END, Row, differences, load_records, main, rows_of, tables
 
 ROOT = Path(__file__).resolve().parent.parent

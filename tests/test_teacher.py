@@ -22,7 +22,7 @@ from data import crop_and_flip, epoch_draws, normalise, synthetic
 from models import create_model
 from networks import init_bn_stats
 from teacher import Teacher, check_teacher, find_teacher, load_teacher, weights_sha256
-from test_weights import repdistiller_teacher
+from test_checkpoints import repdistiller_teacher
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,8 @@ import randaugment
 import recipes
 import teacher
 import train_cifar
-from models import create_model, load_weights
+from checkpoints import load_weights
+from models import create_model
 from teacher import Teacher
 from test_teacher import archive
 from recipes import kd_weight, learning_rate, recipe_epoch, reversal

@@ -10,10 +10,12 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torch.optim.swa_utils import AveragedModel
 
-from models import class_count, create_model, guess_network, load_weights
-from weights import FromNumpy, read_checkpoint
+from checkpoints import FromNumpy, guess_network, load_weights, open_checkpoint, read_checkpoint
+from data import Preprocessing
+from models import create_model
 
 
 def trained(name="resnet8", seed=1):
@@ -97,8 +99,10 @@ FORMATS = {
     "the issue's smallest": lambda m: {"model": m.state_dict(),
                                        "optimizer": {"param_groups": [{"lr": np.float64(5e-5)}]}},
     "NumPy's generator, arrays, types": lambda m: {
-        "model": m.state_dict(), "rng": np.random.RandomState(0).get_state(), "type": np.float32,
+        "model": m.state_dict(), "rng": np.random.RandomState(0).get_state(),
         "mean": np.ones(3), "names": np.array(["a"]), "dtype": np.dtype("f8"), "n": np.int64(3)},
+    "counted by thop": lambda m: m.state_dict() | {"total_ops": torch.zeros(1),
+                                                   "layer1.0.conv1.total_params": torch.zeros(1)},
     "pytorch/examples": lambda m: {"epoch": 90, "arch": "resnet8", "state_dict": prefixed("module.")(m),
                                    "best_acc1": torch.tensor(1.0)},
     "Lightning": lightning,
@@ -143,48 +147,49 @@ def test_safetensors_loads(tmp_path):
     load_weights(model, tmp_path / "x.safetensors")
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in source.state_dict().items())
     (tmp_path / "x.safetensors").write_bytes((tmp_path / "x.safetensors").read_bytes()[:900])
-    with pytest.raises(ValueError, match="is not a safetensors file, or it is damaged"):
+    with pytest.raises(ValueError, match="is a damaged safetensors file"):
         load_weights(model, tmp_path / "x.safetensors")
 
 
 def test_no_numpy_code_runs_on_a_files_bytes(tmp_path):
-    """The scalar's bytes stand in the file; what comes out is a stand-in that has forgotten them."""
-    torch.save({"model": {}, "lr": np.float64(0.1), "array": np.arange(3)}, tmp_path / "x.pt")
+    """The names come from the file's own list; none of them is resolved."""
+    torch.save({"lr": np.float64(0.1), "array": np.arange(3), "type": np.float32}, tmp_path / "x.pt")
     content = read_checkpoint(tmp_path / "x.pt")
     assert all(type(content[key]) is FromNumpy and not vars(content[key]) for key in ("lr", "array"))
+    assert content["type"] is FromNumpy
 
 
 @pytest.mark.parametrize("prefer, wanted", [("student", "student"), ("teacher", "teacher")])
-def test_of_a_student_and_a_teacher_the_wanted_half_is_taken_and_said(prefer, wanted, tmp_path):
+def test_of_a_student_and_a_teacher_the_wanted_half_is_taken_and_said(prefer, wanted, tmp_path, capsys):
     halves = {"student": trained(seed=1), "teacher": trained(seed=2)}
     torch.save({"model": torch.nn.DataParallel(Distiller(**halves)).state_dict()}, tmp_path / "latest")
-    model, lines = create_model("resnet8"), []
-    load_weights(model, tmp_path / "latest", prefer=prefer, say=lines.append)
+    model = create_model("resnet8")
+    load_weights(model, tmp_path / "latest", prefer=prefer)
     assert torch.equal(model.fc.weight, halves[wanted].fc.weight)
-    assert lines == [f"notice: {tmp_path / 'latest'} has weights of a resnet8 at model.module.student, "
-                     f"model.module.teacher; taking model.module.{wanted}"]
+    assert capsys.readouterr().out == (
+        f"notice: {tmp_path / 'latest'} has weights of a resnet8 at model.module.student, "
+        f"model.module.teacher; taking model.module.{wanted}\n")
 
 
-def test_raw_weights_come_before_their_average_and_it_is_said(tmp_path):
+def test_raw_weights_come_before_their_average_and_it_is_said(tmp_path, capsys):
     raw, mean = trained(seed=1), trained(seed=2)
-    model, lines = create_model("resnet8"), []
+    model = create_model("resnet8")
     torch.save({"state_dict_ema": mean.state_dict(), "state_dict": raw.state_dict()}, tmp_path / "timm.pth")
-    load_weights(model, tmp_path / "timm.pth", say=lines.append)
-    assert (torch.equal(model.fc.weight, raw.fc.weight) and "taking state_dict" in lines[0]
-            and lines[0].endswith("state_dict"))
+    load_weights(model, tmp_path / "timm.pth")
+    assert torch.equal(model.fc.weight, raw.fc.weight)
+    assert capsys.readouterr().out.endswith("taking state_dict\n")
     torch.save({"ema": {"module": mean.state_dict()}, "epoch": 3}, tmp_path / "mean.pth")
-    load_weights(model, tmp_path / "mean.pth", say=lines.append)
-    assert torch.equal(model.fc.weight, mean.fc.weight) and len(lines) == 1
+    load_weights(model, tmp_path / "mean.pth")
+    assert torch.equal(model.fc.weight, mean.fc.weight) and not capsys.readouterr().out
 
 
-def test_a_teachers_half_alone_is_not_taken_for_a_student_without_a_word(tmp_path):
+def test_a_teachers_half_alone_is_not_taken_for_a_student_without_a_word(tmp_path, capsys):
     torch.save({"model": torch.nn.DataParallel(
         Distiller(trained("resnet14"), trained("resnet8", 2))).state_dict()}, tmp_path / "latest")
-    lines = []
-    load_weights(create_model("resnet8"), tmp_path / "latest", say=lines.append)
-    assert "taking model.module.teacher" in lines[0]
-    load_weights(create_model("resnet14"), tmp_path / "latest", say=lines.append)
-    assert len(lines) == 1
+    load_weights(create_model("resnet8"), tmp_path / "latest")
+    assert "taking model.module.teacher" in capsys.readouterr().out
+    load_weights(create_model("resnet14"), tmp_path / "latest")
+    assert not capsys.readouterr().out
 
 
 def test_what_else_the_file_says_is_returned(tmp_path):
@@ -210,7 +215,7 @@ def test_the_archive_of_mdistillers_teachers_is_read_as_it_is(tmp_path):
     load_weights(model, path)
     assert torch.equal(model.fc.weight, source.fc.weight)
     with pytest.raises(ValueError,
-                       match="is a tar archive with teachers of vgg13, resnet56, not of resnet8: "):
+                       match="has teachers of vgg13, resnet56, not of resnet8"):
         load_weights(create_model("resnet8"), path)
     path.write_bytes(path.read_bytes()[:200_000])
     with pytest.raises(ValueError, match="cifar_teachers.tar is a damaged tar archive"):
@@ -236,40 +241,36 @@ def bad_files(folder):
     np.savez(folder / "arrays.npz", **{k: v.numpy() for k, v in state.items()})
     with zipfile.ZipFile(folder / "zip.pt", "w") as archive:
         archive.writestr("resnet8/best.pth", b"x")
-    clean = r"save the weights alone: torch\.save\("
+    damaged = (r"is not loaded \(damaged, or no PyTorch checkpoint\); where it was made: "
+               r"torch\.save\(model\.state_dict\(\), 'clean\.pt'\)$")
     cases = {
-        "empty.pt": (b"", "is empty"),
-        "text.pt": (b"hello", "is not a PyTorch checkpoint, or it is damaged"),
         "pointer.pt": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
-                       "is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`"),
-        "page.pt": (b"\n<!DOCTYPE html><html><title>404", "is an HTML page, not a checkpoint"),
-        "packed.pt": (gzip.compress(good), "is compressed with gzip: unpack it"),
-        "cut.pt": (good[: len(good) // 2], "is not a PyTorch checkpoint, or it is damaged"),
-        "pickle.pt": (pickle.dumps({k: v.numpy() for k, v in state.items()}),
-                      r"is a plain pickle, which is not loaded, .*" + clean),
-        "script.pt": (None, "is a TorchScript archive, which holds code. .*" + clean + r"torch\.jit\.load"),
-        "arrays.npz": (None, r"holds NumPy's arrays \(npz\)\. .*" + clean),
-        "zip.pt": (None, r"is a zip archive \(resnet8/best.pth\): unpack it"),
+                       "is a Git LFS pointer: fetch the file with `git lfs pull`"),
+        "page.pt": (b"\n<!DOCTYPE html><html><title>404", "is a web page, not a checkpoint"),
+        "empty.pt": (b"", damaged),
+        "text.pt": (b"hello", damaged),
+        "packed.pt": (gzip.compress(good), damaged),
+        "cut.pt": (good[: len(good) // 2], damaged),
+        "pickle.pt": (pickle.dumps({k: v.numpy() for k, v in state.items()}), "is not loaded"),
+        "script.pt": (None, "is not loaded"),
+        "arrays.npz": (None, damaged),
+        "zip.pt": (None, damaged),
+        "bomb.pt": ({"model": state, "extra": Bomb()}, r"is not loaded \(io\.open in it could run code\)"),
+        "whole.pt": (trained(), r"\(models\.ResNet in it could run code\)"),
+        "whole-old.pt": (trained(), r"\(models\.ResNet in it could run code\)"),
+        "beside.pt": ({"model": state, "net": trained()}, r"\(models\.ResNet in it could run code\)"),
         "numbers.pt": ({"model": {k: v.numpy() for k, v in state.items()}},
-                       "holds its weights as numpy.ndarray, which is not read. .*" + clean),
-        "bomb.pt": ({"model": state, "extra": Bomb()},
-                    r"holds a Python object beside tensors, io\.open; not loaded, as it could run code\. .*"
-                    + clean),
-        "whole.pt": (trained(), r"is a whole pickled network, models\.ResNet; not loaded, .*" + clean),
-        "whole-old.pt": (trained(), r"is a whole pickled network, models\.ResNet; not loaded, .*" + clean),
-        "beside.pt": ({"model": state, "net": trained()},
-                      r"holds a Python object beside tensors, models\.ResNet; not loaded"),
-        "number.pt": (3, "holds no weights for resnet8"),
-        "none.pt": ({"model": {}, "epoch": 3}, "holds no weights for resnet8"),
+                       r"does not hold the weights of a resnet8: conv1\.weight is missing; and \d+ more"),
+        "number.pt": (3, "does not hold the weights of a resnet8"),
+        "none.pt": ({"model": {}, "epoch": 3}, "does not hold the weights of a resnet8"),
         "other.pt": (create_model("resnet14").state_dict(),
-                     r"not a resnet8 but a resnet14: layer1\.1\.conv1\.weight is not in resnet8; .*; "
-                     r"and \d+ more"),
+                     r"of a resnet8 but of a resnet14: layer1\.1\.conv1\.weight is not in resnet8; and \d+"),
         "classes.pt": (create_model("resnet8", 10).state_dict(),
                        "is for 10 classes, this resnet8 is for 100"),
         "less.pt": ({k: v for k, v in state.items() if k != "fc.bias"},
-                    r"not a resnet8: fc\.bias is missing"),
-        "wide.pt": (create_model("resnet8x4").state_dict(), "not a resnet8 but a resnet8x4"),
-        "foreign.pt": (create_model("vgg8").state_dict(), "holds no weights for resnet8 but a vgg8"),
+                    r"does not hold the weights of a resnet8: fc\.bias is missing$"),
+        "wide.pt": (create_model("resnet8x4").state_dict(), "of a resnet8 but of a resnet8x4"),
+        "foreign.pt": (create_model("vgg8").state_dict(), "of a resnet8 but of a vgg8"),
     }
     for name, (content, _) in cases.items():
         if isinstance(content, bytes):
@@ -277,7 +278,7 @@ def bad_files(folder):
         elif content is not None:
             torch.save(content, folder / name, _use_new_zipfile_serialization="old" not in name)
     return ({name: words for name, (_, words) in cases.items()}
-            | {"missing.pt": "no such file", ".": "is a folder"})
+            | {"missing.pt": "No such file", ".": "Is a directory"})
 
 
 @pytest.mark.filterwarnings("ignore:.*jit")
@@ -301,8 +302,46 @@ def test_a_network_is_guessed_in_any_wrapping():
     assert guess_network({"epoch": 3}) is None
 
 
-def test_the_class_count_of_weights_that_are_not_read_is_unknown():
-    """export.py asks for it before it loads them, and the refusal is load_weights'."""
-    arrays = {"model": {k: FromNumpy() for k in create_model("resnet8").state_dict()}}
-    assert class_count(arrays, create_model("resnet8")) is None
-    assert class_count(mdistiller_latest(trained("resnet8")), create_model("resnet8")) == 100
+# ---------------------------------------------------------------- open_checkpoint
+
+
+def test_a_file_is_opened_by_its_metadata_or_its_keys(tmp_path):
+    """The name, the number of classes and the preprocessing come from the file, or else from its keys."""
+    source, path = create_model("resnet8", 7), tmp_path / "student.pt"
+    images = torch.rand(2, 3, 32, 32)
+    torch.save({"model": source.state_dict(), "student": "resnet8", "num_classes": 7,
+                "classes": list("abcdefg"), "mean": [0.5] * 3, "std": [0.25] * 3, "size": 64, "resize": 64}, path)
+    network, metadata = open_checkpoint(path)
+    assert torch.equal(network(images), source.eval()(images)) and not network.training
+    assert metadata["student"] == "resnet8" and metadata["classes"] == list("abcdefg")
+    assert metadata["num_classes"] == 7
+    assert metadata["preprocessing"] == Preprocessing((0.5,) * 3, (0.25,) * 3, 64, 64)
+    assert metadata["preprocessing_known"]
+    assert open_checkpoint(path, size=48)[1]["preprocessing"][2:] == (48, 48)
+
+    torch.save({"net": {f"module.{k}": v for k, v in source.state_dict().items()}}, path)
+    network, metadata = open_checkpoint(path)
+    assert torch.equal(network(images), source(images))
+    assert metadata == {"student": "resnet8", "num_classes": 7, "preprocessing": Preprocessing(),
+                        "preprocessing_known": False}
+    with pytest.raises(ValueError, match="is for 7 classes, this resnet8 is for 5"):
+        open_checkpoint(path, num_classes=5)
+    torch.save({"weight": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match="does not name its network, and its keys fit none: give --student"):
+        open_checkpoint(path)
+
+
+def test_of_the_two_vgg13_the_keys_decide(tmp_path):
+    """models.py's is for small images, torchvision's for large ones."""
+    for builder, size in ((create_model, (32, 32)), (torchvision.models.get_model, (64, 73))):
+        torch.save(builder("vgg13", num_classes=3).state_dict(), tmp_path / "x.pt")
+        _, metadata = open_checkpoint(tmp_path / "x.pt", "vgg13", size=size[0])
+        assert metadata["num_classes"] == 3 and metadata["preprocessing"][2:] == size
+
+
+def test_of_a_teacher_and_a_student_either_is_opened(tmp_path):
+    halves = {"student": trained("resnet14"), "teacher": trained("resnet8", 2)}
+    torch.save({"model": torch.nn.DataParallel(Distiller(**halves)).state_dict()}, tmp_path / "latest")
+    assert open_checkpoint(tmp_path / "latest")[1]["student"] == "resnet14"
+    network, _ = open_checkpoint(tmp_path / "latest", "resnet8", prefer="teacher")
+    assert torch.equal(network.fc.weight, halves["teacher"].fc.weight)
