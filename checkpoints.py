@@ -52,6 +52,7 @@ def read_checkpoint(path, network=None):
 
     Reads torch's files (also of versions before 1.6) and safetensors. ValueError, one line, for others.
     """
+    path = Path(path).expanduser()
     try:
         with open(path, "rb") as file:
             start = file.read(512)
@@ -229,8 +230,8 @@ def _load_content(network, content, path, prefer):
                if k in wanted and v.shape != wanted[k].shape]
     if differ:
         other = "SimKD student" if "simkd" in metadata_of(content) else guess_network(content)
-        what = f" but of a {other}" if other and other != name else ""
-        raise ValueError(f"{path} does not hold the weights of a {name}{what}: {differ[0]}"
+        what = f" but a {other}" if other and other != name else ""
+        raise ValueError(f"{path} is not a {name}{what}: {differ[0]}"
                          + (f"; and {len(differ) - 1} more" if len(differ) > 1 else ""))
     network.load_state_dict(wanted | state)
 
@@ -308,7 +309,7 @@ def load_pretrained(network, source, say=print):
     fits.
     """
     known = not network.own and type(network).__module__.startswith("torchvision.")
-    if known and source.isidentifier() and not Path(source).exists():
+    if known and source.isidentifier() and not Path(source).expanduser().exists():
         given = torchvision_network(network.name, source, "--student-checkpoint").state_dict()
     else:
         fits, nearest = find_weights(read_checkpoint(source, network.name), network)

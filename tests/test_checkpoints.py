@@ -260,17 +260,17 @@ def bad_files(folder):
         "whole-old.pt": (trained(), r"\(models\.ResNet in it could run code\)"),
         "beside.pt": ({"model": state, "net": trained()}, r"\(models\.ResNet in it could run code\)"),
         "numbers.pt": ({"model": {k: v.numpy() for k, v in state.items()}},
-                       r"does not hold the weights of a resnet8: conv1\.weight is missing; and \d+ more"),
-        "number.pt": (3, "does not hold the weights of a resnet8"),
-        "none.pt": ({"model": {}, "epoch": 3}, "does not hold the weights of a resnet8"),
+                       r"is not a resnet8: conv1\.weight is missing; and \d+ more"),
+        "number.pt": (3, "is not a resnet8"),
+        "none.pt": ({"model": {}, "epoch": 3}, "is not a resnet8"),
         "other.pt": (create_model("resnet14").state_dict(),
-                     r"of a resnet8 but of a resnet14: layer1\.1\.conv1\.weight is not in resnet8; and \d+"),
+                     r"is not a resnet8 but a resnet14: layer1\.1\.conv1\.weight is not in resnet8; and \d+"),
         "classes.pt": (create_model("resnet8", 10).state_dict(),
                        "is for 10 classes, this resnet8 is for 100"),
         "less.pt": ({k: v for k, v in state.items() if k != "fc.bias"},
-                    r"does not hold the weights of a resnet8: fc\.bias is missing$"),
-        "wide.pt": (create_model("resnet8x4").state_dict(), "of a resnet8 but of a resnet8x4"),
-        "foreign.pt": (create_model("vgg8").state_dict(), "of a resnet8 but of a vgg8"),
+                    r"is not a resnet8: fc\.bias is missing$"),
+        "wide.pt": (create_model("resnet8x4").state_dict(), "is not a resnet8 but a resnet8x4"),
+        "foreign.pt": (create_model("vgg8").state_dict(), "is not a resnet8 but a vgg8"),
     }
     for name, (content, _) in cases.items():
         if isinstance(content, bytes):
@@ -310,7 +310,8 @@ def test_a_file_is_opened_by_its_metadata_or_its_keys(tmp_path):
     source, path = create_model("resnet8", 7), tmp_path / "student.pt"
     images = torch.rand(2, 3, 32, 32)
     torch.save({"model": source.state_dict(), "student": "resnet8", "num_classes": 7,
-                "classes": list("abcdefg"), "mean": [0.5] * 3, "std": [0.25] * 3, "size": 64, "resize": 64}, path)
+                "classes": list("abcdefg"), "mean": [0.5] * 3, "std": [0.25] * 3, "size": 64, "resize": 64},
+               path)
     network, metadata = open_checkpoint(path)
     assert torch.equal(network(images), source.eval()(images)) and not network.training
     assert metadata["student"] == "resnet8" and metadata["classes"] == list("abcdefg")

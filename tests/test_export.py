@@ -450,8 +450,8 @@ def test_an_int8_file_that_disagrees_is_not_kept_but_float32_is(written, student
 
 
 @pytest.mark.parametrize("words, code, flags", [
-    ("no such file", 1, "--checkpoint nothing.pt"),
-    ("is not a PyTorch checkpoint", 1, "--checkpoint text.pt"),
+    ("No such file", 1, "--checkpoint nothing.pt"),
+    ("text.pt is not loaded (damaged", 1, "--checkpoint text.pt"),
     ("student.pt is not a resnet14 but a resnet8", 1, "--checkpoint student.pt --student resnet14"),
     ("--student resnet9: no such network", 2, "--checkpoint student.pt --student resnet9"),
     ("'--opset': 12 is not in the range 13<=x<=23", 2, "--checkpoint student.pt --opset 12"),

@@ -13,7 +13,8 @@ import data
 import distill
 import teacher
 import train_cifar
-from models import create_model, load_weights
+from checkpoints import load_weights
+from models import create_model
 from train_cifar import main
 
 PAIR = "--teacher resnet14 --teacher-checkpoint teacher.pt --student resnet8 "
@@ -126,19 +127,19 @@ OTHER = [       # exit code 1: the command is right, the world is not
     (ALONE + "--data synthetic --val-from-train 200",
      "--val-from-train 200 leaves nothing of 200 training images"),
     *[(PAIR.replace("teacher.pt", name) + MADE, words) for name, words in (
-        ("text.pt", "text.pt is a Git LFS pointer, not the file itself"),
-        ("empty.pt", "empty.pt is empty"),
-        ("cut.pt", "cut.pt is not a PyTorch checkpoint, or it is damaged"),
+        ("text.pt", "text.pt is a Git LFS pointer: fetch the file"),
+        ("empty.pt", "empty.pt is not loaded (damaged, "),
+        ("cut.pt", "cut.pt is not loaded (damaged, "),
         ("other.pt", "other.pt is not a resnet14 but a resnet20: "),
         ("classes.pt", "classes.pt is for 10 classes, this resnet14 is for 100"),
         ("bomb.pt",
-         "bomb.pt holds a Python object beside tensors, io.open; not loaded, as it could run code"),
-        ("nothing.pt", "nothing.pt holds no weights for resnet14"),
-        ("missing.pt", "missing.pt: no such file"),
-        ("damaged", "damaged is a folder, not a checkpoint file"))],
-    ("--eval bomb.pt --student resnet14 --data synthetic", "bomb.pt holds a Python object beside tensors"),
-    ("--eval empty.pt --student resnet14 --data synthetic", "empty.pt is empty"),
-    ("--eval missing.pt", "missing.pt: no such file"),
+         "bomb.pt is not loaded (io.open in it could run code)"),
+        ("nothing.pt", "nothing.pt is not a resnet14"),
+        ("missing.pt", "missing.pt: No such file"),
+        ("damaged", "damaged: Is a directory"))],
+    ("--eval bomb.pt --student resnet14 --data synthetic", "bomb.pt is not loaded (io.open in it"),
+    ("--eval empty.pt --student resnet14 --data synthetic", "empty.pt is not loaded (damaged, "),
+    ("--eval missing.pt", "missing.pt: No such file"),
     ("--eval number.pt --student resnet14 --data synthetic",
      "number.pt is not a resnet14: fc.bias is (), not (100,)"),
     (PAIR + MADE + "--out file", "could not write in file"),

@@ -525,7 +525,7 @@ def test_projected_days_say_what_to_do_instead(monkeypatch, capsys):
     ("no CIFAR-100 in", 1, ["--student", "resnet8", "--method", "none", "--data-dir", "nothing"]),
     ("no CIFAR-100 in", 1, ["--eval", "teacher.pt"]),        # a resnet14 by its keys
     ("teacher.pt is not a resnet8 but a resnet14", 1, ["--eval", "teacher.pt", "--student", "resnet8"]),
-    ("nothing.pt: no such file", 1, ["--eval", "nothing.pt", "--student", "resnet8"]),
+    ("nothing.pt: No such file", 1, ["--eval", "nothing.pt", "--student", "resnet8"]),
 ])
 def test_mistakes_are_one_line(pair, words, code, flags):
     output = call(*flags, "--device", "cpu", code=code)

@@ -485,7 +485,7 @@ def test_simkds_file_is_no_teacher_and_says_why(whole):
     path = whole("simkd") / "student.pt"
     output = call("--teacher", "resnet8", "--teacher-checkpoint", path, "--student", "resnet8", "--zscore",
                   "--data", "synthetic", code=1)
-    assert "does not hold the weights of a resnet8 but of a SimKD student: " in output
+    assert "is not a resnet8 but a SimKD student: " in output
 
 
 def test_simkds_file_is_exported_and_classifies(whole, tmp_path, monkeypatch):
