@@ -473,8 +473,8 @@ class SimKD(Method):
         channels, side = _channels_and_side(s.post[-1] if self.stage else s.last)
         teacher_channels, teacher_side = _channels_and_side(t.last)
         if max(side, teacher_side) % min(side, teacher_side):
-            raise ValueError(f"SimKD: the last maps have {side} and {teacher_side} pixels a side, and none is "
-                             "a multiple of the other")
+            raise ValueError(f"SimKD: the last maps have {side} and {teacher_side} pixels a side, and "
+                             "none is a multiple of the other")
         self.stride = max(1, side // teacher_side)
         self.form = channels, teacher_channels, factor, self.stride, self.stage, classifier.out_features
         whole = Reuse(student, *self.form)
