@@ -1,9 +1,9 @@
-"""Classifies images with a file that export.py wrote. Needs onnxruntime, numpy and Pillow; copy it beside it.
+"""Classifies images with a file that export.py wrote. Needs onnxruntime, numpy and Pillow; copy both files.
 
     python predict.py resnet8x4.int8.onnx cat.png photos/
     python predict.py resnet8x4.onnx cat.png --json
 
-All that it knows about the network (classes, size, normalisation, temperature) stands in the file's metadata.
+The file's metadata contain what it needs to know: classes, size, normalisation, temperature.
 """
 
 import argparse
@@ -23,7 +23,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", "
 def to_rgb(image):
     """A Pillow image in RGB: floats and 16-bit grey scaled, transparency on white. ValueError: odd values.
 
-    As in folders.py, whose images training sees.
+    As in data.py, which reads the training images.
     """
     if image.mode == "F":
         values = np.asarray(image)
@@ -45,22 +45,18 @@ def to_rgb(image):
 class Classifier:
     """An exported file. `classifier(pixels)`: uint8 (N, 3, height, width) -> probabilities (N, K)."""
 
-    def __init__(self, path, threads=0):
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads      # 0: all
-        self.session = onnxruntime.InferenceSession(os.path.expanduser(path), options,
-                                                    providers=["CPUExecutionProvider"])
-        facts = self.session.get_modelmeta().custom_metadata_map
-        if not {"classes", "size", "resize", "mean", "std", "temperature"} <= facts.keys():
+    def __init__(self, path):
+        self.session = onnxruntime.InferenceSession(
+            os.path.expanduser(path), providers=["CPUExecutionProvider"])
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        if "classes" not in metadata:
             raise ValueError("it was not written by export.py: no metadata")
-        self.classes, self.size, self.resize = (json.loads(facts[k]) for k in ("classes", "size", "resize"))
-        self.mean, self.std = (np.array(json.loads(facts[k]), np.float32).reshape(3, 1, 1)
+        self.classes = json.loads(metadata["classes"])
+        self.size, self.resize = json.loads(metadata["size"]), int(metadata["resize"])
+        self.mean, self.std = (np.array(json.loads(metadata[k]), np.float32).reshape(3, 1, 1)
                                for k in ("mean", "std"))
-        self.temperature = float(facts["temperature"])
+        self.temperature = float(metadata["temperature"])
         self.takes_float = self.session.get_inputs()[0].type == "tensor(float)"
-        black = np.zeros((1, 3, *self.size), np.uint8)
-        if not self.temperature > 0 or self(black).shape != (1, len(self.classes)):
-            raise ValueError("its metadata are not its network's")
 
     def pixels(self, image):
         """uint8 (3, height, width) of a Pillow image, upright, in RGB; resized, and the centre taken."""
@@ -69,14 +65,14 @@ class Classifier:
         except Exception:       # a damaged orientation, for which Pillow has several errors: as it is
             pass
         image = to_rgb(image)
+        # to the pixel as torchvision's Resize and CenterCrop
+        longer = int(self.resize * max(image.size) / min(image.size))
+        if self.resize * longer > LARGEST:
+            raise ValueError(f"{image.width} x {image.height} is too narrow to be resized")
+        upright = image.width <= image.height
+        new = (self.resize, longer) if upright else (longer, self.resize)
+        image = image.resize(new, Image.Resampling.BILINEAR)
         height, width = self.size
-        short, other = min(image.size), max(image.size)
-        if (short, other) != (self.resize, self.resize):    # to the pixel as torchvision's Resize, CenterCrop
-            scaled = int(self.resize * other / short)
-            if self.resize * scaled > LARGEST:
-                raise ValueError(f"{image.width} x {image.height} is too narrow to be resized")
-            new = (self.resize, scaled) if image.width <= image.height else (scaled, self.resize)
-            image = image.resize(new, Image.Resampling.BILINEAR)
         left, top = round((image.width - width) / 2), round((image.height - height) / 2)
         image = image.crop((left, top, left + width, top + height))
         return np.asarray(image).transpose(2, 0, 1)
@@ -84,72 +80,65 @@ class Classifier:
     def __call__(self, pixels):
         if self.takes_float:
             pixels = (pixels.astype(np.float32) / 255 - self.mean) / self.std
-        logits = self.session.run(["logits"], {"image": pixels})[0].astype(np.float64) / self.temperature
+        logits, = self.session.run(["logits"], {"image": pixels})
+        logits = logits.astype(np.float64) / self.temperature
         odds = np.exp(logits - logits.max(1, keepdims=True))
         return odds / odds.sum(1, keepdims=True)
 
 
 def files(names):
-    """The images that are named, and those in the folders that are named, in order, less the hidden ones."""
-    skipped = 0
+    """The images that are named, and those in the folders that are named, in order, without hidden ones."""
     for name in map(Path, names):
-        inside = (p for p in name.rglob("*") if p.suffix.lower() in SUFFIXES and not os.path.isdir(p))
-        for path in sorted(inside) if os.path.isdir(name) else [name]:  # Path.is_dir may raise
-            if any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(name).parts):
-                skipped += 1
-            else:
+        if not os.path.isdir(name):     # Path.is_dir may raise
+            yield name
+            continue
+        for path in sorted(name.rglob("*")):
+            hidden = any(part.startswith((".", "__MACOSX")) for part in path.relative_to(name).parts)
+            if path.suffix.lower() in SUFFIXES and not hidden and not os.path.isdir(path):
                 yield path
-    if skipped:
-        print(f"notice: skipped {skipped} images: names that begin with . or are __MACOSX", file=sys.stderr)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"Error: {message} (--help shows all flags)\n")
+def show(path, classes, probabilities, top, as_json):
+    """Prints the most probable classes of an image."""
+    order = np.argsort(-probabilities, kind="stable")[:top]
+    if as_json:
+        best = [{"class": classes[i], "index": int(i), "probability": round(float(probabilities[i]), 6)}
+                for i in order]
+        print(json.dumps({"image": str(path), "top": best}), flush=True)
+    else:
+        best = [f"{classes[i]} {100 * probabilities[i]:.1f} %" for i in order]
+        print(f"{path}: {', '.join(best)}", flush=True)
 
 
 def main():
-    if sys.stdout:      # None where it is closed
-        sys.stdout.reconfigure(errors="backslashreplace")   # names that its encoding lacks
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=os.path.expanduser, metavar="FILE.onnx")
+    sys.stdout.reconfigure(errors="backslashreplace")       # names that its encoding lacks
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"Error: {message} (--help shows all flags)\n")
+    parser.add_argument("file", metavar="FILE.onnx")
     parser.add_argument("images", nargs="+", type=os.path.expanduser, metavar="IMAGE",
                         help="PNG, JPEG, WebP, BMP, TIFF, or folders")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="classes to print (default: 5)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    arguments = parser.parse_args()
-    if arguments.top < 1:
-        parser.error("--top must be at least 1")
+    flags = parser.parse_args()
     try:
-        classifier = Classifier(arguments.file)
+        classifier = Classifier(flags.file)
     except Exception as error:      # onnxruntime raises its own types
-        sys.exit(f"Error: {arguments.file} cannot be used ({str(error).splitlines()[0]})")
+        sys.exit(f"Error: {flags.file} cannot be used ({str(error).splitlines()[0]})")
 
-    found = failed = 0
-    for path in files(arguments.images):
-        found += 1
+    paths, failed = list(files(flags.images)), False
+    if not paths:
+        sys.exit(f"Error: no images ({', '.join(SUFFIXES)}) in {', '.join(flags.images)}")
+    for path in paths:
         try:
             with Image.open(path) as image:
-                size, pixels = image.size, classifier.pixels(image)
+                pixels = classifier.pixels(image)
         except Exception as error:      # so does Pillow, for damaged files
+            failed = True
             print(f"Error: {path} cannot be read as an image ({str(error) or type(error).__name__})",
                   file=sys.stderr)
-            failed += 1
             continue
-        height, width = classifier.size
-        if size != (width, height):
-            print(f"notice: {path} is {size[0]} x {size[1]}, resized and cropped to {width} x {height}",
-                  file=sys.stderr)
-        probabilities = classifier(pixels[None])[0]
-        best = [(classifier.classes[i], int(i), float(probabilities[i]))
-                for i in np.argsort(-probabilities, kind="stable")[:arguments.top]]
-        if arguments.json:
-            top = [{"class": name, "index": i, "probability": round(p, 6)} for name, i, p in best]
-            print(json.dumps({"image": str(path), "top": top}), flush=True)
-        else:
-            print(f"{path}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, _, p in best), flush=True)
-    if not found:
-        sys.exit(f"Error: no images ({', '.join(SUFFIXES)}) in {', '.join(arguments.images)}")
+        show(path, classifier.classes, classifier(pixels[None])[0], flags.top, flags.json)
     sys.exit(1 if failed else 0)
 
 
@@ -158,4 +147,4 @@ if __name__ == "__main__":
         main()
     except OSError as error:    # `| head`, or a full disk: the interpreter would name it again at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1 if isinstance(error, BrokenPipeError) else f"Error: cannot write ({error})")
+        sys.exit(f"Error: cannot write ({error})")
