@@ -39,10 +39,9 @@ import cli
 import recipes
 import train_cifar
 import train_imagenet
-from data import IMAGENET_MEAN, IMAGENET_STD, MEAN, STD, VIEWS, Data, Split, synthetic
+from data import IMAGENET_PREPROCESSING, MEAN, STD, VIEWS, Data, Folders, Split, folder_keys, synthetic
 from distill import Distiller, Tally, make_optimizer, make_step, top_k_hits
 from feature_kd import CRD, nce_loss
-from folders import Folders, folder_keys
 from logit_kd import linear_kd_loss
 from models import create_model
 from networks import TORCHVISION, create, feature_method, init_bn_stats
@@ -251,7 +250,7 @@ def imagenet(world, rounds, folder, batch):
     device, workers = world.device, min(8, os.cpu_count() or 1)
     pipeline = transforms.Compose([
         transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
-        transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+        transforms.Normalize(*IMAGENET_PREPROCESSING[:2])])
     steps = max(4, min(16, 2 * workers))
     loads = max(steps, LOADED // batch)
     try:

@@ -20,8 +20,7 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
-from data import Preprocessing
-from folders import imagenet_pixels
+from data import IMAGENET_PREPROCESSING, Preprocessing
 from models import MODELS, create_model
 from networks import TORCHVISION, check_logits, create, simkd_network, torchvision_network
 
@@ -293,11 +292,11 @@ def _build(name, source, content, metadata, num_classes, prefer):
 def _preprocessing(metadata, large, size):
     """(Preprocessing of a file's images, whether the file has it): else the network's usual one."""
     side = metadata.get("size")
-    usual = imagenet_pixels(side or 224) if side or large else Preprocessing()
+    usual = IMAGENET_PREPROCESSING.at(side or 224) if side or large else Preprocessing()
     own = Preprocessing.of(metadata, usual.size, usual.resize)
     found = own or usual
     if size:
-        resize = size if found.size == found.resize else imagenet_pixels(size).resize
+        resize = size if found.size == found.resize else IMAGENET_PREPROCESSING.at(size).resize
         found = found._replace(size=size, resize=resize)
     return found, own is not None
 

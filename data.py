@@ -1,35 +1,50 @@
-"""Small images (CIFAR-100, CIFAR-10, a made set) as tensors on the device, augmented in batches.
+"""Images as tensors: CIFAR-100, CIFAR-10, folders of images, synthetic images; batched crop and flip.
 
-    data = load_data("cifar100", "data", device)            # uint8 images, once
-    order, views = epoch_draws(seed, epoch, len(data.train.targets))
-    images = data.pixels.normalise(crop_and_flip(data.train.images[order[:64]], views[:64]))
+    data = load_data("cifar100", "data", device)            # uint8 images on the device, read once
+    permutation, crop_ids = epoch_draws(seed, epoch, len(data.train.targets))
+    images = data.pixels.normalise(crop_and_flip(data.train.images[permutation[:64]], crop_ids[:64]))
 
-No loading processes and no PIL in that loop: CIFAR-100 is 184 MB of uint8. Folders: folders.py.
+Small images are augmented in batches on the device: no loading processes, no PIL in the loop. Large images
+are read from their files at every step: `load_folders`, `FolderImages`, `folder_batches`.
 """
 
 import functools
+import itertools
+import math
 import os
-import time
-import urllib.error
-import urllib.request
-from http.client import HTTPException
+import random
+import re
+import shlex
+import signal
+import socket
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.utils import check_integrity
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import functional as pil
 
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # of pixels in [0, 1]; as in the field's code
-CIFAR10_STATISTICS = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)      # of its training images
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)   # of its training images
 PAD = 4                                 # pixels of black on each side before the crop
 VIEWS = (2 * PAD + 1) ** 2 * 2          # 81 crops x 2 flips = 162 views of an image
 SYNTHETIC_SIZES = 10_000, 2_000         # training and test images
-HELD_OUT_KEY = 2**64 - 1                # draws of this seed are the same for every run
-TIMEOUT = 30    # seconds without a byte before a download is given up
+HELD_OUT_KEY = 2**64 - 1                # the seed of the shuffle that is the same for every run
+LARGEST = 2**27                         # pixels that an image is resized to
+TIMEOUT = 30                            # seconds without a byte before a download is given up
+WAIT = 600                              # seconds without a batch before a loading process is given up
+HIDDEN = ".", "__MACOSX"                # how names begin that operating systems and notebooks leave behind
+TINY_IMAGENET = ("(cd {} && while read -r file class rest; do mkdir -p $class && mv images/$file $class/; "
+                 "done < val_annotations.txt && rmdir images)")
 
 CIFAR100_CLASSES = tuple("""
 apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
@@ -40,31 +55,36 @@ pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose
 skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger
 tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
 """.split())
-
-
 CIFAR10_CLASSES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
 
 
 class Preprocessing(NamedTuple):
-    """What a network is given: the shorter side is `resize`, the centre of `size` is cut out, normalised."""
-    mean: tuple = MEAN
+    """What a network gets: the shorter side becomes `resize`, the centre of `size` is cut out, normalised."""
+    mean: tuple = MEAN          # of pixels in [0, 1]
     std: tuple = STD
     size: int = 32
     resize: int = 32
 
     @classmethod
-    def of(cls, facts, size=32, resize=32):
-        """Those that a checkpoint's facts say, None where they do not. size, resize: if these are lacking."""
+    def of(cls, metadata, size=32, resize=32):
+        """The one in a checkpoint's metadata, or None. size, resize: where the metadata has none."""
         try:
-            mean, std = (tuple(float(x) for x in facts[k]) for k in ("mean", "std"))
-            size, resize = (int(facts.get(k, v)) for k, v in (("size", size), ("resize", resize)))
+            mean, std = (tuple(float(x) for x in metadata[k]) for k in ("mean", "std"))
+            size, resize = (int(metadata.get(k, v)) for k, v in (("size", size), ("resize", resize)))
         except (KeyError, TypeError, ValueError):
             return None
         return cls(mean, std, size, resize) if len(mean) == len(std) == 3 and min(std) > 0 else None
 
+    def at(self, size):
+        """The same at another size."""
+        return self._replace(size=size, resize=round(size * self.resize / self.size))
+
     def normalise(self, images):
         """uint8 (B, 3, H, W) -> float32, as `normalise`."""
         return normalise(images, self.mean, self.std)
+
+
+IMAGENET_PREPROCESSING = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224, 256)
 
 
 class Split(NamedTuple):
@@ -89,35 +109,39 @@ class Data(NamedTuple):
 
 
 def epoch_draws(seed, epoch, n):
-    """(order, views) of one epoch, int64 arrays (n,): a shuffle, and for each place in it one of VIEWS.
+    """(permutation, crop_ids) of one epoch, int64 arrays (n,): a shuffle, and the view of each image in it.
 
     A pure function of (seed, epoch), by a counter-based generator keyed with both: seeds and epochs share no
     draws, resuming needs no generator state, and the raw words are the same in every NumPy version.
     """
     words = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(2 * n).reshape(2, n)
-    order = np.argsort(words[0], kind="stable")
-    views = words[1] % np.uint64(VIEWS)         # the bias of a 64-bit word modulo 162 is below 1e-17
-    return order, views.astype(np.int64)
+    permutation = np.argsort(words[0], kind="stable")
+    crop_ids = words[1] % np.uint64(VIEWS)      # the bias of a 64-bit word modulo 162 is below 1e-17
+    return permutation, crop_ids.astype(np.int64)
 
 
-def crop_and_flip(images, views):
-    """The field's augmentation, one view per image: pad by 4 black pixels, crop to the size before, flip.
+def crop_and_flip(images, crop_ids):
+    """The field's augmentation, a view of each image: pad by 4 black pixels, crop to the size before, flip.
 
-    images: (B, 3, H, W) uint8. views: (B,) int64 in [0, VIEWS): (9 top + left) * 2 + flip. Returns new ones.
+    images: (B, 3, H, W) uint8. crop_ids: (B,) int64 in [0, VIEWS), (9 top + left) * 2 + flip. Returns a copy.
     """
     channels, height, width = images.shape[1:]
-    row, column = (torch.arange(n, device=images.device) for n in (height, width))
-    top, left, flip = views // 2 // (2 * PAD + 1), views // 2 % (2 * PAD + 1), views % 2 == 1
+    padded_width = width + 2 * PAD
+    row = torch.arange(height, device=images.device)
+    column = torch.arange(width, device=images.device)
+    flip = crop_ids % 2 == 1
+    top = crop_ids // 2 // (2 * PAD + 1)
+    left = crop_ids // 2 % (2 * PAD + 1)
     rows = top[:, None] + row
     columns = left[:, None] + torch.where(flip[:, None], width - 1 - column, column)
-    places = (rows[:, :, None] * (width + 2 * PAD) + columns[:, None, :]).flatten(1)    # in the padded image
+    index = (rows[:, :, None] * padded_width + columns[:, None, :]).flatten(1)      # in the padded image
     padded = F.pad(images, (PAD, PAD, PAD, PAD)).flatten(2)
-    return padded.gather(2, places[:, None].expand(-1, channels, -1)).view(images.shape)
+    return padded.gather(2, index[:, None].expand(-1, channels, -1)).view(images.shape)
 
 
 @functools.cache
 def _statistics(device, *statistics):
-    """Mean and deviation on the device, (3, 1, 1): copied there once."""
+    """Mean and standard deviation on the device, (3, 1, 1): copied there once."""
     return tuple(torch.tensor(s, device=device).view(3, 1, 1) for s in statistics)
 
 
@@ -128,164 +152,104 @@ def normalise(images, mean=MEAN, std=STD):
     return x.contiguous(memory_format=torch.channels_last)
 
 
-# ---------------------------------------------------------------- the sets
+def flip_images(images, flips):
+    """Images (B, 3, H, W), mirrored where flips (B,) is True."""
+    return torch.where(flips[:, None, None, None], images.flip(3), images)
+
+
+# ---------------------------------------------------------------- small images, all on the device
 
 
 CIFAR = {"cifar100": (CIFAR100, CIFAR100_CLASSES, Preprocessing()),
-         "cifar10": (CIFAR10, CIFAR10_CLASSES, Preprocessing(*CIFAR10_STATISTICS))}
+         "cifar10": (CIFAR10, CIFAR10_CLASSES, Preprocessing(CIFAR10_MEAN, CIFAR10_STD))}
 
 
-def load_data(name, data_dir, device, *, train_images=None, val_from_train=0, download=True):
-    """The training and the evaluation images of "cifar100", "cifar10" or "synthetic" on `device`, as Data.
+def load_data(name, data_dir, device, *, size=32, resize=None, train_images=None, val_from_train=0,
+              parts=("train", "val"), download=True):
+    """The images of "cifar100", "cifar10", "synthetic" or "folder" on `device`, as Data.
 
     val_from_train: hold that many training images out and evaluate on them, the test split untouched.
     train_images: train on the first so many of the rest. Both in one fixed shuffle, the same for every seed.
-    ValueError, one line that says what to do, for missing or damaged data and for numbers that do not fit.
+    size, resize, parts: of a folder, see `load_folders`. ValueError, one line: missing or damaged data,
+    numbers that do not fit.
     """
+    if name == "folder":
+        folders = load_folders(data_dir, val_from_train, parts, train_images=train_images)
+        return _small_folder(folders, device, size, resize or size)
     if name == "synthetic":
-        train, test = map(synthetic, SYNTHETIC_SIZES, (1, 2))
-        about = [f"class {i}" for i in range(100)], Preprocessing()
+        train, test = (synthetic(n, part) for part, n in enumerate(SYNTHETIC_SIZES, 1))
+        classes, pixels = [f"class {i}" for i in range(100)], Preprocessing()
     else:
-        (train, test), about = read_cifar(name, data_dir, download), CIFAR[name][1:]
-    shuffle, rest = held_out(len(train.targets), val_from_train)
-    check_train_images(train_images, rest)
+        train, test = read_cifar(name, data_dir, download)
+        _, classes, pixels = CIFAR[name]
+    chosen, held_out = choose_images(len(train.targets), val_from_train, train_images)
 
     def pick(split, indices=slice(None)):
         return Split(split.images[indices].to(device), split.targets[indices].to(device))
 
-    test, val = pick(test), pick(train, shuffle[rest:])
-    train = pick(train, shuffle[:train_images or rest]) if val_from_train or train_images else pick(train)
-    return Data(train, test, *((val, "val") if val_from_train else (test, "test")), *about)
+    test, val = pick(test), pick(train, held_out)
+    train = pick(train, chosen) if val_from_train or train_images else pick(train)
+    if val_from_train:
+        return Data(train, test, val, "val", classes, pixels)
+    return Data(train, test, test, "test", classes, pixels)
 
 
-def held_out(n, val_from_train):
-    """(a shuffle of n training images, the same for every run, how many stay): the others are held out."""
-    if val_from_train >= n:
+def choose_images(n, val_from_train=0, train_images=None):
+    """Indices of the (training, held-out) images among n, by a shuffle that is the same for every run."""
+    rest = n - val_from_train
+    if rest < 1:
         raise ValueError(f"--val-from-train {val_from_train} leaves nothing of {n} training images")
-    return torch.from_numpy(epoch_draws(HELD_OUT_KEY, 0, n)[0]), n - val_from_train
+    if train_images and train_images > rest:
+        raise ValueError(f"--train-images {train_images}: there are {rest} training images")
+    permutation, _ = epoch_draws(HELD_OUT_KEY, 0, n)
+    return permutation[:train_images or rest], permutation[rest:]
 
 
-def check_train_images(wanted, there):
-    if wanted is not None and not 1 <= wanted <= there:
-        raise ValueError(f"--train-images {wanted}: there are {there} training images")
-
-
-def _unpacked(reader, folder):
-    """Whether a CIFAR's files are in a folder, whole or not: in the archive's own folder, or directly."""
-    files = [name for name, _ in reader.train_list + reader.test_list] + [reader.meta["filename"]]
-    return all((folder / name).is_file() for name in files) or (folder / reader.base_folder).is_dir()
+def _cifar_folder(reader, data_dir):
+    """The folder that holds cifar-100-python; that folder itself may be named too."""
+    folder = Path(data_dir).expanduser()
+    return folder.parent if folder.name == reader.base_folder else folder
 
 
 def has_cifar(name, data_dir):
-    """Whether that CIFAR is in `data_dir`, unpacked or as its archive; nothing is downloaded."""
-    folder, reader = Path(data_dir).expanduser(), CIFAR[name][0]
-    return _unpacked(reader, folder) or (folder / reader.filename).exists()
+    """Whether that CIFAR is in `data_dir`, unpacked; nothing is downloaded."""
+    reader = CIFAR[name][0]
+    return (_cifar_folder(reader, data_dir) / reader.base_folder).is_dir()
 
 
 def read_cifar(name, data_dir, download=True):
-    """(train, test) of the official "cifar100" or "cifar10" in `data_dir`; `download` it where it is missing.
+    """(train, test) of the official "cifar100" or "cifar10" in `data_dir`; `download`: if it is missing.
 
-    The files' MD5 are checked. The environment variable CIFAR100_URL or CIFAR10_URL names a mirror, which is
-    tried first.
+    The files' MD5 are checked. The environment variable CIFAR100_URL or CIFAR10_URL names a mirror.
     """
-    folder, reader = Path(data_dir).expanduser(), CIFAR[name][0]
-    for base in (reader.base_folder, ""):       # or the files in the named folder itself
-        here = type("Reader", (reader,), {"base_folder": base})
-        try:
-            sets = [here(folder, train=train) for train in (True, False)]
-            break
-        except RuntimeError:                    # not there, or the checksums differ
-            pass
-    else:
-        sets = _fetch_cifar(reader, folder, download)
+    reader = CIFAR[name][0]
+    folder = _cifar_folder(reader, data_dir)
+    reader.url = os.environ.get(f"{name.upper()}_URL", reader.url)
+    try:
+        with socket_timeout():
+            sets = [reader(folder, train=train, download=download) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"no CIFAR-{name[5:]} in {folder}, or it is damaged ({error}): try "
+                         f"wget -c {reader.url} -O {folder / reader.filename}, or name its folder with "
+                         "--data-dir, or try --data synthetic") from None
     return tuple(Split(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets))
                  for s in sets)                 # the reader gives (N, 32, 32, 3)
 
 
-def _fetch_cifar(reader, folder, download):
-    name, archive = reader.__name__.replace("R1", "R-1"), folder / reader.filename
-    problem = (f"{name} in {folder} is damaged (its checksums differ)" if _unpacked(reader, folder)
-               else f"no {name} in {folder}")
-    if not check_integrity(archive, reader.tgz_md5):
-        if not download:
-            raise ValueError(f"{problem}; train_cifar.py downloads it anew where what is damaged is removed")
-        print(f"{problem}: downloading 170 MB, once", flush=True)
-        mirror = reader.__name__ + "_URL"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            fetch([*filter(None, [os.environ.get(mirror)]), reader.url], archive, reader.tgz_md5)
-        except (OSError, ValueError, HTTPException) as error:
-            raise ValueError(
-                f"{problem}, and it could not be downloaded ({error}). The same command goes on with what "
-                f"has come; or set {mirror} to a mirror, or put {reader.filename} "
-                f"(https://www.cs.toronto.edu/~kriz/cifar.html) into {folder}, or name the folder that holds "
-                f"{reader.base_folder} with --data-dir, or try --data synthetic") from None
-    try:            # the reader unpacks it
-        return [reader(folder, train=train, download=True) for train in (True, False)]
-    except OSError as error:
-        raise ValueError(f"{archive} could not be unpacked ({error.strerror or error}): name a folder with "
-                         "room for it with --data-dir") from None
-
-
-def fetch(urls, path, md5):
-    """Downloads the first of `urls` that works to `path`, by way of path.part, where a later attempt goes on.
-
-    Raises the last OSError, ValueError or HTTPException where none works or the checksum differs.
-    """
-    part, version = (path.with_name(f"{path.name}.part{end}") for end in ("", ".version"))
-    for url in urls:
-        while True:
-            before = part.stat().st_size if part.exists() else 0
-            print(f"{url}{f', from byte {before:,} on' if before else ''}", flush=True)
-            try:
-                _receive(url, part, version, before)
-                if not check_integrity(part, md5):
-                    part.unlink()
-                    raise ValueError(f"what {url} gave has another checksum")
-            except (OSError, ValueError, HTTPException) as error:
-                problem = error
-                if check_integrity(path, md5):          # another process was faster
-                    return
-                if not part.exists() or part.stat().st_size <= before:      # else something came: once more
-                    break
-            else:
-                version.unlink(missing_ok=True)
-                part.replace(path)
-                return
-    raise problem
-
-
-def _receive(url, part, version, done):
-    """Appends to `part` what follows its first `done` bytes, or writes all if the server's file is another.
-
-    version: a file with the server's name (ETag) for what `part` is the beginning of.
-    """
-    known = version.read_text() if done and version.exists() else ""
-    headers = {"Range": f"bytes={done}-", "If-Range": known} if known else {}
+@contextmanager
+def socket_timeout():
+    """A download in this context is given up after TIMEOUT seconds without a byte."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)
     try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and known:     # nothing is missing
-            return
-        raise
-    with response, open(part, "ab" if response.status == 206 else "wb") as file:
-        if response.status != 206:
-            done = 0
-            version.write_text(response.headers["ETag"] or response.headers["Last-Modified"] or "")
-        total, shown = done + int(response.headers["Content-Length"] or 0), time.monotonic()
-        while block := response.read(2**16):
-            file.write(block)
-            done += len(block)
-            if time.monotonic() - shown >= 10:      # seconds
-                shown = time.monotonic()
-                print(f"{done / 1e6:.1f} of {total / 1e6:.1f} MB", flush=True)
-    if done < total:
-        raise OSError(f"the connection broke off after {done / 1e6:.1f} of {total / 1e6:.1f} MB")
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 @functools.cache
 def synthetic(n, part, seed=0):
-    """n made images 32 x 32, 100 classes in 20 families of five. `part` draws the images, `seed` the classes.
+    """n images 32 x 32 of 100 classes in 20 families of five. `part` draws the images, `seed` the classes.
 
     A class is a smooth pattern, near those of its family; an image is its class's pattern, moved and partly
     covered by another's, with noise, so much that a larger network, trained longer, beats a small one.
@@ -303,5 +267,281 @@ def synthetic(n, part, seed=0):
     images = (1 - share) * patterns[targets] + share * patterns[other] + 0.8 * smooth(n, 16)
     images = images + 0.3 * torch.randn(images.shape, generator=generator)
     images = images.mul_(45).add_(128).clamp_(0, 255).to(torch.uint8)
-    views = torch.randint(VIEWS, (n,), generator=generator)
-    return Split(crop_and_flip(images, views), targets)
+    crop_ids = torch.randint(VIEWS, (n,), generator=generator)
+    return Split(crop_and_flip(images, crop_ids), targets)
+
+
+def _small_folder(folders, device, size, resize):
+    """The images of Folders as Data, size x size. Mean and standard deviation are the training images'."""
+    count, free = len(folders.train) + len(folders.eval), free_memory(device)
+    needed = count * 3 * size**2
+    if needed > free / 2:
+        raise ValueError(f"{count} images of {size} x {size} take {needed / 1e9:.1f} GB, more than half of "
+                         f"the {free / 1e9:.1f} GB that are free ({device}): take a smaller --size, or "
+                         "train_imagenet.py, which reads them at every step")
+    train, test = (Split(read_images(samples, size, resize).to(device),
+                         torch.tensor([target for _, target in samples]).to(device))
+                   for samples in (folders.train, folders.eval))
+    mean, std = statistics(train.images) if folders.train else (MEAN, STD)
+    return Data(train, test, test, folders.eval_name, folders.classes, Preprocessing(mean, std, size, resize))
+
+
+def statistics(images):
+    """Mean and standard deviation of uint8 (N, 3, H, W) in [0, 1], two tuples of three, 4 decimals."""
+    levels = torch.arange(256, dtype=torch.double) / 255
+    means, stds = [], []
+    for plane in images.unbind(1):
+        counts = sum(torch.bincount(part.flatten(), minlength=256) for part in plane.split(10_000))
+        share = counts.cpu().double() / counts.sum().item()
+        mean = share @ levels
+        std = (share @ (levels - mean) ** 2).sqrt()
+        means.append(round(mean.item(), 4))
+        stds.append(round(std.item(), 4) or 1.0)        # of a plane that is constant nothing is left
+    return tuple(means), tuple(stds)
+
+
+def free_memory(device):
+    """Free bytes of a device; infinity where they are not known."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return 1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1])
+    except (OSError, TypeError):
+        return math.inf
+
+
+# ---------------------------------------------------------------- folders, a subfolder for each class
+
+
+class Folders(NamedTuple):
+    train: list                 # [(path, target)], empty where it was not asked for
+    eval: list
+    eval_name: str              # "val", or "held-out" training images
+    classes: list               # their names, sorted; a target is an index of it
+
+
+def load_folders(data_dir, val_from_train=0, parts=("train", "val"), say=partial(print, flush=True),
+                 train_images=None):
+    """The images under data_dir/train/CLASS/ and val/CLASS/, or one of them (`parts`), as Folders.
+
+    val_from_train, train_images: as in `load_data`; with the first, val/ is not read. say: takes a line
+    about files that are skipped. ValueError, one line: a missing folder, an empty class, one class alone,
+    classes that differ.
+    """
+    root = Path(data_dir).expanduser()
+    found = {part: _list_images(root / part, say) for part in (("train",) if val_from_train else parts)}
+    (_, classes), *others = found.values()
+    for _, other in others:
+        if odd := sorted(set(classes) ^ set(other)):
+            raise ValueError(f"{printable(root)}: train/ and val/ have different classes, for instance "
+                             f"{', '.join(map(printable, odd[:3]))}")
+    train, val = (found[part][0] if part in found else [] for part in ("train", "val"))
+    if val_from_train:
+        chosen, held_out = choose_images(len(train), val_from_train)
+        train, val = ([train[i] for i in sorted(part)] for part in (chosen, held_out))
+    if train_images:
+        train = [train[i] for i in sorted(choose_images(len(train), 0, train_images)[0])]
+    return Folders(train, val, "held-out" if val_from_train else "val", classes)
+
+
+def _list_images(folder, say):
+    """([(path, target)], class names) of a folder, in the order of torchvision's ImageFolder."""
+    place = printable(folder)
+    if (folder / "val_annotations.txt").is_file() and (folder / "images").is_dir():
+        raise ValueError(f"{place} is Tiny-ImageNet's as it was downloaded; run: "
+                         + TINY_IMAGENET.format(shlex.quote(place)))
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if folder.is_dir() else []
+    classes = [name for name in names if not name.startswith(HIDDEN)]
+    if not classes:
+        raise ValueError(f"no folders of images, one for each class, in {place}: --data-dir names the folder "
+                         "that holds train/ and val/; without val/ give --val-from-train N")
+    if len(classes) == 1:
+        raise ValueError(f"{place} has one class, {printable(classes[0])}: a classifier needs two")
+    samples, skipped = [], [name for name in names if name.startswith(HIDDEN)]
+    for target, name in enumerate(classes):
+        before = len(samples)
+        for parent, _, files in sorted(os.walk(folder / name, followlinks=True)):
+            hidden = any(part.startswith(HIDDEN) for part in Path(parent).relative_to(folder).parts)
+            for file in sorted(files):
+                path = os.path.join(parent, file)
+                if hidden or file.startswith(HIDDEN) or not file.lower().endswith(IMG_EXTENSIONS):
+                    skipped.append(path)
+                else:
+                    samples.append((path, target))
+        if len(samples) == before:
+            raise ValueError(f"no images in the class {place}/{printable(name)}: add some "
+                             f"({', '.join(IMG_EXTENSIONS)}), or remove that class in train/ and val/")
+    if skipped:
+        say(f"notice: {place}: skipped {len(skipped)} hidden files and files whose ending is no image's, "
+            f"for instance {printable(skipped[0])}")
+    return samples, classes
+
+
+def printable(path):
+    """A path or name that can be printed and encoded, whatever its bytes are."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+# ---------------------------------------------------------------- one image
+
+
+def read_image(path):
+    """The Pillow image of a file, RGB, upright as its EXIF says. Raises any of Pillow's errors."""
+    with warnings.catch_warnings(action="ignore"), Image.open(path) as image:       # of odd EXIF
+        try:
+            image = ImageOps.exif_transpose(image)
+        except Exception:       # a damaged orientation, for which Pillow has several errors: as it is
+            pass
+        return to_rgb(image)
+
+
+def to_rgb(image):
+    """A Pillow image in RGB: floats and 16-bit grey scaled, transparency on white. ValueError: odd values.
+
+    As in predict.py, which imports nothing of ours.
+    """
+    if image.mode == "F":
+        values = np.asarray(image)
+        low, high = values.min(), values.max()
+        if not 0 <= low <= high <= 255 or 1 < high < 2:     # NaN; just above 1: 0 to 1, overshot
+            raise ValueError(f"float values in [{low:.6g}, {high:.6g}], neither 0 to 1 nor 0 to 255")
+        image = Image.fromarray(np.rint(values * 255 if high <= 1 else values).astype(np.uint8))
+    elif image.mode.startswith("I"):                # 16-bit grey, which Pillow would clip; "I" has 32 bits
+        wide, image = image.mode != "I", image.convert("I")
+        low, high = image.getextrema()
+        if not 0 <= low <= high <= 65535:
+            raise ValueError(f"integer values in [{low}, {high}], not 0 to 65535")
+        image = (image.point(lambda level: level / 256) if wide or high > 255 else image).convert("L")
+    if "transparency" in image.info or "A" in image.getbands():
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def centre(image, size, resize):
+    """uint8 (3, size, size) of an RGB image: its shorter side to `resize`, antialiased; the centre of it.
+
+    ValueError for one so narrow that it would fill the memory.
+    """
+    if resize**2 * max(image.size) / min(image.size) > LARGEST:
+        raise ValueError(f"{image.width} x {image.height} is too narrow to be resized")
+    return pil.pil_to_tensor(pil.center_crop(pil.resize(image, resize), [size, size]))
+
+
+def read_images(samples, size, resize=None):
+    """uint8 (N, 3, size, size) of all images of [(path, target)], with predict.py's pixels.
+
+    Upright, the shorter side becomes `resize` (None: size), the centre is cut out. ValueError, one line, for
+    images that cannot be decoded.
+    """
+    images = torch.empty(len(samples), 3, size, size, dtype=torch.uint8)
+
+    def read(i):
+        try:
+            images[i] = centre(read_image(samples[i][0]), size, resize or size)
+        except Exception as error:      # Pillow raises a dozen types for damaged files
+            return f"{printable(samples[i][0])} ({str(error) or type(error).__name__})"
+
+    with ThreadPoolExecutor() as pool:
+        bad = [line for line in pool.map(read, range(len(samples))) if line]
+    if bad:
+        raise ValueError(f"{len(bad)} of {len(samples)} images cannot be decoded, for instance {bad[0]}; "
+                         "mend or remove them")
+    return images
+
+
+# ---------------------------------------------------------------- large images, read at every step
+
+
+def random_box(width, height, draw):
+    """(left, top, width, height) of a crop: 8 to 100 % of the area, sides 3:4 to 4:3 (Szegedy et al. 2015).
+
+    draw: a random.Random. Ten attempts, then the largest centred box of an allowed ratio.
+    """
+    for _ in range(10):
+        area = width * height * draw.uniform(0.08, 1)
+        ratio = math.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return draw.randint(0, width - w), draw.randint(0, height - h), w, h
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+class FolderImages(Dataset):
+    """Decoded images by key (index, seed): `views` random crops in training, the centre in evaluation (0).
+
+    An item is ([uint8 (3, size, size)], [flip], target, bad): bad lists the indices of images that could not
+    be decoded; in training the next image takes their place, in evaluation black does.
+    """
+
+    def __init__(self, samples, size, views=0, resize=None):
+        self.samples, self.size, self.views = samples, size, views
+        self.resize = resize or IMAGENET_PREPROCESSING.at(size).resize
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, key):
+        (index, seed), bad = key, []
+        for _ in range(100 if self.views else 1):       # so many in a row are an error for the caller
+            path, target = self.samples[index]
+            try:
+                return *self._view(read_image(path), seed), target, bad
+            except Exception:       # Pillow raises a dozen types for damaged files
+                bad.append(index)
+                index = (index + 1) % len(self.samples)
+        black = Image.new("RGB", (self.size, self.size))
+        return *self._view(black, seed), target, bad
+
+    def _view(self, image, seed):
+        """(images, flips) of a Pillow image."""
+        if not self.views:
+            return [centre(image, self.size, self.resize)], [False]
+        draw, images, flips = random.Random(seed), [], []
+        for _ in range(self.views):
+            left, top, width, height = random_box(*image.size, draw)
+            crop = pil.resized_crop(image, top, left, height, width, [self.size, self.size])
+            images.append(pil.pil_to_tensor(crop))
+            flips.append(draw.random() < 0.5)
+        return images, flips
+
+
+def collate(items):
+    """([uint8 (B, 3, S, S) of each view], [flips (B,) of each view], targets (B,), bad indices)."""
+    images, flips, targets, bad = zip(*items)
+    return ([torch.stack(view) for view in zip(*images)], [torch.tensor(view) for view in zip(*flips)],
+            torch.tensor(targets), [i for some in bad for i in some])
+
+
+def folder_batches(dataset, keys, workers, pin=False):
+    """A DataLoader over lists of keys, one list a batch, which may be filled again for each epoch.
+
+    Its processes are forked once: a fork while threads run can leave one that hangs (CPython 3.11, after a
+    collective). One that gives nothing for WAIT seconds is a RuntimeError.
+    """
+    return DataLoader(dataset, batch_sampler=keys, num_workers=workers, collate_fn=collate, pin_memory=pin,
+                      worker_init_fn=ignore_signals, persistent_workers=workers > 0,
+                      timeout=WAIT if workers else 0)
+
+
+def ignore_signals(worker):
+    """What stops a job reaches all its processes, and the one that trains needs images until it has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def folder_keys(seed, epoch, n, batch, first_step, rank, world, parts):
+    """A rank's share of an epoch's batches: keys, `parts` lists a batch, and where in the epoch each begins.
+
+    Batches are the same whatever the number of processes: each takes its part of every one. Parts and lists
+    are of equal length, or one apart. The last, incomplete batch is left out.
+    """
+    order, _ = epoch_draws(seed, epoch, n)
+    seeds = np.random.Philox(key=np.array([seed, epoch + 2**33], dtype=np.uint64)).random_raw(n)
+    keys, places, begin, end = [], [], batch * rank // world, batch * (rank + 1) // world
+    for step in range(first_step, n // batch):
+        bounds = [step * batch + begin + (end - begin) * i // parts for i in range(parts + 1)]
+        for first, last in itertools.pairwise(bounds):
+            keys.append(list(zip(order[first:last].tolist(), seeds[first:last].tolist())))
+            places.append(first)
+    return keys, places

@@ -37,8 +37,8 @@ from onnxruntime.transformers.onnx_model import OnnxModel
 import cli
 import run as runs
 from checkpoints import open_checkpoint, weights_sha256
-from data import CIFAR, HELD_OUT_KEY, PAD, Preprocessing, Split, epoch_draws, has_cifar, load_data, synthetic
-from folders import FolderImages, collate, load_folders, read_images, printable
+from data import (CIFAR, HELD_OUT_KEY, PAD, FolderImages, Preprocessing, Split, collate, epoch_draws,
+                  has_cifar, load_data, load_folders, printable, read_images, synthetic)
 from models import MODELS
 from networks import TORCHVISION, label
 

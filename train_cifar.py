@@ -33,7 +33,6 @@ from checkpoints import load_pretrained, open_checkpoint, weights_sha256
 from data import CIFAR, Data, Preprocessing, Split, crop_and_flip, epoch_draws, load_data, synthetic
 from distill import run_experiment, evaluate
 from distributed import World
-from folders import load_small
 from logit_kd import METHODS
 from models import MODELS
 from networks import check_feature, check_model, create, init_bn_stats, label, layout
@@ -129,9 +128,7 @@ def run_name(recipe):
 def read_data(flags, device, **part):
     """The Data that the flags name, on the device."""
     part |= {"train_images": flags["train_images"], "val_from_train": flags["val_from_train"]}
-    if flags["data"] == "folder":
-        return load_small(flags["data_dir"], device, flags["size"], **part)
-    return load_data(flags["data"], flags["data_dir"], device, **part)
+    return load_data(flags["data"], flags["data_dir"], device, size=flags["size"], **part)
 
 
 def about(data):
@@ -343,8 +340,8 @@ def evaluate_file(flags, world, data=None):
     if data is None:
         flags = flags | {"data": flags["data"] or usual_data(facts, pixels, flags["data_dir"])}
         if flags["data"] == "folder":
-            data = load_small(flags["data_dir"], world.device, *pixels[2:], parts=("val",),
-                              val_from_train=flags["val_from_train"])
+            data = load_data("folder", flags["data_dir"], world.device, size=pixels.size,
+                             resize=pixels.resize, parts=("val",), val_from_train=flags["val_from_train"])
         else:
             data = read_data(flags | {"train_images": None}, world.device)
         if flags["data"] == "folder" and not facts["preprocessing_known"]:

@@ -25,11 +25,10 @@ from torchvision.transforms.functional import to_pil_image
 import cli
 import recipes
 from checkpoints import load_pretrained, open_checkpoint, weights_sha256
-from data import epoch_draws
+from data import (IMAGENET_PREPROCESSING, FolderImages, epoch_draws, flip_images, folder_batches, folder_keys,
+                  load_folders, printable)
 from distill import run_experiment, evaluate, micro_batches
 from distributed import World
-from folders import (FolderImages, folder_batches, folder_keys, imagenet_pixels, load_folders,
-                     normalise_folder, printable)
 from logit_kd import METHODS
 from models import MODELS
 from networks import (TORCHVISION, check_feature, check_model, create, init_bn_stats, known_weights, label,
@@ -60,7 +59,7 @@ class Batches:
         self.evaluated = Evaluation(folders, recipe["size"], world, workers,
                                     micro_batch or min(256, -(-batch // world.size)))
         self.facts = {"num_classes": len(folders.classes), "classes": folders.classes,
-                      **imagenet_pixels(recipe["size"])._asdict()}
+                      **IMAGENET_PREPROCESSING.at(recipe["size"])._asdict()}
         self.undecodable, self.known = 0, set()       # since the last collection; indices that were named
 
     def check(self, undecodable):
@@ -102,7 +101,7 @@ class Batches:
         if strong:
             images[1] = strong_operations(
                 images[1], StrongDraws(*(x.to(device) for x in strong[place:place + len(target)])))
-        views = [normalise_folder(x, flip) for x, flip in zip(images, flips)]
+        views = [IMAGENET_PREPROCESSING.normalise(flip_images(x, flip)) for x, flip in zip(images, flips)]
         teacher_logits = [self.teacher.logits(x) for x in views] if self.teacher else []        # line 2: v_n
         return views, target.to(device, non_blocking=True), index.to(device), teacher_logits
 
@@ -127,9 +126,9 @@ class Evaluation:
             if i >= len(self.keys):     # some processes have a batch more than others
                 yield None, None
                 continue
-            images, flips, target, undecodable = next(loader)
+            images, _, target, undecodable = next(loader)
             bad |= set(undecodable)
-            yield normalise_folder(images[0].to(device), flips[0].to(device)), target.to(device)
+            yield IMAGENET_PREPROCESSING.normalise(images[0].to(device)), target.to(device)
         count = int(self.world.sum(torch.tensor(len(bad))))
         if count:
             name = f", for instance {printable(self.samples[min(bad)][0])}" if bad else ""
@@ -142,7 +141,7 @@ class Evaluation:
 def get_teacher(recipe, folders, flags, world):
     """The Teacher, with the weights that were named, or torchvision's."""
     name, classes, path = recipe["teacher"], folders.classes, flags["teacher_checkpoint"]
-    pixels, how = imagenet_pixels(recipe["size"]), (recipe["precision"], flags["compile"])
+    pixels, how = IMAGENET_PREPROCESSING.at(recipe["size"]), (recipe["precision"], flags["compile"])
     if path:
         network = create(name, len(classes), TORCHVISION)
         teacher = load_teacher(network, path, world.device, path, *how, pixels, classes)
@@ -285,7 +284,7 @@ def evaluate_file(flags, world, folders=None):
     check_names(flags["eval_file"], facts, folders.classes)
     name, pixels = facts["student"], facts["preprocessing"]
     teacher = Teacher(network, world.device, flags["precision"] or "fp32", flags["eval_file"],
-                      pixels=imagenet_pixels(pixels.size),
+                      pixels=IMAGENET_PREPROCESSING.at(pixels.size),
                       own=pixels if facts["preprocessing_known"] else None)
     teacher.batch = flags["at_once"] or 64
     images = Evaluation(folders, pixels.size, world, flags["workers"], teacher.batch, pixels.resize)

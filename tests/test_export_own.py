@@ -17,7 +17,6 @@ from torchvision.datasets import CIFAR10
 
 import data
 import export
-import folders
 import networks
 import predict
 
@@ -126,7 +125,7 @@ def save(network, name, data_name, classes, pixels, **more):
 
 def run(name="nets.py:tiny", **more):
     """student.pt of train_cifar.py --data folder --size 64 in photos/: (its network, its Data)."""
-    made = folders.load_small(photos(), "cpu", 64)
+    made = data.load_data("folder", photos(), "cpu", size=64)
     network = trained(name, *made.train, made.pixels, 3)
     save(network, name, "folder", made.classes, made.pixels, **more)
     return network, made
@@ -201,7 +200,7 @@ def test_a_name_that_two_have_is_taken_for_what_the_keys_say(monkeypatch):
         state = {k: torch.zeros(()).expand(v.shape) for k, v in network.state_dict().items()}
         torch.save({"model": state, "student": "vgg13", **facts}, "vgg13.pt")
 
-    pixels = folders.imagenet_pixels(64)
+    pixels = data.IMAGENET_PREPROCESSING.at(64)
     file(torchvision.models.vgg13(num_classes=3), data="birds", num_classes=3, classes=CLASSES,
          **pixels._asdict())
     student = export.load_student("vgg13.pt")
@@ -225,7 +224,7 @@ def test_a_student_of_small_images_sees_on_a_device_what_it_saw_in_training():
     assert facts["size"] == [64, 64] and facts["resize"] == 64 and facts["data"] == "folder"
     assert facts["mean"] == list(made.pixels.mean) and facts["std"] == list(made.pixels.std)
     classifier = predict.Classifier("nets-tiny.onnx")
-    seen = [classifier.pixels(Image.open(path)) for path, _ in folders.load_folders("photos").eval]
+    seen = [classifier.pixels(Image.open(path)) for path, _ in data.load_folders("photos").eval]
     assert np.array_equal(np.stack(seen), made.test.images.numpy())
     with torch.no_grad():
         expected = network(made.pixels.normalise(made.test.images))
@@ -238,7 +237,7 @@ def test_a_student_of_small_images_sees_on_a_device_what_it_saw_in_training():
 def test_the_temperature_is_fitted_on_images_that_training_saw_at_another_position_only():
     """--train-images' own choice of them, in the run's own order; int8 is calibrated on no other image."""
     run(train_images=20, epochs=150)
-    train = folders.load_small("photos", "cpu", 64, train_images=20).train
+    train = data.load_data("folder", "photos", "cpu", size=64, train_images=20).train
     drawn = set()
     for epoch in range(150):
         order, views = data.epoch_draws(3, epoch, 20)
@@ -281,7 +280,7 @@ def test_held_out_training_images_are_used_as_in_training():
     """One half of them for the temperature, the other for the accuracy; val/ alone is enough without them."""
     run(val_from_train=8)
     images = export.find_images(export.load_student("student.pt"), "photos", 512)
-    held_out = folders.load_small("photos", "cpu", 64, val_from_train=8).eval
+    held_out = data.load_data("folder", "photos", "cpu", size=64, val_from_train=8).eval
     found = torch.cat([images.held_out.images, images.test.images])
     assert len(found) == 8 and images.held_out_name == "4 held-out training images"
     assert {x.numpy().tobytes() for x in found} == {x.numpy().tobytes() for x in held_out.images}
@@ -307,13 +306,13 @@ def test_other_classes_are_refused_in_one_line():
 def test_of_very_many_images_an_even_choice_is_read(size, counts, monkeypatch):
     """All of them would take hours; the first of them would be the first classes alone."""
     many = [(f"{i}", i * 3 // 12_345) for i in range(12_345)]
-    found = folders.Folders(many[:9000:2] + many[9000:], many, "val", CLASSES)
+    found = data.Folders(many[:9000:2] + many[9000:], many, "val", CLASSES)
     monkeypatch.setattr(export, "load_folders", lambda *rest: found)
     monkeypatch.setattr(export, "read_images",
                         lambda samples, size, resize: torch.zeros(len(samples), 3, 1, 1))
     monkeypatch.setattr(export, "FolderImages", lambda samples, size: {
         (i, 0): ([torch.zeros(3, 1, 1)], [False], target, []) for i, (_, target) in enumerate(samples)})
-    pixels = data.Preprocessing(size=64, resize=64) if size == 64 else folders.imagenet_pixels(size)
+    pixels = data.Preprocessing(size=64, resize=64) if size == 64 else data.IMAGENET_PREPROCESSING.at(size)
     facts = {"data": "folder", "epochs": 1, "seed": 0}
     images = export.find_images(export.Student(None, facts, 3, CLASSES, False, pixels), "photos", 30)
     assert [len(x.targets) for x in images[:3]] == [30, *counts]
@@ -415,7 +414,7 @@ def test_flags_say_what_a_bare_file_does_not():
 
 def test_flags_override_what_a_file_says():
     ten()
-    save(networks.create("resnet8", 10), "resnet8", "birds", CLASSES, folders.imagenet_pixels(64))
+    save(networks.create("resnet8", 10), "resnet8", "birds", CLASSES, data.IMAGENET_PREPROCESSING.at(64))
     student = export.load_student("student.pt", mean="0.5,0.5,0.5", std="0.1,0.1,0.1", size=112,
                                   classes=names_file("abcdefghij"))
     assert student.pixels == data.Preprocessing((0.5,) * 3, (0.1,) * 3, 112, 128)
@@ -441,7 +440,7 @@ def test_flags_that_cannot_be_are_one_line(flag, value, words):
 
 def test_a_bare_file_takes_the_folder_that_is_named(tmp_path):
     """Its classes' names too, where their number fits; the temperature is not fitted on what training saw."""
-    made = folders.load_small(photos(), "cpu", 32)
+    made = data.load_data("folder", photos(), "cpu", size=32)
     pixels = data.Preprocessing()
     torch.save({"net": trained("nets.py:tiny", *made.train, pixels, 3).state_dict(), "epochs": 9, "seed": 0},
                "bare.pt")       # whose seed means nothing here

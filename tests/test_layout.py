@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # ground first: each module imports from those before it alone
-ORDER = ("zscore_kd", "logit_kd", "feature_kd", "models", "data", "folders", "randaugment",
+ORDER = ("zscore_kd", "logit_kd", "feature_kd", "models", "data", "randaugment",
          "recipes", "run", "cli", "distributed", "networks", "checkpoints", "teacher", "distill",
          "experiment", "train_cifar", "train_imagenet", "export", "predict", "figures", "reproduce", "bench")
 ONLY = {        # of our own modules and of packages, where it is binding

@@ -18,7 +18,7 @@ from torchvision.models import _api
 
 import checkpoints
 import cli
-import folders
+import data
 import networks
 import teacher
 import train_cifar
@@ -208,12 +208,12 @@ def only(pattern):
 def measured(network, script):
     """(top-1, mean loss) of a network on val/, by a loop of its own over what the script's images are."""
     if script == "cifar":
-        read = folders.load_small("images", "cpu", 32)
+        read = data.load_data("folder", "images", "cpu", size=32)
         images, target = read.eval.images, read.eval.targets
         mean, std = read.pixels[:2]
     else:
-        found = folders.load_folders("images").eval
-        images = torch.stack([folders.centre(folders.read_image(path), 32, 37) for path, _ in found])
+        found = data.load_folders("images").eval
+        images = torch.stack([data.centre(data.read_image(path), 32, 37) for path, _ in found])
         target, mean, std = torch.tensor([t for _, t in found]), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     with torch.no_grad():
         logits = network.eval()(torchvision.transforms.functional.normalize(images / 255, mean, std))

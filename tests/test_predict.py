@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from PIL import Image
 from torchvision.transforms import functional as pil
 
-import folders as data
+import data
 import predict
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -21,8 +21,8 @@ import torchvision
 from click.testing import CliRunner
 from PIL import Image
 
+import data
 import distill
-import folders
 import networks
 import randaugment
 import recipes
@@ -168,8 +168,8 @@ class Views:
     """The images of a run's first epoch, by plain torchvision from the crops that FolderImages drew."""
 
     def __init__(self, views):
-        self.keys, self.places = folders.folder_keys(0, 0, 30, 8, 0, 0, 1, 1)
-        self.images = folders.FolderImages(folders.load_folders("images").train, 32, views)
+        self.keys, self.places = data.folder_keys(0, 0, 30, 8, 0, 0, 1, 1)
+        self.images = data.FolderImages(data.load_folders("images").train, 32, views)
         self.strong = randaugment.strong_draws(0, 0, 30)
 
     def batch(self, step):
@@ -415,10 +415,10 @@ def test_torchvisions_weights_missing_or_unknown_are_one_line(error, monkeypatch
 
 
 def test_batches_do_not_depend_on_the_number_of_processes():
-    whole, places = folders.folder_keys(3, 1, 100, 24, 1, 0, 1, 1)
+    whole, places = data.folder_keys(3, 1, 100, 24, 1, 0, 1, 1)
     assert places == [24, 48, 72] and all(len(k) == 24 for k in whole)      # the incomplete batch is left out
     for world, parts in ((2, 1), (3, 2), (2, 5), (4, 6), (5, 2), (7, 1)):
-        keys = [folders.folder_keys(3, 1, 100, 24, 1, rank, world, parts) for rank in range(world)]
+        keys = [data.folder_keys(3, 1, 100, 24, 1, rank, world, parts) for rank in range(world)]
         assert {len(k) for k, _ in keys} == {3 * parts}
         sizes = [len(k) for k in keys[0][0]]
         assert max(sizes) - min(sizes) <= 1         # no part of one image, which batch norm does not take
@@ -431,14 +431,14 @@ def test_batches_do_not_depend_on_the_number_of_processes():
 
 def test_random_crops_have_torchvisions_distribution():
     torch.manual_seed(0)
-    ours = np.array([folders.random_box(500, 375, random.Random(i)) for i in range(4000)])
+    ours = np.array([data.random_box(500, 375, random.Random(i)) for i in range(4000)])
     theirs = np.array([torchvision.transforms.RandomResizedCrop.get_params(
         Image.new("RGB", (500, 375)), (0.08, 1), (3 / 4, 4 / 3)) for _ in range(4000)])[:, [1, 0, 3, 2]]
     assert ((ours[:, 0] + ours[:, 2] <= 500).all() and (ours[:, 1] + ours[:, 3] <= 375).all()
             and ours.min() >= 0)
     for a, b in zip(ours.T, theirs.T):
         assert max(abs(np.quantile(a, q) - np.quantile(b, q)) for q in (0.1, 0.3, 0.5, 0.7, 0.9)) < 15
-    assert folders.random_box(2000, 100, random.Random(0))[2:] == (133, 100)    # too wide to crop: the centre
+    assert data.random_box(2000, 100, random.Random(0))[2:] == (133, 100)    # too wide to crop: the centre
 
 
 def test_undecodable_images_are_named_and_replaced_in_training_and_an_error_in_evaluation(folder):
@@ -522,10 +522,10 @@ def test_a_lost_loading_process_is_one_line(monkeypatch):
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_loading_processes_live_on_and_each_epoch_has_its_own_images(workers):
     """The same images whatever the number of loading processes, which are forked once."""
-    dataset, keys = folders.FolderImages(folders.load_folders("images").train, 32, 1), []
-    loader, alive = folders.folder_batches(dataset, keys, workers), set()
+    dataset, keys = data.FolderImages(data.load_folders("images").train, 32, 1), []
+    loader, alive = data.folder_batches(dataset, keys, workers), set()
     for epoch in range(3):
-        keys[:], _ = folders.folder_keys(0, epoch, 30, 8, epoch, 0, 1, 1)
+        keys[:], _ = data.folder_keys(0, epoch, 30, 8, epoch, 0, 1, 1)
         for batch, (images, _, target, _) in zip(keys, loader, strict=True):
             expected = [dataset[key] for key in batch]
             assert (torch.equal(images[0], torch.stack([x[0][0] for x in expected]))
@@ -535,15 +535,15 @@ def test_loading_processes_live_on_and_each_epoch_has_its_own_images(workers):
 
 
 def test_a_loading_process_that_says_nothing_is_an_error(monkeypatch):
-    monkeypatch.setattr(folders, "WAIT", 1)
-    monkeypatch.setattr(folders.FolderImages, "__getitem__", lambda *rest: time.sleep(60))
+    monkeypatch.setattr(data, "WAIT", 1)
+    monkeypatch.setattr(data.FolderImages, "__getitem__", lambda *rest: time.sleep(60))
     assert ("a loading process was lost (DataLoader timed out after 1 seconds)"
             in call(*SMALL, "--zscore", "--workers", "1", code=1).splitlines()[-1])
 
 
 def test_a_held_out_part_takes_the_place_of_val(folder):
     call(*SMALL, "--zscore", "--val-from-train", "6")
-    held = folders.load_folders("images", 6)
+    held = data.load_folders("images", 6)
     assert (len(held.train) == 24 and len(held.eval) == 6
             and not {p for p, _ in held.train} & {p for p, _ in held.eval})
     assert "held-out_top1" in rows(Path("runs") / NAME)[0]
