@@ -86,23 +86,23 @@ PAIRS = {
     "ResNet50-MobileNetV2": ((3, 1),  8,    (2, 15, 2),  (2, 9, 0.010, 480), 69.03, 69.78, 70.77, 71.31),
 }
 UNPUBLISHED = ((2, 9), None, (2, 9, 8), (2, 9, 0.025, 480))      # any other pair
-# Feature methods: one weight for every pair but for ReviewKD and CAT-KD (beta, side of the pooled maps,
-# whether they are normalised), whose authors' scripts have these; None where they have none (?). ReviewKD's
-# weight grows over 20 epochs. SimKD has no cross-entropy.
+# Feature methods: one weight for every pair but for ReviewKD and CAT-KD (weight, side of the pooled maps,
+# whether they are normalised), from their authors' scripts. feature_ramp counts epochs.
 FEATURE_WEIGHTS = {"fitnet": 100.0, "at": 1000.0, "rkd": 1.0, "crd": 0.8, "ofd": 0.001, "simkd": 1.0}
+FEATURE_NUMBERS = {"reviewkd": {"feature_ramp": 20}, "simkd": {"factor": 2, "ce_weight": 0.0}}
 FEATURE_PAIRS = {
-    # pair                   ReviewKD  CAT-KD
-    "resnet32x4-resnet8x4": (5,        (15,  2, False)),
-    "vgg13-vgg8":           (None,     (4.5, 2, False)),
-    "wrn_40_2-wrn_40_1":    (5,        (1.5, 2, False)),
-    "wrn_40_2-wrn_16_2":    (5,        (12,  2, False)),
-    "resnet56-resnet20":    (0.6,      (0.7, 2, False)),
-    "resnet110-resnet32":   (1,        (1.8, 2, False)),
-    "resnet32x4-ShuffleV1": (5,        (600, 4, True)),
-    "resnet32x4-ShuffleV2": (8,        (600, 4, True)),
-    "wrn_40_2-ShuffleV1":   (5,        (80,  4, True)),
-    "vgg13-MobileNetV2":    (None,     (15,  2, True)),
-    "ResNet50-MobileNetV2": (None,     (40,  2, True)),
+    # pair                   ReviewKD, CAT-KD
+    "resnet32x4-resnet8x4": (5,       15,  2, False),
+    "vgg13-vgg8":           (5,       4.5, 2, False),     # ReviewKD: ?
+    "wrn_40_2-wrn_40_1":    (5,       1.5, 2, False),
+    "wrn_40_2-wrn_16_2":    (5,       12,  2, False),
+    "resnet56-resnet20":    (0.6,     0.7, 2, False),
+    "resnet110-resnet32":   (1,       1.8, 2, False),
+    "resnet32x4-ShuffleV1": (5,       600, 4, True),
+    "resnet32x4-ShuffleV2": (8,       600, 4, True),
+    "wrn_40_2-ShuffleV1":   (5,       80,  4, True),
+    "vgg13-MobileNetV2":    (5,       15,  2, True),     # ReviewKD: ?
+    "ResNet50-MobileNetV2": (5,       40,  2, True),     # ReviewKD: ?
 }
 NARROW = [f"resnet{depth}" for depth in (8, 14, 20, 32, 44, 56, 110)]
 # Published top-1, %. The papers' Z rows are near the best epoch on the test split, not the last.
@@ -279,29 +279,23 @@ def _cifar(teacher, student, name, source):
 
 
 def _feature(teacher, student, feature):
-    """What a feature adds to a pair's recipe; where nothing is published, the numbers of pairs like it."""
-    review, cat = FEATURE_PAIRS.get(f"{teacher}-{student}", (None, None))
-    narrow = teacher in NARROW and student in NARROW
-    numbers = {"feature": feature, "feature_weight": FEATURE_WEIGHTS.get(feature)}
-    if feature == "reviewkd":
-        usual = 0.6 if narrow else 5
-        numbers |= {"feature_weight": float(review or usual), "feature_ramp": 20}
-    elif feature == "catkd":
-        weight, side, normalize = cat or _unpublished_catkd(teacher, student, narrow)
-        numbers |= {"feature_weight": float(weight), "resolution": side, "normalize": normalize}
-    elif feature == "simkd":
-        numbers |= {"factor": 2, "ce_weight": 0.0}
-    return numbers
+    """What a feature adds to a pair's recipe; where nothing is published, the numbers of a pair like it."""
+    row = FEATURE_PAIRS.get(f"{teacher}-{student}", FEATURE_PAIRS[_similar_pair(teacher, student)])
+    review_weight, cat_weight, side, normalize = row
+    weights = FEATURE_WEIGHTS | {"reviewkd": review_weight, "catkd": cat_weight}
+    numbers = {"feature": feature, "feature_weight": float(weights[feature])}
+    if feature == "catkd":
+        numbers |= {"resolution": side, "normalize": normalize}
+    return numbers | FEATURE_NUMBERS.get(feature, {})
 
 
-def _unpublished_catkd(teacher, student, narrow):
-    """The numbers of resnet56's, resnet32x4's, ResNet50's and wrn_40_2's students."""
+def _similar_pair(teacher, student):
+    if teacher in NARROW and student in NARROW:
+        return "resnet56-resnet20"
     kinds = {re.match("[a-z]*", name.lower())[0].replace("wrn", "resnet") for name in (teacher, student)}
-    if narrow:
-        return 0.7, 2, False
     if len(kinds) == 1:
-        return 15, 2, False
-    return (40, 2, True) if student.lower().startswith("mobilenet") else (80, 4, True)
+        return "resnet32x4-resnet8x4"
+    return "ResNet50-MobileNetV2" if "mobilenet" in student.lower() else "wrn_40_2-ShuffleV1"
 
 
 def known(run, data="cifar100"):

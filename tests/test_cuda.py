@@ -163,10 +163,10 @@ def test_evaluations_and_pictures_are_float32(tf32, tmp_path, monkeypatch):
     train_cifar.main(["--eval", "student.pt", "--data", "synthetic", "--device", "cpu"],
                      standalone_mode=False)
     assert not torch.backends.cudnn.allow_tf32
-    row = types.SimpleNamespace(teacher=None, student="resnet8", pair="", method="none")
+    row = {"teacher": None, "student": "resnet8", "method": "none"}
     flags = {"pair": "a-b", "device": "cpu", "data_dir": ""}
     for module, call in ((figures, lambda: figures.logits_of(flags)),
-                         (reproduce, lambda: reproduce.keep(row, {}, tmp_path, None, CPU))):
+                         (reproduce, lambda: reproduce.keep(tmp_path / "x.pt", row, tmp_path, None, CPU))):
         torch.backends.cudnn.allow_tf32 = True
         monkeypatch.setattr(module, "load_data", None, raising=False)
         monkeypatch.setattr(reproduce, "CHECKPOINTS", tmp_path)
