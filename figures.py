@@ -1,21 +1,19 @@
-"""The paper's pictures, from this project's own runs: PNG and SVG, the numbers beside them as CSV.
+"""The papers' pictures, from this project's own runs, as PNG and SVG.
 
 \b
-  python figures.py toy                                          KL against prediction; needs nothing
-  python figures.py curves gap --pair resnet56-resnet8           from results/, which reproduce.py writes
+  python figures.py toy                                          KL and prediction disagree; needs nothing
+  python figures.py curves --pair resnet56-resnet8               from results/, which reproduce.py writes
   python figures.py logits difference --pair resnet56-resnet8 \\
       --teacher-checkpoint FILE --plain FILE --zscore FILE       students (student.pt), on the test images
   python figures.py grid --pair resnet56-resnet8 --runs DIR      accuracy over temperature and weight
 
-Without names: all that the flags allow. Colours are those of Okabe and Ito, and cividis.
+Colours are those of Okabe and Ito, and cividis.
 """
 
-import csv
 import gzip
-import io
 import json
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import click
 import torch
@@ -23,11 +21,9 @@ import torch
 import cli
 import recipes
 import run as runs
-from checkpoints import metadata_of, read_checkpoint
-from data import CIFAR100_CLASSES, load_data, normalise
-from models import MODELS, create_model
+from checkpoints import open_checkpoint
+from data import load_data, normalise
 from run import RunError
-from teacher import load_teacher
 from zscore_kd import kd_loss, weighted_zscore
 
 try:
@@ -40,136 +36,125 @@ ROOT = Path(__file__).resolve().parent
 COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"
 STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
          "svg.fonttype": "none", "svg.hashsalt": "figures", "savefig.dpi": 200}  # equal pictures, equal files
-LINES, MARKERS = ("-", "--", "-.", ":"), "osD^vPX*"
 TOY = {"teacher": (1.0, 5.0, 6.0), "student 1": (1.0, 5.9, 5.6), "student 2": (0.125, 0.625, 0.75)}
 
 
-def panels(width, height, *grid, **more):
+def panels(width, height, *grid, **options):
     """(figure, axes): inches, and matplotlib's subplots."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(*grid, **more)
+    return figure, figure.subplots(*grid, **options)
 
 
-def save(figure, flags, name, rows):
-    """figure as out/NAME.png and .svg; rows, a list of dicts, as out/NAME.csv."""
-    out, text = flags["out"], io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(runs.rounded(rows))
+def save(figure, out, name, numbers=None):
+    """The figure as out/NAME.png and .svg; numbers, if any, as out/NAME.json."""
     with runs.disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        (out / f"{name}.csv").write_text(text.getvalue())
+        if numbers:
+            (out / f"{name}.json").write_text(json.dumps(runs.rounded(numbers)) + "\n")
         figure.savefig(out / f"{name}.png")
         figure.savefig(out / f"{name}.svg", metadata={"Date": None})
-    click.echo(f"{out / name}.png, .svg and .csv")
+    click.echo(f"{out / name}.png and .svg")
 
 
-def label(method, n):
-    return f"{recipes.display_name(method)} (n = {n})"
+# ---------------------------------------------------------------- the paper's toy case
 
 
 def toy(flags):
     """A wrong student near the teacher's logits, a right one of an eighth of their range (paper, fig. 2)."""
     logits = {name: torch.tensor([values], dtype=torch.float64) for name, values in TOY.items()}
-    rows = [{"network": name, **{f"logit_{k}": v for k, v in enumerate(TOY[name])},
-             "predicts": z.argmax().item(), "kl": kd_loss(z, logits["teacher"], 1.0, zscore=False).item(),
-             "kl_zscore": kd_loss(z, logits["teacher"], 1.0).item()} for name, z in logits.items()]
+    losses = {name: (kd_loss(z, logits["teacher"], 1.0, zscore=False).item(),
+                     kd_loss(z, logits["teacher"], 1.0).item()) for name, z in logits.items()}
     figure, axes = panels(8, 3, 1, 3, width_ratios=(2, 1, 1))
-    for i, row in enumerate(rows):
-        look = {"color": COLOURS[i], "hatch": ("", "//", "..")[i], "edgecolor": "white"}
+    for i, (name, values) in enumerate(TOY.items()):
         places = [k + 0.27 * (i - 1) for k in range(3)]
-        name = row["network"]
-        axes[0].bar(places, TOY[name], 0.25, label=f"{name}: class {row['predicts']}", **look)
-        for panel, key in zip(axes[1:], ("kl", "kl_zscore")):
-            if i:
-                panel.bar_label(panel.bar(name, row[key], 0.6, **look), fmt="%.2f")
-    axes[0].set(xticks=range(3), xlabel="class", ylabel="logit", title="logits and predicted class")
+        axes[0].bar(places, values, 0.25, label=f"{name}: class {logits[name].argmax()}", color=COLOURS[i])
+        if name != "teacher":
+            for panel, loss in zip(axes[1:], losses[name]):
+                panel.bar_label(panel.bar(name, loss, 0.6, color=COLOURS[i]), fmt="%.2f")
+    axes[0].set(xticks=range(3), ylim=(0, 9), xlabel="class", ylabel="logit", title="logits and predicted class")
     axes[0].legend(frameon=False)
     for panel, title in zip(axes[1:], ("plain logits", "standardized logits")):
         panel.set(ylabel="KL(teacher || student), nats", title=title)
-    save(figure, flags, "toy", rows)
+    save(figure, flags["out"], "toy", losses)
+
+
+# ---------------------------------------------------------------- from results/
+
+
+def budget_of(record):
+    """What is compared with each other: (real images, full length, epochs, training images, data)."""
+    recipe = record["recipe"]
+    real, full = recipe["data"] == "cifar100", record["full_length"]
+    epochs = 0 if full else record["epochs"]
+    return real, full, epochs, recipe["train_images"] or 50_000, recipe["data"]
 
 
 def records_of(flags):
-    """({method: its records by seed}, title), of the pair and its student alone: of the longest budget in
-    results/, real images first."""
+    """({method: its records by seed}, title) of the pair and of its student alone, of the longest budget."""
     teacher, student = flags["pair"].split("-")
-    found = {}
+    records = []
     for path in sorted(flags["results"].glob("*.json")):
         record = json.loads(path.read_text())
         if record["student"] == student and record["teacher"] in (teacher, None):
-            data, images = (record["recipe"][k] for k in ("data", "train_images"))
-            full = record["full_length"]
-            budget = data == "cifar100", full, 0 if full else record["epochs"], images or 50_000, data
-            found.setdefault(budget, []).append(record | {"name": path.stem})
-    budget = max((b for b, group in found.items() if any(r["teacher"] for r in group)), default=None)
-    if not budget:
+            records.append(record | {"name": path.stem})
+    taught = [r for r in records if r["teacher"]]
+    if not taught:
         raise RunError(f"{flags['results']} holds no row of {flags['pair']}; python reproduce.py --pairs "
                        f"{flags['pair']} makes them")
-    if len({r["recipe"].get("teacher_sha256") for r in found[budget] if r["teacher"]}) > 1:
+    budget = max(map(budget_of, taught))
+    records = [r for r in records if budget_of(r) == budget]
+    if len({r["recipe"].get("teacher_sha256") for r in records if r["teacher"]}) > 1:
         raise RunError(f"the rows of {flags['pair']} were taught by different teachers and are not compared")
     groups = {}
-    place = {name: i for i, name in enumerate(recipes.NAMES)}
-    for r in sorted(found[budget], key=lambda r: (place.get(r["method"], len(place)), r["seed"])):
-        groups.setdefault(r["method"], []).append(r)
+    for record in sorted(records, key=lambda r: r["seed"]):
+        groups.setdefault(record["method"], []).append(record)
     real, full, epochs, images, data = budget
-    length = "full length" if full else f"{epochs} epochs on {images:,} images"
-    return groups, f"{teacher} → {student}, {length}" + ("" if real else f" of {data}")
+    title = f"{teacher} → {student}, " + ("full length" if full else f"{epochs} epochs on {images:,} images")
+    return groups, title if real else f"{title} of {data}"
+
+
+def log_of(record, results):
+    """A record's test accuracies and training cross-entropies, (2, epochs).
+
+    MLKD's cross-entropy, a sum over two views in the log, is halved.
+    """
+    with gzip.open(results / "logs" / f"{record['name']}.jsonl.gz", "rt") as file:
+        rows = [json.loads(line) for line in file]
+    views = 2 if record["method"].startswith("mlkd") else 1
+    return [[row["test_top1"] for row in rows], [row["ce"] / views for row in rows]]
 
 
 def curves(flags):
-    """Test accuracy and training cross-entropy by epoch: the mean of a method's seeds, lowest and highest as
-    a band. MLKD's cross-entropy, a sum over two views in the log, is halved."""
+    """Test accuracy and training cross-entropy by epoch: a method's mean, and the range of its seeds."""
     groups, title = records_of(flags)
-    groups = {method: group for method, group in groups.items() if method in flags["methods"].split(",")}
-    if not groups:
-        raise RunError(f"no row of {flags['pair']} has one of the methods {flags['methods']}")
     figure, axes = panels(8, 3.4, 1, 2)
-    rows = []
-    for i, (method, group) in enumerate(groups.items()):
-        epochs = {}
-        for record in group:
-            with gzip.open(flags["results"] / "logs" / f"{record['name']}.jsonl.gz", "rt") as file:
-                for row in map(json.loads, file):
-                    point = {"test_top1": row["test_top1"], "ce": row["ce"] / (1 + method.startswith("mlkd"))}
-                    epochs.setdefault(row["epoch"], []).append(point)
-                    rows.append({"method": method, "seed": record["seed"], "epoch": row["epoch"], **point})
-        for panel, key in zip(axes, ("test_top1", "ce")):
-            values = [[point[key] for point in points] for points in epochs.values()]
-            low, middle, high = ([f(v) for v in values] for f in (min, mean, max))
-            panel.plot(list(epochs), middle, LINES[i % 4], color=COLOURS[i % 8], marker=MARKERS[i % 8],
-                       markersize=3, markevery=max(1, len(epochs) // 12), label=label(method, len(group)))
-            panel.fill_between(list(epochs), low, high, color=COLOURS[i % 8], alpha=0.2, linewidth=0)
+    numbers = {}
+    for method in flags["methods"].split(","):
+        if method not in groups:
+            continue
+        i, name = len(numbers), f"{recipes.display_name(method)} (n = {len(groups[method])})"
+        logs = torch.tensor([log_of(record, flags["results"]) for record in groups[method]])
+        numbers[name] = logs.tolist()
+        epochs = range(1, logs.shape[2] + 1)
+        for panel, values in zip(axes, logs.unbind(1)):
+            panel.plot(epochs, values.mean(0), ("-", "--", "-.", ":")[i % 4], color=COLOURS[i % 8],
+                       marker="osD^vPX*"[i % 8], markersize=3, markevery=max(1, len(epochs) // 12),
+                       label=name)
+            panel.fill_between(epochs, values.amin(0), values.amax(0), color=COLOURS[i % 8], alpha=0.2,
+                               linewidth=0)
+    if not numbers:
+        raise RunError(f"no row of {flags['pair']} has one of the methods {flags['methods']}")
     axes[0].set(xlabel="epoch", ylabel="top-1 on the test split, %")
     axes[1].set(xlabel="epoch", ylabel="cross-entropy in training, nats")
     axes[0].legend(frameon=False)
     figure.suptitle(title, fontsize=9)
-    save(figure, flags, "curves", rows)
+    save(figure, flags["out"], "curves", numbers)
 
 
-def gap(flags):
-    """Teacher's accuracy less the student's last epoch, per method."""
-    groups, title = records_of(flags)
-    teacher = next(r["teacher_top1"] for group in groups.values() for r in group if r["teacher"])
-    figure, axes = panels(6, 0.3 * len(groups) + 1.2)
-    rows = []
-    for i, (method, group) in enumerate(groups.items()):
-        values = [teacher - r["last"]["top1"] for r in group]
-        row = {"method": method, "gap": mean(values), "std": stdev(values) if len(values) > 1 else None,
-               "n": len(values)}
-        z = "-z" in method
-        axes.errorbar(row["gap"], i, xerr=row["std"], fmt="D" if z else "o", color=COLOURS[z], capsize=3)
-        text = f"{row['gap']:.2f}" + (f" ± {row['std']:.2f}" if len(values) > 1 else "")
-        axes.annotate(text, (row["gap"], i), (0, 6), textcoords="offset points", ha="center", fontsize=7)
-        rows.append(row)
-    axes.set(yticks=range(len(rows)), yticklabels=[label(r["method"], r["n"]) for r in rows], title=title,
-             ylim=(len(rows) - 0.3, -0.8),
-             xlabel=f"teacher's top-1 ({teacher:.2f} %) less the student's last epoch's, points\n"
-                    "(diamonds: standardized; bars: ± 1 standard deviation over n seeds)")
-    axes.grid(axis="x", alpha=0.3)
-    save(figure, flags, "gap", rows)
+# ---------------------------------------------------------------- from checkpoints
 
 
+@torch.no_grad()
 def logits_of(flags):
     """{"teacher", "plain", "zscore"} to logits (N, K), float32 on the CPU, and to titles; targets (N,)."""
     teacher, student = flags["pair"].split("-")
@@ -178,152 +163,145 @@ def logits_of(flags):
     split = load_data("cifar100", flags["data_dir"], device).test
     logits, titles = {}, {}
     for who in ("teacher", "plain", "zscore"):
-        name, path = (teacher, flags["teacher_checkpoint"]) if who == "teacher" else (student, flags[who])
-        facts = metadata_of(read_checkpoint(path, name))
-        run = {"method": "kd"} | facts | {"zscore": who == "zscore"}
-        said, method = facts.get("zscore"), recipes.display_name(recipes.method_name(run))
-        if who != "teacher" and said not in (None, who == "zscore"):
-            how = "with" if said else "without"
-            raise RunError(f"--{who} {path}: this student was distilled {how} --zscore")
-        titles[who] = f"teacher {name}" if who == "teacher" else f"{name}, {method}"
-        prefer = "teacher" if who == "teacher" else "student"
-        network = load_teacher(create_model(name), path, device, prefer=prefer)
-        logits[who] = torch.cat([network.logits(normalise(x)) for x in split.images.split(2000)]).cpu()
+        if who == "teacher":
+            network, _ = open_checkpoint(flags["teacher_checkpoint"], teacher, prefer="teacher")
+            titles[who] = f"teacher {teacher}"
+        else:
+            network, metadata = open_checkpoint(flags[who], student)
+            if metadata.get("zscore") not in (None, who == "zscore"):
+                how = "without" if who == "zscore" else "with"
+                raise RunError(f"--{who} {flags[who]}: this student was distilled {how} --zscore")
+            method = recipes.method_name({"method": "kd"} | metadata | {"zscore": who == "zscore"})
+            titles[who] = f"{student}, {recipes.display_name(method)}"
+        network.to(device)
+        logits[who] = torch.cat([network(normalise(x)) for x in split.images.split(2000)]).cpu()
     return logits, titles, split.targets.cpu()
 
 
 def histogram(flags, logits, titles, targets):
     """The bivariate histogram of each image's mean and standard deviation of logits."""
     points = {who: torch.stack([v.mean(1), v.std(1, correction=0)], 1) for who, v in logits.items()}
-    low, high = (f(torch.cat(list(points.values())), 0).tolist() for f in (torch.amin, torch.amax))
-    edges = [torch.linspace(*ends, 61) for ends in zip(low, high)]
-    counts = {who: torch.histogramdd(x, edges).hist for who, x in points.items()}
+    everything = torch.cat(list(points.values()))
+    lowest, highest = everything.amin(0).tolist(), everything.amax(0).tolist()
+    means, deviations = (torch.linspace(lowest[i], highest[i], 61) for i in range(2))
+    counts = {who: torch.histogramdd(x, [means, deviations]).hist for who, x in points.items()}
     scale = matplotlib.colors.LogNorm(1, max(x.max().item() for x in counts.values()))
     figure, axes = panels(8.4, 3.2, 1, 3, sharex=True, sharey=True)
     for panel, (who, count) in zip(axes, counts.items()):
-        image = panel.pcolormesh(*(e.numpy() for e in edges), count.T.numpy(), cmap="cividis", norm=scale,
-                                 rasterized=True)
+        image = panel.pcolormesh(means.numpy(), deviations.numpy(), count.T.numpy(), cmap="cividis",
+                                 norm=scale, rasterized=True)
         deviation = points[who][:, 1]
         panel.set(title=f"{titles[who]}:\ndeviation {deviation.mean():.2f} ± {deviation.std():.2f}")
-        panel.set_xlabel("mean of an image's logits", loc="left")       # its power of ten stands on the right
+        panel.set_xlabel("mean of an image's logits", loc="left")       # its power of ten is on the right
     axes[0].set_ylabel("standard deviation of an image's logits")
     axes[0].ticklabel_format(axis="x", scilimits=(-2, 3))
     axes[0].locator_params(axis="x", nbins=4)
     figure.colorbar(image, ax=axes, label="test images in a cell")
-    save(figure, flags, "logits", [
-        {"network": who, "mean_from": edges[0][i].item(), "mean_to": edges[0][i + 1].item(),
-         "deviation_from": edges[1][j].item(), "deviation_to": edges[1][j + 1].item(),
-         "images": int(count[i, j])}
-        for who, count in counts.items() for i, j in count.nonzero().tolist()])
+    save(figure, flags["out"], "logits")
+
+
+def class_gaps(teacher, student, targets):
+    """|teacher's - student's| logits (N, K), averaged over each class's images: (K, K), images by logits."""
+    classes = teacher.shape[1]
+    sums = torch.zeros(classes, classes).index_add_(0, targets, teacher - student)
+    return (sums / targets.bincount(minlength=classes)[:, None]).abs()
 
 
 def difference(flags, logits, titles, targets):
-    """|teacher's - student's| logits, each averaged over a class's images, before and after standardization.
-    All classes count, an image's own (the diagonal) too."""
-    classes = logits["teacher"].shape[1]
-    counts = torch.bincount(targets, minlength=classes)[:, None]
+    """`class_gaps` of both students, before and after standardization."""
     figure, axes = panels(8, 7, 2, 2)
-    rows = []
-    for line, (what, shown) in zip(axes, (("logits", lambda x: x), ("standardized logits", weighted_zscore))):
-        gaps = {who: shown(logits["teacher"]) - shown(logits[who]) for who in ("plain", "zscore")}
-        maps = {who: (torch.zeros(classes, classes).index_add_(0, targets, x) / counts).abs()
-                for who, x in gaps.items()}
-        highest = max(x.max().item() for x in maps.values())
-        for panel, (who, values) in zip(line, maps.items()):
-            image = panel.imshow(values.numpy(), cmap="cividis", vmin=0, vmax=highest)
-            panel.set(title=f"{titles[who]}, {what}:\nmean {values.mean():.2f}, maximum {values.max():.2f}",
+    standardized = {who: weighted_zscore(x) for who, x in logits.items()}
+    for line, (what, z) in zip(axes, (("logits", logits), ("standardized logits", standardized))):
+        maps = {who: class_gaps(z["teacher"], z[who], targets) for who in ("plain", "zscore")}
+        highest = max(gaps.max().item() for gaps in maps.values())
+        for panel, (who, gaps) in zip(line, maps.items()):
+            image = panel.imshow(gaps.numpy(), cmap="cividis", vmin=0, vmax=highest)
+            panel.set(title=f"{titles[who]}, {what}:\nmean {gaps.mean():.2f}, maximum {gaps.max():.2f}",
                       xlabel="logit of class", ylabel="images of class")
-            rows += [{"logits": what, "student": who, "images_of": name,
-                      **{c: round(v, 3) for c, v in zip(CIFAR100_CLASSES, row)}}
-                     for name, row in zip(CIFAR100_CLASSES, values.tolist())]
         figure.colorbar(image, ax=line, label=f"|difference of means|, {what}")
-    save(figure, flags, "difference", rows)
+    save(figure, flags["out"], "difference")
+
+
+# ---------------------------------------------------------------- temperature and weight
 
 
 def grid(flags):
     """KD's accuracy over temperature and weight on held-out training images; of the recipe with most runs."""
-    teacher, student = flags["pair"].split("-")
+    pair = flags["pair"].split("-")
     found = {}
     for path in sorted(flags["runs"].rglob("result.json")):
         recipe = json.loads(path.with_name("config.json").read_text())["recipe"]
-        result = json.loads(path.read_text())
-        pair = [recipe[k] for k in ("teacher", "student", "method")] == [teacher, student, "kd"]
-        if pair and recipe["val_from_train"]:
+        kind = [recipe["teacher"], recipe["student"], recipe["method"]]
+        if kind == [*pair, "kd"] and recipe["val_from_train"]:
+            rest = json.dumps(recipe | {"base_temp": 0, "kd_weight": 0, "seed": 0}, sort_keys=True)
             cell = recipe["base_temp"], recipe["kd_weight"]
-            same = json.dumps(recipe | {"base_temp": 0, "kd_weight": 0, "seed": 0}, sort_keys=True)
-            found.setdefault(same, {}).setdefault(cell, []).append(result["last"]["top1"])
+            top1 = json.loads(path.read_text())["last"]["top1"]
+            found.setdefault(rest, {}).setdefault(cell, []).append(top1)
     if not found:
         raise RunError(f"{flags['runs']} holds no finished run of {flags['pair']} with --val-from-train; "
                        "temperature and weight are not chosen on the test split")
-    same, cells = max(found.items(), key=lambda item: len(item[1]))
-    facts, z = json.loads(same), "+Z" * json.loads(same)["zscore"]
-    temps, weights = (sorted({key[i] for key in cells}) for i in (0, 1))
-    values = [[mean(cells.get((t, w), [float("nan")])) for w in weights] for t in temps]
+    rest = max(found, key=lambda rest: len(found[rest]))
+    recipe, cells = json.loads(rest), {cell: mean(values) for cell, values in found[rest].items()}
+    temps = sorted({temp for temp, _ in cells})
+    weights = sorted({weight for _, weight in cells})
+    values = [[cells.get((t, w), float("nan")) for w in weights] for t in temps]
     figure, axes = panels(max(3.6, 1.2 + 0.9 * len(weights)), 1.6 + 0.6 * len(temps))
     image = axes.imshow(values, cmap="cividis", aspect="auto")
     middle = sum(image.get_clim()) / 2
-    for (t, w), cell in cells.items():
-        axes.text(weights.index(w), temps.index(t), f"{mean(cell):.1f}", ha="center", va="center",
-                  color="black" if mean(cell) > middle else "white")
-    images = facts["train_images"] or 50_000 - facts["val_from_train"]
+    for (t, w), top1 in cells.items():
+        axes.text(weights.index(w), temps.index(t), f"{top1:.1f}", ha="center", va="center",
+                  color="black" if top1 > middle else "white")
+    images = recipe["train_images"] or 50_000 - recipe["val_from_train"]
+    method = recipes.display_name(recipes.method_name(recipe))
     axes.set(xticks=range(len(weights)), xticklabels=[f"{w:g}" for w in weights], yticks=range(len(temps)),
-             yticklabels=[f"{t:g}" for t in temps], xlabel="weight of KD",
-             ylabel="base temperature" if z else "temperature",
-             title=f"{teacher} → {student}, KD{z},\n{facts['epochs']} epochs on {images:,} images")
-    figure.colorbar(image, label=f"top-1 on {facts['val_from_train']:,} held-out\ntraining images, %")
-    save(figure, flags, "grid", [{"base_temp": t, "kd_weight": w, "top1": mean(v), "n": len(v)}
-                                 for (t, w), v in sorted(cells.items())])
+             yticklabels=[f"{t:g}" for t in temps], xlabel="weight of KD", ylabel="base temperature",
+             title=f"{' → '.join(pair)}, {method},\n{recipe['epochs']} epochs on {images:,} images")
+    figure.colorbar(image, label=f"top-1 on {recipe['val_from_train']:,} held-out\ntraining images, %")
+    save(figure, flags["out"], "grid", sorted([t, w, top1] for (t, w), top1 in cells.items()))
 
 
-CHECKPOINTS = "pair", "teacher_checkpoint", "plain", "zscore"
-FIGURES = {"toy": (toy, ()), "curves": (curves, ("pair",)), "gap": (gap, ("pair",)),     # and what they need
+CHECKPOINTS = ("pair", "teacher_checkpoint", "plain", "zscore")
+FIGURES = {"toy": (toy, ()), "curves": (curves, ("pair",)),     # and what they need
            "grid": (grid, ("pair", "runs")), "logits": (histogram, CHECKPOINTS),
            "difference": (difference, CHECKPOINTS)}
 
 
 @click.command(cls=cli.Command, help=__doc__)
-@click.argument("names", nargs=-1, type=cli.Choice(list(FIGURES)), metavar=f"[{'|'.join(FIGURES)}]...")
+@click.argument("names", nargs=-1, required=True, type=cli.Choice(list(FIGURES)),
+                metavar=f"[{'|'.join(FIGURES)}]...")
 @click.option("--pair", metavar="T-S", help="TEACHER-STUDENT.")
 @click.option("--methods", metavar="M,...", default="none,kd,kd-z,dkd,dkd-z", show_default=True,
-              help="Of the curves.")
+              help="curves: methods, as in results/.")
 @click.option("--results", metavar="DIR", default=ROOT / "results", type=cli.UserPath(path_type=Path),
-              help="[default: results/ here]")
+              help="curves: records.  [default: results/ here]")
 @click.option("--runs", metavar="DIR", type=cli.UserPath(path_type=Path),
-              help="Of runs with --val-from-train.")
-@click.option("--teacher-checkpoint", type=cli.PATH, metavar="FILE", help="The teacher's weights.")
+              help="grid: folder of runs with --val-from-train.")
+@click.option("--teacher-checkpoint", type=cli.PATH, metavar="FILE", help="logits, difference: the teacher.")
 @click.option("--plain", type=cli.PATH, metavar="FILE", help="student.pt of a run without --zscore.")
 @click.option("--zscore", type=cli.PATH, metavar="FILE", help="student.pt of a run with --zscore.")
 @click.option("--data-dir", type=cli.PATH, metavar="DIR", default="data", show_default=True,
-              help="Of cifar-100-python.")
+              help="logits, difference: folder of cifar-100-python.")
 @click.option("--device", type=cli.Choice(["cuda", "mps", "cpu"]), help="[default: the best there is]")
 @click.option("--out", metavar="DIR", default=ROOT / "figures", type=cli.UserPath(path_type=Path),
               help="[default: figures/ here]")
 def main(names, **flags):
     if matplotlib is None:
         raise RunError("the pictures need matplotlib: pip install matplotlib")
-    if flags["pair"] is not None:
-        if flags["pair"].count("-") != 1:
-            raise click.UsageError(f"--pair {flags['pair']}: it is TEACHER-STUDENT, for instance "
-                                   "resnet32x4-resnet8x4")
-        for network in flags["pair"].split("-"):
-            cli.check_name("--pair", network, list(MODELS))
-    missing = {name: [f"--{k.replace('_', '-')}" for k in needs if flags[k] is None]
-               for name, (_, needs) in FIGURES.items()}
+    if flags["pair"] is not None and flags["pair"].count("-") != 1:
+        raise click.UsageError(f"--pair {flags['pair']}: give TEACHER-STUDENT, as resnet32x4-resnet8x4")
     for name in names:
-        if missing[name]:
-            raise click.UsageError(f"{name} needs {', '.join(missing[name])}")
-    known = None
-    try:
-        with matplotlib.rc_context(STYLE):
-            for name, (draw, needs) in FIGURES.items():
-                if name in names or not names and not missing[name]:
-                    known = known or (logits_of(flags) if needs == CHECKPOINTS else None)
-                    draw(flags, *(known if needs == CHECKPOINTS else ()))
-    except (ValueError, OSError, EOFError, TypeError) as error:     # of files that are not what they seem
-        raise RunError(runs.first_line(error)) from None
-    except KeyError as error:
-        raise RunError(f"a result or a run has no {error}: it is not of this program, or of an older "
-                       "one") from None
+        missing = [f"--{k.replace('_', '-')}" for k in FIGURES[name][1] if flags[k] is None]
+        if missing:
+            raise click.UsageError(f"{name} needs {', '.join(missing)}")
+    networks = None
+    with cli.friendly_errors(), matplotlib.rc_context(STYLE):
+        for name in names:
+            draw, needs = FIGURES[name]
+            if needs == CHECKPOINTS:
+                networks = networks or logits_of(flags)
+                draw(flags, *networks)
+            else:
+                draw(flags)
 
 
 if __name__ == "__main__":

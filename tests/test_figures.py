@@ -1,6 +1,5 @@
-"""figures.py: pictures say what the runs say; the numbers beside them are checked against numpy."""
+"""figures.py: pictures show what the runs say; their numbers are compared with numpy's."""
 
-import csv
 import gzip
 import json
 import os
@@ -36,11 +35,9 @@ def call(*arguments, code=0):
 
 
 def numbers(name):
-    """The rows of out/NAME.csv, numbers as numbers; the pictures beside it are there."""
+    """The content of out/NAME.json; the pictures next to it exist."""
     assert Path(f"out/{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and "</svg>" in svg(name)
-    with open(f"out/{name}.csv") as file:
-        return [{k: float(v) if re.fullmatch(r"[-+.e0-9]+", v) else v for k, v in row.items()}
-                for row in csv.DictReader(file)]
+    return json.loads(Path(f"out/{name}.json").read_text())
 
 
 def results(**accuracies):
@@ -65,12 +62,12 @@ def svg(name):
 
 def test_the_toy_case_is_the_papers_point():
     call("toy")
-    _, wrong, right = numbers("toy")
-    assert wrong["predicts"] == 1 and right["predicts"] == 2
-    assert wrong["kl"] < right["kl"] and wrong["kl_zscore"] > right["kl_zscore"]
-    assert right["kl_zscore"] == pytest.approx(0, abs=1e-12)
-    p, q = (np.exp(x) / np.exp(x).sum() for x in ([1.0, 5, 6], [wrong[f"logit_{i}"] for i in range(3)]))
-    assert wrong["kl"] == pytest.approx((p * np.log(p / q)).sum(), rel=1e-5)
+    losses = numbers("toy")
+    wrong, right = losses["student 1"], losses["student 2"]
+    assert wrong[0] < right[0] and wrong[1] > right[1] and right[1] == pytest.approx(0, abs=1e-12)
+    p, q = (np.exp(x) / np.exp(x).sum() for x in (figures.TOY["teacher"], figures.TOY["student 1"]))
+    assert wrong[0] == pytest.approx((p * np.log(p / q)).sum(), rel=1e-5)
+    assert "student 1: class 1" in svg("toy") and "student 2: class 2" in svg("toy")
     first = svg("toy")
     call("toy")
     assert svg("toy") == first      # equal pictures are equal files
@@ -79,25 +76,15 @@ def test_the_toy_case_is_the_papers_point():
 def test_curves_show_every_seed():
     results(none=[20.0], kd=[30.0, 34.0], kd_z=[40.0])
     call("curves", "--pair", "resnet56-resnet8")
-    rows = numbers("curves")
-    assert [(r["method"], r["seed"], r["epoch"], r["test_top1"]) for r in rows if r["method"] == "kd"] == [
-        ("kd", 0, 1, 15), ("kd", 0, 2, 30), ("kd", 1, 1, 17), ("kd", 1, 2, 34)]
+    assert numbers("curves")["KD (n = 2)"] == [[[15, 30], [4, 2]], [[17, 34], [5, 3]]]
     assert all(words in svg("curves") for words in ("KD (n = 2)", "KD+Z (n = 1)", "2 epochs on 100 images"))
     output = call("curves", "--pair", "resnet56-resnet8", "--methods", "ttm", code=1)
     assert "no row of resnet56-resnet8 has one of the methods ttm" in output
-
-
-def test_gaps_are_the_teachers_less_the_students():
-    results(none=[20.0], kd=[30.0, 34.0], kd_z=[40.0])
-    call("gap", "--pair", "resnet56-resnet8")
-    none, kd, kd_z = numbers("gap")
-    assert (kd["gap"], kd["n"], none["std"]) == (38, 2, "") and kd["std"] == pytest.approx(8**0.5, rel=1e-5)
     record = json.loads(Path("results/kd-z-0.json").read_text())
     record["recipe"]["teacher_sha256"] = "another"
     Path("results/kd-z-0.json").write_text(json.dumps(record))
-    assert "taught by different teachers" in call("gap", "--pair", "resnet56-resnet8", code=1)
-    assert kd_z["gap"] == 30 and "KD+Z (n = 1)" in svg("gap") and "38.00 ± 2.83" in svg("gap")
-    assert "holds no row of resnet32x4-resnet8x4" in call("gap", "--pair", "resnet32x4-resnet8x4", code=1)
+    assert "taught by different teachers" in call("curves", "--pair", "resnet56-resnet8", code=1)
+    assert "holds no row of resnet32x4-resnet8x4" in call("curves", "--pair", "resnet32x4-resnet8x4", code=1)
 
 
 @pytest.fixture
@@ -118,16 +105,10 @@ def networks(folder, monkeypatch):
             "--zscore", "zscore.pt", "--device", "cpu"], logits, split.targets.numpy()
 
 
-def test_the_histogram_counts_every_image(networks):
+def test_the_histogram_says_the_standard_deviations(networks):
     flags, logits, _ = networks
     call("logits", *flags)
-    rows = numbers("logits")
     for who, values in logits.items():
-        mine = [r for r in rows if r["network"] == who]
-        assert sum(r["images"] for r in mine) == 200
-        mean = sum(r["images"] * (r["deviation_from"] + r["deviation_to"]) / 2 for r in mine) / 200
-        cell = mine[0]["deviation_to"] - mine[0]["deviation_from"]
-        assert mean == pytest.approx(values.std(1).mean(), abs=cell)
         assert f"deviation {values.std(1).mean():.2f}" in svg("logits")
     titles = "teacher resnet14", "resnet8, DKD", "resnet8, DKD+Z, EA"
     assert all(f"{title}:" in svg("logits") for title in titles)
@@ -136,16 +117,14 @@ def test_the_histogram_counts_every_image(networks):
 def test_the_heat_map_is_the_mean_difference_of_each_class(networks):
     flags, logits, targets = networks
     call("difference", *flags)
-    rows = numbers("difference")
-    assert len(rows) == 4 * 100
     standard = {who: (v - v.mean(1, keepdims=True)) / v.std(1, keepdims=True) for who, v in logits.items()}
-    for what, values in (("logits", logits), ("standardized logits", standard)):
+    for values in (logits, standard):
         for who in ("plain", "zscore"):
             gaps = values["teacher"] - values[who]
             expected = np.abs(np.stack([gaps[targets == c].mean(0) for c in range(100)]))
-            mine = [r for r in rows if (r["logits"], r["student"]) == (what, who)]
-            found = np.array([[r[c] for c in data.CIFAR100_CLASSES] for r in mine])
-            np.testing.assert_allclose(found, expected, atol=1e-3)
+            both = (torch.from_numpy(x).float() for x in (values["teacher"], values[who]))
+            found = figures.class_gaps(*both, torch.from_numpy(targets))
+            np.testing.assert_allclose(found, expected, atol=1e-4)
             assert f"mean {expected.mean():.2f}, maximum {expected.max():.2f}" in svg("difference")
 
 
@@ -165,8 +144,7 @@ def test_the_grid_is_of_held_out_images_alone():
         (run / "config.json").write_text(json.dumps({"recipe": recipe}))
         (run / "result.json").write_text(json.dumps({"last": {"top1": top1}}))
     call("grid", "--pair", "resnet56-resnet8", "--runs", "runs")
-    found = [(r["base_temp"], r["kd_weight"], r["top1"]) for r in numbers("grid")]
-    assert found == [(2, 1, 30), (2, 9, 50), (4, 9, 40)]
+    assert numbers("grid") == [[2, 1, 30], [2, 9, 50], [4, 9, 40]]
     assert all(words in svg("grid") for words in ("KD+Z", "2 epochs on 49,950 images", "50 held-out"))
     assert ">50.0<" in svg("grid")
     output = call("grid", "--pair", "resnet56-resnet20", "--runs", "runs", code=1)
@@ -177,8 +155,7 @@ def test_the_grid_is_of_held_out_images_alone():
     (["curves"], 2, "curves needs --pair"),
     (["logits", "--pair", "resnet56-resnet8"], 2, "logits needs --teacher-checkpoint, --plain, --zscore"),
     (["pie"], 2, "'pie' is not known"),
-    (["gap", "--pair", "resnet56"], 2, "it is TEACHER-STUDENT"),
-    (["gap", "--pair", "resnet56-resnet9"], 2, "--pair resnet9: no such network; known, the nearest first:"),
+    (["curves", "--pair", "resnet56"], 2, "give TEACHER-STUDENT"),
     (["difference", "--pair", "resnet56-resnet8", "--teacher-checkpoint", "none.pt", "--plain", "none.pt",
       "--zscore", "none.pt"], 1, "none.pt"),
 ])
@@ -195,11 +172,10 @@ def test_without_matplotlib_it_says_so(monkeypatch):
 
 def test_the_kept_pictures_are_what_the_results_say():
     os.symlink(ROOT / "results", "results")
-    call("toy", "gap", "--pair", "resnet56-resnet8")
-    call("curves", "--pair", "resnet56-resnet20")
-    for name in ("toy", "curves", "gap"):
-        kept = (ROOT / "figures" / f"{name}.csv").read_text()
-        assert Path("out", f"{name}.csv").read_text() == kept, f"draw figures/{name} again"
+    call("toy", "curves", "--pair", "resnet56-resnet20")
+    for name in ("toy", "curves"):
+        kept = (ROOT / "figures" / f"{name}.json").read_text()
+        assert Path("out", f"{name}.json").read_text() == kept, f"draw figures/{name} again"
 
 
 TEXTS = [p.read_text(encoding="utf-8") for p in (ROOT / "README.md", ROOT / "NOTES.md") if p.exists()]
@@ -216,5 +192,4 @@ def test_the_text_shows_pictures_that_are_there():
     shown = re.findall(r"^!\[.*\]\((figures/.*)\)", "\n".join(TEXTS), re.M)
     assert {f"figures/{name}.png" for name in ("logits", "difference", "curves", "grid")} <= set(shown)
     for name in shown:
-        png, svg, table = ((ROOT / name).with_suffix(end).stat().st_size for end in (".png", ".svg", ".csv"))
-        assert min(png, svg) > 1000 and table > 100
+        assert min((ROOT / name).with_suffix(end).stat().st_size for end in (".png", ".svg")) > 1000
