@@ -125,7 +125,7 @@ def log_of(record, results):
 
 
 def curves(flags):
-    """Test accuracy and training cross-entropy by epoch: a method's mean, and the range of its seeds."""
+    """Test accuracy and training cross-entropy by epoch: the mean and the range of a method's seeds."""
     groups, title = records_of(flags)
     figure, axes = panels(8, 3.4, 1, 2)
     numbers = {}
