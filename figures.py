@@ -71,7 +71,7 @@ def toy(flags):
         if name != "teacher":
             for panel, loss in zip(axes[1:], losses[name]):
                 panel.bar_label(panel.bar(name, loss, 0.6, color=COLOURS[i]), fmt="%.2f")
-    axes[0].set(xticks=range(3), ylim=(0, 9), xlabel="class", ylabel="logit", title="logits and predicted class")
+    axes[0].set(xticks=range(3), ylim=(0, 9), xlabel="class", ylabel="logit", title="logits, predicted class")
     axes[0].legend(frameon=False)
     for panel, title in zip(axes[1:], ("plain logits", "standardized logits")):
         panel.set(ylabel="KL(teacher || student), nats", title=title)
