@@ -114,10 +114,8 @@ class Distiller(nn.Module):
         if v:
             tau = self.temperature(self.reversal) if self.temperature else r["base_temp"]
             options = {k: r[k] for k in OPTIONS if k in r}
-            if len(v) > 1:
-                options |= {"student_strong": z[1], "teacher_strong": v[1]}
             # lines 3, 4: tau^2 L_KD
-            kd = distillation_loss(r["method"], z[0], v[0], target, tau, **options)
+            kd = distillation_loss(r["method"], z, v, target, tau, **options)
         loss = r["ce_weight"] * ce + self.kd_weight * kd                            # line 6
         for term in more:
             loss = loss + self.feature_weight * term

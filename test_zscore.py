@@ -11,10 +11,15 @@ import torch
 import torch.nn.functional as F
 
 import zscore_kd
-from zscore_kd import (METHODS, CurriculumTemperature, dkd_loss, distillation_loss, kd_loss, mlkd_loss,
-                       ttm_loss, weighted_zscore, wttm_loss)
+from zscore_kd import (CurriculumTemperature, dkd_loss, kd_loss, mlkd_loss, ttm_loss, weighted_zscore,
+                       wttm_loss)
 
-K_TAU_CORRECTION = [(k, tau, c) for k in (2, 3, 10, 100, 1000) for tau in (1.0, 2.0, 4.0) for c in (0, 1)]
+# Each pair of a number of classes, a temperature, a correction and zscore or not is in one of these.
+SAMPLE = pytest.mark.parametrize("k, tau, correction, zscore", [
+    (3, 1.0, 0, True), (3, 4.0, 1, True), (3, 2.0, 0, False), (10, 2.0, 1, True), (10, 4.0, 0, False),
+    (10, 1.0, 0, True), (100, 2.0, 0, True), (100, 1.0, 1, True), (100, 4.0, 0, False), (1000, 4.0, 0, True),
+    (1000, 2.0, 1, True), (1000, 1.0, 0, False)])
+NAN, INF = float("nan"), float("inf")
 
 
 # The references take complex numbers: the gradient of an analytic f is Im f(x + ih) / h, exact to rounding.
@@ -104,19 +109,14 @@ def logits(rows, k, seed, scale=3.0, dtype=torch.float64):
 # ---------------------------------------------------------------- Algorithm 1
 
 
-@pytest.mark.parametrize("k, tau, correction", K_TAU_CORRECTION)
+@pytest.mark.parametrize("k, tau, correction", [(2, 1.0, 0), (2, 4.0, 1), (3, 2.0, 0), (10, 1.0, 1),
+                                                (100, 2.0, 0), (1000, 4.0, 1)])
 def test_zscore_is_algorithm_1(k, tau, correction):
     x = logits(5, k, seed=k)
     ours = weighted_zscore(x, tau, correction=correction)
-    for row, ours_row in zip(x.numpy(), ours.numpy()):
-        np.testing.assert_allclose(ours_row, z_reference(row, tau, correction), rtol=0, atol=1e-12)
-
-
-def test_zscore_defaults_are_tau_1_and_the_population_deviation():
-    x = logits(5, 10, seed=0)
-    z = weighted_zscore(x)
-    torch.testing.assert_close(z.var(-1, correction=0), torch.ones(5, dtype=torch.float64))
-    torch.testing.assert_close(z, weighted_zscore(x, 1.0, correction=0))
+    expected = [z_reference(row, tau, correction) for row in x.numpy()]
+    np.testing.assert_allclose(ours.numpy(), expected, rtol=0, atol=1e-12)
+    assert torch.equal(weighted_zscore(x), weighted_zscore(x, 1.0, correction=0))
 
 
 @pytest.mark.parametrize("k", [2, 10, 100, 1000])
@@ -137,10 +137,11 @@ def test_zscore_of_any_leading_shape_and_of_one_vector():
     assert torch.equal(weighted_zscore(x.view(2, 3, 9), 2.0).view(6, 9), whole)
     assert torch.equal(weighted_zscore(x[4], 2.0), whole[4])
     torch.testing.assert_close(weighted_zscore(x.t().contiguous().t(), 2.0), whole)     # not contiguous
+    taus = torch.arange(1.0, 7.0).double()[:, None]
+    torch.testing.assert_close(weighted_zscore(x, taus) * taus, weighted_zscore(x))
 
 
-@pytest.mark.parametrize("k", [7, 100, 1000])
-@pytest.mark.parametrize("value", [0.0, 0.1, 1e4, -3e38])
+@pytest.mark.parametrize("k, value", [(7, 0.0), (7, 0.1), (1000, 0.1), (100, 1e4), (1000, -3e38)])
 def test_a_constant_row_is_zero_with_no_gradient(k, value):
     x = torch.full((2, k), value, requires_grad=True)
     z = weighted_zscore(x, 2.0)
@@ -167,33 +168,27 @@ def test_zscore_keeps_its_digits_in_float32(offset, scale):
     np.testing.assert_allclose(weighted_zscore(x, 2.0).numpy(), expected, atol=2e-6)
 
 
-@pytest.mark.parametrize("bad", [[float("nan"), 0, 1], [float("inf"), 0, 1], [float("inf")] * 3,
-                                 [float("nan")] * 3])
-def test_a_nan_or_infinite_row_is_never_silent(bad):
-    x = torch.tensor([bad, [0.0, 1.0, 3.0]])
-    z = weighted_zscore(x)
+@pytest.mark.parametrize("bad", [[NAN, 0, 1], [INF, 0, 1], [INF] * 3, [NAN] * 3])
+def test_a_nan_or_infinite_row_is_nan_and_the_other_rows_are_not(bad):
+    z = weighted_zscore(torch.tensor([bad, [0.0, 1.0, 3.0]]))
     assert z[0].isnan().all() and z[1].isfinite().all()
-    good = torch.tensor([[0.0, 1.0, 2.0]] * 2)
-    for zscore in (True, False):
-        assert kd_loss(x, good, zscore=zscore).isnan()
-        assert kd_loss(good, x, zscore=zscore).isnan()
+
+
+def test_ties_and_a_row_that_is_nearly_constant():
+    row = torch.full((1, 7), 1e4)
+    row[0, 3] += 2**-10             # the smallest step of float32 at 10,000
+    torch.testing.assert_close(weighted_zscore(row), weighted_zscore(F.one_hot(torch.tensor([3]), 7).float()))
+    assert kd_loss(torch.tensor([[1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0]]), row).isfinite()
 
 
 # ---------------------------------------------------------------- Algorithm 2
 
 
-@pytest.mark.parametrize("zscore", [True, False])
-@pytest.mark.parametrize("k, tau, correction", [row for row in K_TAU_CORRECTION if row[0] > 2])
+@SAMPLE
 def test_kd_loss_and_gradient_are_algorithm_2(k, tau, correction, zscore):
     z, v = logits(4, k, seed=6).requires_grad_(), logits(4, k, seed=7)
     check(kd_loss(z, v, tau, zscore=zscore, correction=correction),
           lambda x: kd_reference(x, v.numpy(), tau, zscore, correction), z)
-
-
-def test_kd_loss_defaults():
-    z, v = logits(4, 10, seed=8), logits(4, 10, seed=9)
-    assert kd_loss(z, v).item() == pytest.approx(kd_reference(z.numpy(), v.numpy(), 2.0), rel=1e-12)
-    assert distillation_loss("kd", z, v).item() == kd_loss(z, v).item()
 
 
 def test_correction_1_is_another_temperature():
@@ -205,7 +200,7 @@ def test_correction_1_is_another_temperature():
 
 
 def test_the_released_epsilon_gives_equal_logits_a_huge_gradient():
-    """What the README says of it: K = 100, tau 2, 1e-7 added to the deviation."""
+    """What NOTES.md says of it: K = 100, tau 2, 1e-7 added to the standard deviation."""
     z, v = torch.full((1, 100), 0.5, requires_grad=True), logits(1, 100, seed=24, dtype=torch.float32)
     released = [(x - x.mean(-1, keepdim=True)) / (1e-7 + x.std(-1, keepdim=True)) / 2 for x in (z, v)]
     (4 * F.kl_div(released[0].log_softmax(-1), released[1].softmax(-1), reduction="batchmean")).backward()
@@ -242,34 +237,6 @@ def test_the_papers_toy_case():
     assert standard[0] > standard[1] == pytest.approx(0.0, abs=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("zscore", [True, False])
-def test_half_precision_is_cast_up_before_anything_else(dtype, zscore):
-    z, v = (logits(64, 100, seed=16, dtype=torch.float32).to(dtype),
-            logits(64, 100, seed=17, dtype=torch.float32).to(dtype))
-    ours = kd_loss(z, v, zscore=zscore)
-    assert ours.dtype == torch.float32
-    expected = kd_reference(z.double().numpy(), v.double().numpy(), 2.0, zscore)
-    assert ours.item() == pytest.approx(expected, rel=2e-5)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert kd_loss(z, v, zscore=zscore).item() == ours.item()
-
-
-def test_float64_stays_float64():
-    assert kd_loss(logits(2, 5, 0), logits(2, 5, 1)).dtype == torch.float64
-    assert kd_loss(logits(2, 5, 0).float(), logits(2, 5, 1)).dtype == torch.float64
-
-
-def test_large_logits_are_finite():
-    z, v = (logits(8, 100, seed=18, scale=1e4, dtype=torch.float32).requires_grad_(),
-            logits(8, 100, 19, 1e4, torch.float32))
-    for zscore in (True, False):
-        z.grad = None
-        loss = kd_loss(z, v, zscore=zscore)
-        loss.backward()
-        assert loss.isfinite() and z.grad.isfinite().all()
-
-
 def test_no_gradient_to_the_teacher_but_one_to_a_tensor_temperature():
     z, v = logits(4, 10, seed=20).requires_grad_(), logits(4, 10, seed=21).requires_grad_()
     temp = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
@@ -281,34 +248,22 @@ def test_no_gradient_to_the_teacher_but_one_to_a_tensor_temperature():
     assert temp.grad.item() == pytest.approx((up - down) / (2 * step), rel=1e-6)
 
 
-def test_it_compiles_whole_and_maps():
-    z, v = logits(4, 10, seed=22), logits(4, 10, seed=23)
-    for zscore in (True, False):
-        compiled = torch.compile(kd_loss, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(z, v, 2.0, zscore=zscore), kd_loss(z, v, 2.0, zscore=zscore))
-    mapped = torch.func.vmap(kd_loss)(torch.stack([z, 2 - z]), torch.stack([v, v]))
-    torch.testing.assert_close(mapped, torch.stack([kd_loss(z, v), kd_loss(2 - z, v)]))
-
-
 # ---------------------------------------------------------------- the methods that it plugs into
 
 
-OTHERS = [(k, tau, c) for k, tau, c in K_TAU_CORRECTION if k > 2]
+@SAMPLE
+def test_dkd_is_the_published_form(k, tau, correction, zscore):
+    v, y = logits(4, k, seed=31), torch.arange(4) % k
+    for alpha, beta in ((1.0, 0.0), (0.0, 1.0), (1.0, 8.0)):
+        z = logits(4, k, seed=30).requires_grad_()
+        check(dkd_loss(z, v, y, tau, alpha=alpha, beta=beta, zscore=zscore, correction=correction),
+              lambda x: dkd_reference(x, v.numpy(), y.numpy(), tau, alpha, beta, zscore, correction), z)
 
 
-@pytest.mark.parametrize("zscore", [True, False])
-@pytest.mark.parametrize("alpha, beta", [(1.0, 0.0), (0.0, 1.0), (1.0, 8.0)])
-@pytest.mark.parametrize("k, tau, correction", OTHERS)
-def test_dkd_is_the_published_form(k, tau, correction, alpha, beta, zscore):
-    z, v, y = logits(4, k, seed=30).requires_grad_(), logits(4, k, seed=31), torch.arange(4) % k
-    check(dkd_loss(z, v, y, tau, alpha=alpha, beta=beta, zscore=zscore, correction=correction),
-          lambda x: dkd_reference(x, v.numpy(), y.numpy(), tau, alpha, beta, zscore, correction), z)
-
-
-@pytest.mark.parametrize("zscore, zscore_relations", [(True, True), (True, False), (False, True)])
-@pytest.mark.parametrize("k, tau, correction", OTHERS)
-def test_mlkd_is_the_executed_loss(k, tau, correction, zscore, zscore_relations):
+@SAMPLE
+def test_mlkd_is_the_executed_loss(k, tau, correction, zscore):
     z, v, z2, v2 = (logits(4, k, seed=s) for s in (32, 33, 34, 35))
+    zscore_relations = k != 10
     z.requires_grad_()
     z2.requires_grad_()
     keep = z2.detach().numpy()
@@ -324,17 +279,17 @@ def test_mlkd_is_the_executed_loss(k, tau, correction, zscore, zscore_relations)
                                          correction), z2)
 
 
-@pytest.mark.parametrize("weighted, loss", [(False, ttm_loss), (True, wttm_loss)])
-@pytest.mark.parametrize("zscore", [True, False])
-@pytest.mark.parametrize("k, tau, correction", OTHERS)
-def test_ttm_and_wttm_are_the_second_papers(k, tau, correction, zscore, weighted, loss):
-    z, v = logits(4, k, seed=36).requires_grad_(), logits(4, k, seed=37)
-    check(loss(z, v, tau, zscore=zscore, correction=correction),
-          lambda x: ttm_reference(x, v.numpy(), tau, zscore, weighted, correction), z)
+@SAMPLE
+def test_ttm_and_wttm_are_the_second_papers(k, tau, correction, zscore):
+    v = logits(4, k, seed=37)
+    for loss, weighted in ((ttm_loss, False), (wttm_loss, True)):
+        z = logits(4, k, seed=36).requires_grad_()
+        check(loss(z, v, tau, zscore=zscore, correction=correction),
+              lambda x: ttm_reference(x, v.numpy(), tau, zscore, weighted, correction), z)
 
 
 def test_raw_relations_are_a_fifth_of_the_loss_of_a_student_near_its_teacher():
-    """What the README says of the released MLKD+Z, for a certain teacher and a student of less range."""
+    """What NOTES.md says of the released MLKD+Z, for a certain teacher and a student of less range."""
     v, y = logits(64, 100, seed=170, scale=1.5), torch.arange(64)
     v[y, y] += 12
     z = 0.6 * v + logits(64, 100, seed=171, scale=0.8)
@@ -343,40 +298,16 @@ def test_raw_relations_are_a_fifth_of_the_loss_of_a_student_near_its_teacher():
     assert 0 < (standard - rest) / standard < 1e-3 and 0.15 < (raw - rest) / raw < 0.35
 
 
-def test_a_half_precision_temperature_is_squared_in_full_precision():
-    """A module in bfloat16 gives one; its square would be off by 0.2 %, and infinite in float16 above 255."""
-    z, v, y = logits(4, 10, seed=51), logits(4, 10, seed=52), torch.tensor([3, 0, 9, 3])
-    for dtype, value in ((torch.bfloat16, 31.25), (torch.float16, 300.0)):
-        temp = torch.tensor(value, dtype=dtype)
-        assert kd_loss(z, v, temp).item() == pytest.approx(kd_loss(z, v, value).item(), rel=1e-9)
-        assert dkd_loss(z, v, y, temp).item() == pytest.approx(dkd_loss(z, v, y, value).item(), rel=1e-9)
-
-
-def test_what_is_missing_or_would_divide_the_wrong_way_is_said():
-    z = logits(10, 10, seed=53)
-    with pytest.raises(ValueError, match="end in a dimension of 1"):
-        weighted_zscore(z, torch.ones(10))          # as many samples as classes: it would divide classes
-    weighted_zscore(z, torch.ones(10, 1))
-    with pytest.raises(TypeError, match="'dkd' needs target"):
-        distillation_loss("dkd", z, z)
-    with pytest.raises(TypeError, match="'mlkd' needs student_strong and teacher_strong"):
-        distillation_loss("mlkd", z, z)
-
-
 def test_every_default_argument():
     z, v, z2, v2 = (logits(4, 10, seed=s) for s in (38, 39, 40, 41))
     n, y = [x.numpy() for x in (z, v, z2, v2)], torch.tensor([3, 0, 9, 3])
-    assert dkd_loss(z, v, y).item() == pytest.approx(
-        dkd_reference(n[0], n[1], y.numpy(), 2.0, 1.0, 8.0, True), rel=1e-9)
-    assert mlkd_loss(z, v, z2, v2).item() == pytest.approx(mlkd_reference(*n, 2.0, True, True), rel=1e-9)
-    assert ttm_loss(z, v).item() == pytest.approx(ttm_reference(n[0], n[1], 4.0, False, False), rel=1e-9)
-    assert wttm_loss(z, v).item() == pytest.approx(ttm_reference(n[0], n[1], 4.0, False, True), rel=1e-9)
-    how = {"target": y, "student_strong": z2, "teacher_strong": v2}
-    for method, value in (("kd", kd_loss(z, v)), ("ctkd", kd_loss(z, v)), ("dkd", dkd_loss(z, v, y)),
-                          ("mlkd", mlkd_loss(z, v, z2, v2)), ("ttm", ttm_loss(z, v, 2.0, zscore=True)),
-                          ("wttm", wttm_loss(z, v, 2.0, zscore=True))):
-        assert distillation_loss(method, z, v, **how) == value, method
-    assert METHODS == ("kd", "dkd", "mlkd", "ctkd", "ttm", "wttm")
+    for ours, reference in (
+            (kd_loss(z, v), kd_reference(*n[:2], 2.0)),
+            (dkd_loss(z, v, y), dkd_reference(*n[:2], y.numpy(), 2.0, 1.0, 8.0, True)),
+            (mlkd_loss(z, v, z2, v2), mlkd_reference(*n, 2.0, True, True)),
+            (ttm_loss(z, v), ttm_reference(*n[:2], 4.0, False, False)),
+            (wttm_loss(z, v), ttm_reference(*n[:2], 4.0, False, True))):
+        assert ours.item() == pytest.approx(reference, rel=1e-9)
 
 
 def test_kd_is_tckd_and_the_rest_of_nckd():
@@ -430,25 +361,7 @@ def maximum_entropy(logits, expected):
     return q, -multipliers[1]
 
 
-@pytest.mark.parametrize("k", [3, 10, 100])
-def test_softmax_at_a_temperature_of_its_own_is_the_maximum_entropy_solution(k):
-    """The ground of the method: q is the least committed distribution with a given expected logit, and 1 / T
-    that constraint's Lagrange multiplier. Every sample and side has a constraint of its own, so nothing makes
-    their temperatures equal."""
-    rng = np.random.default_rng(k)
-    for temperature in (0.5, 1.0, 2.0, 7.0):
-        logits = rng.normal(0, 2, k)
-        q = softmax_reference(logits / temperature)
-        found, multiplier = maximum_entropy(logits, q @ logits)
-        np.testing.assert_allclose(found, q, rtol=1e-6, atol=1e-12)
-        assert multiplier == pytest.approx(1 / temperature, rel=1e-7)
-        # no other distribution with this expected logit has more entropy
-        free = np.linalg.svd(np.stack([np.ones(k), logits]))[2][2:].T @ rng.normal(size=(k - 2, 20))
-        others = q[:, None] + 0.5 * q.min() * free / np.abs(free).max(0)
-        assert (-(others * np.log(others)).sum(0) < -(q * np.log(q)).sum()).all()
-
-
-def test_standardization_is_such_a_temperature_for_each_sample_and_side():
+def test_standardization_gives_each_sample_and_side_its_own_temperature():
     """softmax(Z(x; tau)) is the maximum-entropy solution of multiplier 1 / (tau sigma(x)), a row's own."""
     sides = (torch.randn(2, 4, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
              * torch.tensor([5.0, 1.0]).view(2, 1, 1))
@@ -467,100 +380,6 @@ def test_at_a_high_temperature_kd_is_one_minus_the_correlation():
     rho = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(z.numpy(), v.numpy())])
     assert kd_loss(z, v, 1000.0).item() == pytest.approx(1 - rho, abs=1e-3)
     assert kd_loss(z, v, 1000.0, correction=1).item() == pytest.approx((1 - rho) * 99 / 100, abs=1e-3)
-
-
-def all_losses(z, v, y, zscore, z2=None, v2=None):
-    return [distillation_loss(m, z, v, y, 2.0, zscore=zscore, student_strong=z if z2 is None else z2,
-                              teacher_strong=v if v2 is None else v2) for m in METHODS]
-
-
-@pytest.mark.parametrize("zscore", [True, False])
-@pytest.mark.parametrize("scale", [1.0, 100.0, 1e4])
-def test_every_loss_and_gradient_is_finite_at_any_scale(scale, zscore):
-    """Up to a deviation of 10,000; the released form of DKD is not finite long before."""
-    y = torch.arange(16)
-    for i in range(len(METHODS)):
-        z, v = (logits(16, 100, 92, scale, torch.float32).requires_grad_(),
-                logits(16, 100, 93, scale, torch.float32))
-        loss = all_losses(z, v, y, zscore)[i]
-        loss.backward()
-        assert loss.isfinite() and z.grad.isfinite().all(), METHODS[i]
-        if scale == 100.0:
-            exact = all_losses(z.detach().double(), v.double(), y, zscore)[i]
-            assert loss.item() == pytest.approx(exact.item(), rel=1e-4), METHODS[i]
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_every_loss_casts_half_precision_up(dtype):
-    y, (z, v, z2, v2) = torch.arange(64), (logits(64, 100, seed=s, dtype=torch.float32).to(dtype)
-                                           for s in (94, 95, 96, 97))
-    for zscore in (True, False):
-        exact = all_losses(*(x.double() for x in (z, v)), y, zscore, z2.double(), v2.double())
-        with torch.autocast("cpu", torch.bfloat16):
-            ours = all_losses(z, v, y, zscore, z2, v2)
-        for method, a, b in zip(METHODS, ours, exact):
-            assert a.dtype == torch.float32 and a.item() == pytest.approx(b.item(), rel=2e-5), method
-
-
-def test_every_loss_shows_nan_and_leaves_constant_rows_alone():
-    y = torch.arange(4)
-    for bad in (float("nan"), float("inf")):
-        for side in (0, 1):
-            for column in (5, 2):       # another class, the target's own
-                pair = [logits(4, 10, seed=98, dtype=torch.float32),
-                        logits(4, 10, seed=99, dtype=torch.float32)]
-                pair[side][2, column] = bad
-                for zscore in (True, False):
-                    assert all(loss.isnan() for loss in all_losses(*pair, y, zscore))
-    for i in range(len(METHODS)):
-        z, v = torch.full((4, 10), 0.1, requires_grad=True), logits(4, 10, seed=100, dtype=torch.float32)
-        loss = all_losses(z, v, y, True)[i]
-        loss.backward()
-        assert loss.isfinite() and (z.grad == 0).all(), METHODS[i]
-
-
-def test_ties_near_constant_rows_one_sample_and_strides():
-    y = torch.tensor([1])
-    row = torch.full((1, 7), 1e4)
-    row[0, 3] += 2**-7                      # one step of float32 above the others: as in a one-hot row
-    torch.testing.assert_close(weighted_zscore(row), weighted_zscore(F.one_hot(torch.tensor([3]), 7).float()))
-    ties = torch.tensor([[1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0]])
-    assert all(loss.isfinite() for zscore in (True, False) for loss in all_losses(ties, row, y, zscore))
-    z, v = logits(6, 5, seed=101), logits(6, 5, seed=102)
-    for a, b in zip(all_losses(z, v, torch.arange(6) % 5, True),
-                    all_losses(z.t().contiguous().t(), v, torch.arange(6) % 5, True)):
-        torch.testing.assert_close(a, b)
-
-
-def compare_compiled(backend):
-    z, v, y = logits(6, 10, seed=103), logits(6, 10, seed=104), torch.arange(6)
-    for method in METHODS:
-        for zscore in (True, False):
-            def loss(z, v, y):
-                return distillation_loss(method, z, v, y, 2.0, zscore=zscore, student_strong=2 - z,
-                                         teacher_strong=v)
-            torch._dynamo.reset()       # each a program of its own, not the ninth of one function
-            compiled = torch.compile(loss, fullgraph=True, backend=backend)
-            torch.testing.assert_close(compiled(z, v, y), loss(z, v, y))
-            stack = [torch.stack([x, x.flip(0)]) for x in (z, v, y)]
-            torch.testing.assert_close(torch.func.vmap(loss)(*stack),
-                                       torch.stack([loss(z, v, y), loss(*(s[1] for s in stack))]))
-
-
-def test_every_loss_compiles_whole_and_maps():
-    compare_compiled("aot_eager")
-
-
-@pytest.mark.slow
-def test_every_loss_compiles_with_inductor():
-    compare_compiled("inductor")
-
-
-def test_no_gradient_reaches_any_teacher():
-    y, z, v = (torch.arange(6), logits(6, 10, seed=105).requires_grad_(),
-               logits(6, 10, seed=106).requires_grad_())
-    sum(all_losses(z, v, y, True) + all_losses(z, v, y, False)).backward()
-    assert v.grad is None and z.grad is not None
 
 
 def test_a_temperature_for_each_sample():
@@ -591,10 +410,10 @@ def test_dkd_keeps_its_digits_when_the_target_dominates():
         assert ours.item() == pytest.approx(exact.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("tau, deviation", [(2.0, 200.0), (4.0, 400.0)])
-def test_the_released_form_of_dkd_is_not_finite_where_ours_is(tau, deviation):
-    """What the README says of it: a mask of -1000 after the temperature, and the log of a softmax's sum."""
-    (z, v), y = (logits(16, 100, s, deviation, torch.float32) for s in (162, 163)), torch.arange(16)
+def test_the_released_form_of_dkd_is_not_finite_where_ours_is():
+    """What NOTES.md says of it: a mask of -1000 after the temperature, and the log of a softmax's sum."""
+    tau, y = 2.0, torch.arange(16)
+    z, v = (logits(16, 100, s, 200.0, torch.float32) for s in (162, 163))
     target = F.one_hot(y, 100).bool()
     p, q = F.softmax(v / tau, -1), F.softmax(z / tau, -1)
     two = [torch.stack([x[target], x.masked_fill(target, 0).sum(-1)], 1) for x in (p, q)]
@@ -643,14 +462,6 @@ def test_exchanged_arguments_are_refused():
     assert kd_loss(v, v).isfinite() and kd_loss(z, z).requires_grad
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz,
-                                   torch.float8_e5m2fnuz])
-def test_float8_is_cast_up(dtype):
-    z, v = (logits(4, 10, seed=s, dtype=torch.float32).to(dtype) for s in (0, 1))
-    assert torch.equal(kd_loss(z, v), kd_loss(z.float(), v.float()))
-    assert kd_loss(z, v.double()).dtype == torch.float64
-
-
 def test_curriculum_temperature_keeps_its_range():
     """Loaded into a module made with other values it was another temperature, silently."""
     saved = CurriculumTemperature(2.0, 40.0).state_dict()
@@ -687,44 +498,35 @@ def test_the_docstrings_table_of_ceilings(k, tau, ceiling):
 # ---------------------------------------------------------------- what is refused, and how it says so
 
 
+def pair(*shape):
+    return torch.rand(*shape), torch.rand(*shape)
+
+
 @pytest.mark.parametrize("error, words, call", [
     (ValueError, r"\(2, 3\) and \(2, 4\)", lambda: kd_loss(torch.rand(2, 3), torch.rand(2, 4))),
-    (ValueError, r"one shape \(B, K\)", lambda: kd_loss(torch.rand(3), torch.rand(3))),
-    (ValueError, "batch is empty", lambda: kd_loss(torch.rand(0, 3), torch.rand(0, 3))),
-    (ValueError, "at least 2 classes", lambda: kd_loss(torch.rand(4, 1), torch.rand(4, 1))),
-    (TypeError, "int64", lambda: kd_loss(torch.ones(2, 3, dtype=torch.int64), torch.rand(2, 3))),
-    (TypeError, "int64", lambda: weighted_zscore(torch.ones(3, dtype=torch.int64))),
-    (ValueError, "positive number, got 0", lambda: kd_loss(torch.rand(2, 3), torch.rand(2, 3), 0)),
+    (ValueError, r"one shape \(B, K\)", lambda: kd_loss(*pair(3))),
+    (ValueError, r"one shape \(B, K\)", lambda: kd_loss(*pair(2, 8, 4, 4))),
+    (ValueError, r"1 row .* \(0, 3\)", lambda: kd_loss(*pair(0, 3))),
+    (ValueError, r"2 classes, got \(4, 1\)", lambda: kd_loss(*pair(4, 1))),
+    (ValueError, r"3 classes, got \(4, 2\)", lambda: dkd_loss(*pair(4, 2), torch.zeros(4).long())),
+    (ValueError, r"1 row .* \(0, 3\)", lambda: weighted_zscore(torch.rand(0, 3))),
+    (TypeError, "int64", lambda: kd_loss(torch.ones(2, 3).long(), torch.rand(2, 3))),
+    (TypeError, "int64", lambda: kd_loss(torch.rand(2, 3), torch.ones(2, 3).long())),
+    (ValueError, "positive number, got 0", lambda: kd_loss(*pair(2, 3), 0)),
     (ValueError, "positive number, got -1", lambda: weighted_zscore(torch.rand(2, 3), -1)),
-    (ValueError, "positive number, got nan", lambda: weighted_zscore(torch.rand(2, 3), float("nan"))),
-    (ValueError, "not empty", lambda: weighted_zscore(torch.rand(0, 3))),
-    (ValueError, "correction must be 0 .* got 3", lambda: kd_loss(*[torch.rand(2, 3)] * 2, correction=3)),
-    (TypeError, "logits must be tensors, got a list", lambda: kd_loss([[1.0, 2.0]], torch.rand(1, 2))),
-    (ValueError, "tensor of class numbers, got a list",
-     lambda: dkd_loss(torch.rand(2, 3), torch.rand(2, 3), [0, 1])),
-    (TypeError, "'mlkd' has no loss of a sample",
-     lambda: distillation_loss("mlkd", *[torch.rand(4, 3)] * 2, weight=torch.ones(4),
-                               student_strong=torch.rand(4, 3), teacher_strong=torch.rand(4, 3))),
-    (ValueError, "unknown method 'kdd'; known: kd",
-     lambda: distillation_loss("kdd", torch.rand(2, 3), torch.rand(2, 3))),
-    (ValueError, "at least 3 classes",
-     lambda: dkd_loss(torch.rand(4, 2), torch.rand(4, 2), torch.zeros(4).long())),
-    (ValueError, "target must be 4 class numbers",
-     lambda: dkd_loss(torch.rand(4, 3), torch.rand(4, 3), torch.zeros(3).long())),
-    (ValueError, "target must be 4 class numbers, got torch.float32",
-     lambda: dkd_loss(torch.rand(4, 3), torch.rand(4, 3), torch.rand(4))),
-    (ValueError, "weak and strong", lambda: mlkd_loss(*[torch.rand(4, 3)] * 2, *[torch.rand(2, 3)] * 2)),
-    (ValueError, "positive number, got 0", lambda: ttm_loss(torch.rand(4, 3), torch.rand(4, 3), 0)),
-    (ValueError, r"one number or \(B, 1\), got shape \(4,\)",
-     lambda: kd_loss(torch.rand(4, 3), torch.rand(4, 3), torch.ones(4))),
-    (ValueError, r"got shape \(1, 3\)",
-     lambda: kd_loss(torch.rand(4, 3), torch.rand(4, 3), torch.ones(1, 3))),
-    (ValueError, r"got shape \(4, 1, 1\)",
-     lambda: kd_loss(torch.rand(4, 3), torch.rand(4, 3), torch.ones(4, 1, 1))),
+    (ValueError, "positive number, got nan", lambda: ttm_loss(*pair(2, 3), NAN)),
+    (ValueError, r"\(\) or \(B, 1\), got \(4,\)", lambda: kd_loss(*pair(4, 4), torch.ones(4))),
+    (ValueError, r"4 classes .* got \(3,\)", lambda: dkd_loss(*pair(4, 3), torch.zeros(3).long())),
+    (ValueError, r"in \[0, 3\), got \(4,\) from 0 to 3", lambda: dkd_loss(*pair(4, 3), torch.arange(4))),
+    (ValueError, r"in \[0, 3\), got \(2,\) from -100 to 1; to leave",
+     lambda: dkd_loss(*pair(2, 3), torch.tensor([1, -100]))),
+    (ValueError, '"mean" or "none", got \'sum\'', lambda: kd_loss(*pair(2, 3), reduction="sum")),
+    (ValueError, "2 classes need zscore=False", lambda: kd_loss(*pair(4, 2))),
 ])
 def test_bad_input_is_refused_with_the_values(error, words, call):
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=words) as caught:
         call()
+    assert len(str(caught.value)) < 130
 
 
 def test_the_one_file_works_alone(tmp_path):
@@ -742,7 +544,8 @@ def test_both_files_work_in_a_package(tmp_path):
     for name in ("zscore_kd.py", "logit_kd.py"):
         shutil.copy(Path(__file__).with_name(name), package)
     code = ("import torch, package.logit_kd as k\n"
-            "print(k.distillation_loss('kd', torch.eye(3), torch.eye(3)).item(), k.kd_loss.__module__)")
+            "x = [torch.eye(3)]\n"
+            "print(k.distillation_loss('kd', x, x, None).item(), k.kd_loss.__module__)")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
                           check=True)
     assert done.stdout.split() == ["0.0", "package.zscore_kd"]
