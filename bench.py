@@ -40,7 +40,7 @@ import recipes
 import train_cifar
 import train_imagenet
 from data import IMAGENET_PREPROCESSING, MEAN, STD, VIEWS, Data, Folders, Split, folder_keys, synthetic
-from distill import Distiller, Tally, make_optimizer, make_step, top_k_hits
+from distill import Distiller, make_optimizer, make_step
 from feature_kd import CRD, nce_loss
 from logit_kd import linear_kd_loss
 from models import create_model
@@ -115,7 +115,7 @@ def build(network, recipe, world, plain=False):
         optimizer.param_groups[0]["lr"].fill_(lr)
     step = make_step(distiller, optimizer, recipe["batch_size"], world, None, recipe["compile"], not plain)
     logits = teacher.logits if feature or not plain else teacher.eval().requires_grad_(False)
-    tally = Tally(device, distiller.losses)
+    total = torch.zeros(6 if feature else 5, dtype=torch.float64, device=device)
 
     def ask(views, *_):
         torch.backends.cudnn.allow_tf32 = plain         # PyTorch's default on CUDA
@@ -124,10 +124,10 @@ def build(network, recipe, world, plain=False):
     def learn(views, target, index=None, teacher_logits=None):
         torch.backends.cudnn.allow_tf32 = plain
         given = [] if feature else teacher_logits or ask(views)
-        sums, z = step(views, target, index if feature else target, given)      # other losses read no index
+        sums = step(views, target, index if feature else target, given)      # other losses read no index
         if plain:
-            return sums.tolist(), top_k_hits(z, target).tolist()
-        tally.add(sums, z, target, 1)
+            return sums.tolist()
+        total.add_(sums)
     return teacher, ask, learn
 
 

@@ -58,13 +58,13 @@ class World:
             raise problem
         return value
 
-    def any(self, *flags):
-        """Each flag, true where it is so in any process: all save, and all stop, at the same step."""
+    def any(self, flag):
+        """Whether it is so in any process: all save, and all stop, at the same step."""
         if self.group is None:
-            return flags
-        tensor = torch.tensor(flags, dtype=torch.int32)
+            return flag
+        tensor = torch.tensor(flag, dtype=torch.int32)
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
-        return tuple(map(bool, tensor.tolist()))
+        return bool(tensor)
 
     def sum(self, tensor):
         """The sum over all processes, in place."""

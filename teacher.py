@@ -133,8 +133,8 @@ class Teacher:
     def cached_logits(self, indices, views, images):
         """Logits (n, K), float32 on the device, of views (n,) of images `indices` (n,), int64 on the CPU.
 
-        images: those views, normalised (n, 3, H, W). The rounded values, cached or not. ValueError: beyond
-        float16's range.
+        images: those views, normalised (n, 3, H, W). The rounded values, cached or not. ValueError: NaN, or
+        beyond float16's range.
         """
         if self.rows is None and self.folder is not None:
             self._open_cache(self.logits(images[:1]).shape[1])
@@ -150,8 +150,8 @@ class Teacher:
 
     def _rounded(self, images):
         logits = self.logits(images).to(self.dtype)
-        if self.dtype == torch.float16 and logits.isinf().any():
-            raise ValueError("the teacher's logits do not fit float16, which ends at 65504: give "
+        if not logits.isfinite().all():
+            raise ValueError("the teacher's logits are NaN or do not fit float16, which ends at 65504: give "
                              "--exact-teacher")
         return logits
 

@@ -59,15 +59,12 @@ class Batches:
         self.steps = -(-self.images // recipe["batch_size"])        # the last batch is smaller
         chunk = CHUNK[device.type] * 32**2 // data.pixels.size**2
         self.chunk = max(1, chunk // recipe["batch_size"]) * recipe["batch_size"]       # whole batches
-        self.facts = {"num_classes": data.num_classes, "classes": list(data.classes), **data.pixels._asdict()}
+        self.metadata = {"num_classes": data.num_classes, "classes": list(data.classes),
+                         **data.pixels._asdict()}
 
     def check(self, undecodable):
         """What a row of the log says beside the usual."""
         return {}
-
-    def place(self, epoch, step):
-        """Where in the run a step's first image is."""
-        return epoch * self.images + step * self.recipe["batch_size"]
 
     def epoch(self, epoch, first_step):
         """Yields (views, target, index, teacher_logits) of each step.

@@ -58,8 +58,8 @@ class Batches:
         self.loader = folder_batches(self.train, self.keys, workers, pin)
         self.evaluated = Evaluation(folders, recipe["size"], world, workers,
                                     micro_batch or min(256, -(-batch // world.size)))
-        self.facts = {"num_classes": len(folders.classes), "classes": folders.classes,
-                      **IMAGENET_PREPROCESSING.at(recipe["size"])._asdict()}
+        self.metadata = {"num_classes": len(folders.classes), "classes": folders.classes,
+                         **IMAGENET_PREPROCESSING.at(recipe["size"])._asdict()}
         self.undecodable, self.known = 0, set()       # since the last collection; indices that were named
 
     def check(self, undecodable):
@@ -69,11 +69,6 @@ class Batches:
             raise RunError(f"{undecodable} of {self.train_images} training images cannot be decoded{name}; "
                            "mend or remove them")
         return {"undecodable": undecodable}
-
-    def place(self, epoch, step):
-        """Where in the run the first image of this process's share of a step is."""
-        batch = self.recipe["batch_size"]
-        return epoch * self.train_images + step * batch + batch * self.world.rank // self.world.size
 
     def epoch(self, epoch, first_step):
         """Yields (views, target, index, teacher_logits) of each step."""

@@ -30,8 +30,7 @@ from data import normalise, synthetic
 from models import MODELS, create_model, float32_head
 
 CPU = torch.device("cpu")
-FOLDER = types.SimpleNamespace(folder="runs/x")
-ALONE = types.SimpleNamespace(size=1, rank=0, device=CPU, any=lambda *flags: flags)
+ALONE = types.SimpleNamespace(size=1, rank=0, device=CPU)
 
 
 def recipe_of(method, zscore=True, precision="fp32"):
@@ -364,31 +363,7 @@ def test_a_network_without_a_deterministic_form_is_one_line():
         cli.set_backends(False)
 
 
-# ---------------------------------------------------------------- 7: the first bad step
-
-
-@pytest.mark.parametrize("steps, bad, named", [(40, 33, 34), (40, 3, 4), (1, 0, 1), (17, 16, 17)])
-def test_the_step_that_is_named_is_the_first_bad_one(steps, bad, named):
-    """On a GPU the losses are looked at once an epoch; all steps after the first are then bad too."""
-    tally, target = distill.Tally(CPU), torch.zeros(2, dtype=torch.long)
-    for i in range(steps):
-        loss = float("nan") if i >= bad else 1.0
-        tally.add(torch.tensor([loss, 1.0, 1.0]), torch.zeros(2, 5), target, 1)
-    with pytest.raises(run.RunError, match=f"the loss became nan in epoch 3, step {named} "):
-        distill.check_finite(tally, 2, steps - 1, torch.zeros(2, 5), [], FOLDER, ALONE)
-
-
-def test_a_step_is_named_also_after_a_look():
-    tally, target = distill.Tally(CPU), torch.zeros(2, dtype=torch.long)
-    for i in range(30):
-        tally.add(torch.tensor([float("inf") if i == 20 else 1.0] * 3), torch.zeros(2, 5), target, 1)
-        if i == 9:
-            distill.check_finite(tally, 0, 109, torch.zeros(2, 5), [], None, ALONE)
-    with pytest.raises(run.RunError, match="the loss became inf in epoch 1, step 121 "):
-        distill.check_finite(tally, 0, 129, torch.zeros(2, 5), [], FOLDER, ALONE)
-
-
-# ---------------------------------------------------------------- 8: devices
+# ---------------------------------------------------------------- 7: devices
 
 
 def test_saves_hold_tensors_of_the_cpu(tmp_path, monkeypatch):
@@ -455,11 +430,11 @@ def test_a_card_holds_one_teachers_logits_at_a_time(monkeypatch):
         assert kept == [frozen[student != "resnet8"]]
 
 
-# ---------------------------------------------------------------- 9: operations of a step
+# ---------------------------------------------------------------- 8: operations of a step
 
 
 # what torch 2.14.1 dispatched; the versions differ by a few
-MEASURED = {"none": 87, "kd": 166, "dkd": 225, "ctkd": 202, "ttm": 104, "wttm": 110, "mlkd": 697}
+MEASURED = {"none": 102, "kd": 181, "dkd": 262, "ctkd": 217, "ttm": 119, "wttm": 125, "mlkd": 722}
 
 
 @pytest.mark.parametrize("method, measured", MEASURED.items())
@@ -473,20 +448,6 @@ def test_a_step_dispatches_no_more_operations_than_it_did(method, measured):
     assert sum(seen.count.values()) <= 1.1 * measured, seen.count
 
 
-@pytest.mark.parametrize("method, micro_batch, passes", [("kd", None, 1), ("mlkd", None, 2), ("kd", 3, 3)])
-def test_batch_norms_are_counted_outside_the_step_and_right(method, micro_batch, passes):
-    """num_batches_tracked, as a plain loop of PyTorch leaves it, in one operation for all instead of 20."""
-    distiller, step = step_of(method, student="resnet8", micro_batch=micro_batch)
-    with Operations() as seen:
-        step(*batch_of(method))
-    assert not {k for k in seen.count if k == "topk"} and not seen.count["_foreach_add_"]
-    counters = [m.num_batches_tracked for m in distiller.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert all(c == 0 for c in counters) and len(counters) == len(distiller.norms)
-    distiller.count(passes)
-    assert all(c == passes for c in counters)
-    assert "student.bn1.num_batches_tracked" in distiller.state_dict()
-
-
 def test_a_run_counts_each_forward_pass(tmp_path):
     for method, epoch in (("none", 3), ("mlkd", 6)):
         torch.save(create_model("resnet8").state_dict(), tmp_path / "teacher.pt")
@@ -497,16 +458,6 @@ def test_a_run_counts_each_forward_pass(tmp_path):
             "150", "--epochs", "2", "--device", "cpu", "--out", str(tmp_path)])
         saved = torch.load(Path(folder, "last.pt"))["model"]
         assert {v.item() for k, v in saved.items() if k.endswith("num_batches_tracked")} == {2 * epoch}
-
-
-def test_a_norm_that_averages_over_all_batches_counts_itself():
-    """With momentum=None the count is part of what it computes."""
-    network = create_model("resnet8")
-    network.bn1.momentum = None
-    distiller = distill.Distiller(network, recipe_of("none", False)).train()
-    with distiller.uncounted():
-        distiller.student(torch.randn(4, 3, 32, 32))
-    assert network.bn1.num_batches_tracked == 1 and network.layer1[0].bn1.num_batches_tracked == 0
 
 
 @pytest.mark.parametrize("name", ["ShuffleV1", "ShuffleV2"])

@@ -257,7 +257,7 @@ def test_a_stopped_run_goes_on_with_the_bits_of_an_unbroken_one(pair, killed, me
     call("cifar", *flags, "--out", "whole")
     with killed():
         call("cifar", *flags, "--save-every", "1e-9", "--out", "broken")
-    assert "going on from epoch 1, step 2" in call("cifar", *flags, "--out", "broken")
+    assert "resuming from epoch 1, step 2" in call("cifar", *flags, "--out", "broken")
     whole, broken = (torch.load(only(f"{out}/*/last.pt")) for out in ("whole", "broken"))
     assert all(map(torch.equal, whole["model"].values(), broken["model"].values()))
     assert whole["best"] == broken["best"]
@@ -533,7 +533,7 @@ def test_names_that_are_not_utf8_work_everywhere(odd, killed, script, charset):
     flags = [*ALONE, "--data-dir", odd, "--epochs", 2]
     with killed(0, 1):
         call(script, *flags, "--save-every", "1e-9", charset=charset)
-    assert "going on from epoch 0, step 1" in call(script, *flags, charset=charset)
+    assert "resuming from epoch 0, step 1" in call(script, *flags, charset=charset)
     path = only("runs/*/student.pt")
     told = torch.load(path)
     assert [os.fsencode(name) for name in told["classes"]] == [b"caf\xe9", b"class0", b"class2"]

@@ -57,14 +57,16 @@ POINTS = {      # the third save is in the first epoch, the eleventh in the seco
     "before its renames": lambda n: after(run, "write_checkpoint", n, killed),
     "between its renames": lambda n: (setattr(renamed, "left", n - 2), setattr(run.os, "replace", renamed)),
     "after a save": lambda n: after(run.Run, "save", n, killed),
-    "in a step": lambda n: after(distill, "check_finite", n, killed),
+    "in a step": lambda n: after(distill, "top_k_hits", n, killed),
     "while a row is logged": lambda n: after(run.Run, "log", 1 + n // 8, killed),
     "before the result is written": lambda n: after(run.Run, "finish", 1, killed, before=True),
 }
 SIGNALS = {
-    "SIGTERM": lambda n: after(distill, "check_finite", n, lambda: os.kill(os.getpid(), signal.SIGTERM)),
-    "SIGINT": lambda n: after(distill, "check_finite", n, lambda: os.kill(os.getpid(), signal.SIGINT)),
-    "SIGTERM in the evaluation": lambda n: after(distill, "evaluate", 3,        # the first is the teacher's
+    "SIGTERM": lambda n: after(distill.Trainer, "set_schedule", n,
+                               lambda: os.kill(os.getpid(), signal.SIGTERM)),
+    "SIGINT": lambda n: after(distill.Trainer, "set_schedule", n,
+                              lambda: os.kill(os.getpid(), signal.SIGINT)),
+    "SIGTERM in the evaluation": lambda n: after(distill, "evaluate", 2,
                                                  lambda: os.kill(os.getpid(), signal.SIGTERM)),
 }
 
@@ -137,7 +139,7 @@ def test_a_kill_at_any_point_changes_nothing(start, whole, tmp_path, point, n):
     code, _ = start(tmp_path, point=point, n=n)
     assert code == -signal.SIGKILL
     code, output = start(tmp_path)
-    assert code == 0 and "going on from epoch" in output, output
+    assert code == 0 and "resuming from epoch" in output, output
     assert same(ending(tmp_path), whole)
     assert sorted(p.name for p in (tmp_path / NAME).iterdir() if p.suffix != ".partial") == [
         "config.json", "last.pt", "lock", "log.jsonl", "previous.pt", "result.json", "student.pt"]
@@ -166,8 +168,8 @@ def test_a_signal_saves_and_says_how_to_go_on(start, whole, tmp_path, point):
     assert code == 1
     assert output.splitlines()[-1].startswith("stopped, and saved in") and "same command goes on" in output
     code, output = start(tmp_path, save_every=1000)
-    assert code == 0 and ("going on from epoch 2, step 0" if "evaluation" in point
-                          else "going on from epoch 1, step 4") in output
+    assert code == 0 and ("resuming from epoch 2, step 0" if "evaluation" in point
+                          else "resuming from epoch 1, step 3") in output
     assert same(ending(tmp_path), whole)
 
 
@@ -190,7 +192,7 @@ def test_a_truncated_checkpoint_costs_one_save(start, whole, tmp_path):
     code, output = start(tmp_path)
     assert (code == 0
             and "last.pt is damaged (kept as last.damaged); going on from the save before it" in output)
-    assert "going on from epoch 0, step 2" in output and same(ending(tmp_path), whole)
+    assert "resuming from epoch 0, step 2" in output and same(ending(tmp_path), whole)
 
 
 def test_the_second_process_in_one_folder_is_refused(start, tmp_path):
@@ -212,4 +214,4 @@ def test_a_save_of_the_version_before_goes_on(start, whole, tmp_path):
               "optimizer": {"state": momentum}, "sums": state["sums"][:5]}
     run.write_checkpoint(tmp_path / NAME / "last.pt", state)
     code, output = start(tmp_path)
-    assert code == 0 and "going on from epoch 0, step 3" in output and same(ending(tmp_path), whole)
+    assert code == 0 and "resuming from epoch 0, step 3" in output and same(ending(tmp_path), whole)

@@ -265,7 +265,7 @@ def test_a_run_with_ones_own_network_goes_on_with_its_bits(script, killed):
     call(script, *flags, "--out", "whole")
     with killed():
         call(script, *flags, "--save-every", "1e-9", "--out", "broken")
-    assert "going on from epoch 1, step 2" in call(script, *flags, "--out", "broken")
+    assert "resuming from epoch 1, step 2" in call(script, *flags, "--out", "broken")
     whole, broken = (torch.load(only(f"{out}/*/last.pt"))["model"] for out in ("whole", "broken"))
     assert all(map(torch.equal, whole.values(), broken.values()))
 

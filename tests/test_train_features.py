@@ -195,8 +195,7 @@ def stepped(recipe, distiller, taught, batches, epoch=1):
     for i, (images, target, index) in enumerate(batches):
         torch.manual_seed(i)        # CRD's negatives
         logits = [taught.logits(images)] if recipe["method"] != "none" else []
-        sums.append(step([images], target, index, logits)[0])
-    distiller.count(len(batches))
+        sums.append(step([images], target, index, logits))
     return sums
 
 
@@ -244,7 +243,7 @@ def test_three_steps_equal_a_plain_loop(files, method, feature, pair):
                 m.mul_(0.9).add_(p.grad + 5e-4 * p)
                 p.sub_(rate * m)
         assert ours[0].item() == pytest.approx(16 * total.item(), rel=1e-4)
-        assert ours[3].item() == pytest.approx(16 * loss.item(), rel=1e-4)
+        assert ours[3].item() == pytest.approx(16 * loss.item(), rel=3e-4)
     for plain, ours, before in zip((student, connectors), (distiller.student, distiller.feature), start):
         ours, moved, off = ours.state_dict(), 0.0, 0.0
         for key, value in plain.state_dict().items():
@@ -307,7 +306,7 @@ def test_a_killed_run_goes_on_with_the_bits_of_an_unbroken_one(whole, files, tmp
     with killed():
         call(*flags(feature, files), "--save-every", "1e-9")
     output = call(*flags(feature, files))
-    assert "going on from epoch 1, step 2" in output
+    assert "resuming from epoch 1, step 2" in output
     name = f"resnet14-resnet8-{feature}-synthetic-seed0"
     ours, theirs = (torch.load(folder / "last.pt") for folder in (tmp_path / "runs" / name, whole(feature)))
     assert equal(ours["model"], theirs["model"])
@@ -345,7 +344,7 @@ def test_a_save_holds_all_that_learns(whole, feature):
                                    "--method kd --zscore --feature simkd", "--method mlkd --feature at"])
 def test_dry_run_walks_the_whole_path(tmp_path, words):
     output = call(*PAIR, *words.split(), "--dry-run", "--batch-size", "16", "--lr", "0.01", "--device", "cpu")
-    assert output.endswith("dry run: all is well\n") and "going on from epoch 1" in output
+    assert output.endswith("dry run: all is well\n") and "resuming from epoch 1" in output
     assert ("deployed with the teacher's classifier: " in output) == ("simkd" in words)
     assert not list(tmp_path.iterdir())
 
@@ -374,7 +373,7 @@ def test_dry_run_of_the_papers_pairs(pair, feature):
 def test_train_imagenets_dry_run_walks_the_whole_path(tmp_path, student, words):
     output = call("--teacher", "resnet18", "--student", student, *words.split(), "--dry-run", "--lr",
                   "0.01", "--device", "cpu", command=train_imagenet.main)
-    assert output.endswith("dry run: all is well\n") and "going on from epoch 1" in output
+    assert output.endswith("dry run: all is well\n") and "resuming from epoch 1" in output
     assert not list(tmp_path.iterdir())
 
 
@@ -703,7 +702,7 @@ def test_simkds_accuracy_in_training_is_the_deployed_networks(files):
     recipe, distiller, taught = prepared(flags("simkd", files))
     images, targets = images_of(16)
     twin = copy.deepcopy(distiller)
-    logits, _ = distiller.compare(images, targets, torch.arange(16))
+    _, logits = distiller.loss_and_logits(images, targets, torch.arange(16))
     torch.testing.assert_close(logits, twin.inference_model[0](images))
     assert not torch.allclose(logits, copy.deepcopy(distiller.student)(images))
     distiller.eval()

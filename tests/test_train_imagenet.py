@@ -333,7 +333,7 @@ def test_a_killed_worker_costs_one_save_a_signal_stops_all_and_another_number_go
     except FileNotFoundError:       # between a save's two renames
         saved = torch.load(folder / "previous.pt")
     os.kill(victims[0], signal.SIGKILL)     # rank 0 has the run's folder; both have loading processes
-    epoch, step, trained = output(r"(?s)going on from epoch (\d+), step (\d+).*?\nepoch +(\d+)/")
+    epoch, step, trained = output(r"(?s)resuming from epoch (\d+), step (\d+).*?\nepoch +(\d+)/")
     assert (saved["epoch"], saved["step"]) <= (epoch, step) and trained > epoch
     process.send_signal(number)
     begun = time.monotonic()
@@ -344,7 +344,7 @@ def test_a_killed_worker_costs_one_save_a_signal_stops_all_and_another_number_go
     with stopped():
         text = call(*flags, code=1)
     assert ("processes was 2, now 1" in text
-            and f"going on from epoch {state['epoch']}, step {state['step']}" in text)
+            and f"resuming from epoch {state['epoch']}, step {state['step']}" in text)
     assert [r["epoch"] for r in rows(folder)] == list(range(1, state["epoch"] + 1))
     on = torch.load(folder / "last.pt")
     assert (on["epoch"], on["step"]) == (state["epoch"], 3)
@@ -358,7 +358,7 @@ def test_a_run_goes_on_with_the_bits_of_an_unbroken_one(student, killed):
     call(*flags, "--out", "whole")
     with killed():
         CliRunner().invoke(main, [*flags, "--save-every", "1e-9", "--out", "broken"], catch_exceptions=False)
-    assert "going on from epoch 1, step 2" in call(*flags, "--out", "broken")
+    assert "resuming from epoch 1, step 2" in call(*flags, "--out", "broken")
     same(name, "whole", "broken")
 
 
@@ -376,7 +376,7 @@ def test_a_signal_in_the_evaluation_costs_no_training(stopped):
     call(*flags, "--out", "whole")
     with stopped():
         assert "stopped, and saved" in call(*flags, "--out", "broken", code=1)
-    assert "going on from epoch 0, step 3" in call(*flags, "--out", "broken")
+    assert "resuming from epoch 0, step 3" in call(*flags, "--out", "broken")
     same(NAME, "whole", "broken")
 
 
