@@ -520,7 +520,7 @@ def publish(rows, failures, metadata, folder, out):
               help="student.pt of a run, or any format.")
 @click.option("--student", type=cli.PATH, metavar="NAME",
               help="Its network, FILE.py:NAME too.  [default: the file's]")
-@click.option("--classes", type=click.File(encoding="utf-8-sig"), metavar="FILE",
+@click.option("--classes", type=cli.UserPath(exists=True, dir_okay=False), metavar="FILE",
               help="Class names, one a line.  [default: the file's]")
 @click.option("--mean", type=three_numbers, metavar="R,G,B",
               help="Its images' mean, in [0, 1].  [default: the file's]")
@@ -551,7 +551,10 @@ def main(**flags):
     logging.disable(logging.WARNING)
     torch.manual_seed(0)
     with cli.friendly_errors():
-        names = [line.strip() for line in flags["classes"] or []]
+        names = []
+        if flags["classes"]:
+            text = Path(flags["classes"]).read_text(encoding="utf-8-sig", errors="replace")
+            names = [line.strip() for line in text.rstrip("\n").split("\n")]
         student = load_student(
             flags["checkpoint"], flags["student"], flags["float_input"],
             classes=names, mean=flags["mean"], std=flags["std"], size=flags["size"])

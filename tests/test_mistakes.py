@@ -265,7 +265,7 @@ def test_a_tilde_is_the_home_folder(folder, monkeypatch):
     assert "top-1" in call(arguments)[1]
 
 
-SCRIPTS = "train_cifar", "train_imagenet", "export", "reproduce", "figures", "bench"
+SCRIPTS = "train_cifar", "train_imagenet", "export", "reproduce", "figures"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
