@@ -1,4 +1,4 @@
-"""Logit standardization in knowledge distillation (Sun et al., CVPR 2024), and the losses that it improves.
+"""Logit standardization in knowledge distillation (Sun et al., CVPR 2024), and losses to use it in.
 
 Copy this one file; it needs only torch. In your own training loop (the numbers are Algorithm 2's lines):
 
@@ -65,7 +65,7 @@ def weighted_zscore(logits, base_temp=1.0, *, correction=0):
     x = _full_precision(logits)
 
     # Z is the same for x and a x + b, a > 0. Scaling each row to [0, 1] first keeps the digits of logits that
-    # are large or close together. Constants do it, so the gradient is the same too.
+    # are large or close together. The scaling is by constants, so Z's gradient does not change.
     low, high = x.detach().aminmax(dim=-1, keepdim=True)
     span = high - low
     constant = span == 0                # not if a row has infinities: its span is NaN, and so is its Z
@@ -78,7 +78,8 @@ def weighted_zscore(logits, base_temp=1.0, *, correction=0):
     return torch.where(constant, 0.0, z)    # also stops the gradient of a constant row
 
 
-def kd_loss(student_logits, teacher_logits, base_temp=2.0, *, zscore=True, correction=0, reduction="mean"):
+def kd_loss(student_logits, teacher_logits, base_temp=2.0, *,
+            zscore=True, correction=0, reduction="mean"):
     """Algorithm 2, lines 3, 4 and 6: tau^2 KL(softmax Z(v; tau) || softmax Z(z; tau)).
 
     student_logits z, teacher_logits v: (B, K). base_temp: tau > 0, a number, or a tensor () or (B, 1), which
@@ -86,17 +87,20 @@ def kd_loss(student_logits, teacher_logits, base_temp=2.0, *, zscore=True, corre
     ValueError for shapes that differ, K < 3 (without zscore K < 2) and exchanged arguments.
     """
     z, v = prepare(student_logits, teacher_logits, base_temp)
-    log_q_teacher = F.log_softmax(soften(v, base_temp, zscore, correction), -1)     # Algorithm 2, line 3
-    log_q_student = F.log_softmax(soften(z, base_temp, zscore, correction), -1)     # line 4
+    v = soften(v, base_temp, zscore, correction)
+    z = soften(z, base_temp, zscore, correction)
+    log_q_teacher = F.log_softmax(v, -1)                                    # Algorithm 2, line 3
+    log_q_student = F.log_softmax(z, -1)                                    # line 4
     q_teacher = log_q_teacher.exp()
     q_student = log_q_student.exp()
-    # the last two terms sum to 0: they remove rounding errors that tau^2 would enlarge
+    # The last two terms sum to 0. They remove rounding errors that tau^2 would enlarge.
     kl = q_teacher * (log_q_teacher - log_q_student) - q_teacher + q_student
-    return reduce(base_temp**2 * kl.sum(-1, keepdim=True), reduction)               # line 6, but lambda_KD
+    kl = kl.sum(-1, keepdim=True)
+    return reduce(base_temp**2 * kl, reduction)                             # line 6, without lambda_KD
 
 
-def dkd_loss(student_logits, teacher_logits, target, base_temp=2.0, *, alpha=1.0, beta=8.0, zscore=True,
-             correction=0, reduction="mean"):
+def dkd_loss(student_logits, teacher_logits, target, base_temp=2.0, *,
+             alpha=1.0, beta=8.0, zscore=True, correction=0, reduction="mean"):
     """tau^2 (alpha TCKD + beta NCKD): decoupled KD (Zhao et al., CVPR 2022, eq. 7), computed in log space.
 
     TCKD: KL of (p_y, 1 - p_y), y the target class. NCKD: KL among the other K - 1 classes.
@@ -112,8 +116,8 @@ def dkd_loss(student_logits, teacher_logits, target, base_temp=2.0, *, alpha=1.0
     return reduce(base_temp**2 * (alpha * tckd + beta * nckd), reduction)
 
 
-def mlkd_loss(student_weak, teacher_weak, student_strong, teacher_strong, base_temp=2.0, *, zscore=True,
-              zscore_relations=True, correction=0, kl_weights=(1.0, 1.0)):
+def mlkd_loss(student_weak, teacher_weak, student_strong, teacher_strong, base_temp=2.0, *,
+              zscore=True, zscore_relations=True, correction=0, kl_weights=(1.0, 1.0)):
     """Multi-level logit distillation (Jin et al., CVPR 2023): KLs, class relations and sample relations.
 
     Logits (B, K) of a weakly and a strongly augmented view. As the authors' code computes it: its confidence
@@ -121,34 +125,36 @@ def mlkd_loss(student_weak, teacher_weak, student_strong, teacher_strong, base_t
     zscore_relations: standardize the relations too (the released code does not). kl_weights: factors (B,) of
     each view's KLs (EA-KD). Returns a scalar: class relations are no sum over samples. Errors as `kd_loss`.
     """
-    z, v = prepare(student_weak, teacher_weak, base_temp)
-    z_strong, v_strong = prepare(student_strong, teacher_strong, base_temp)
-    raw = z, v
-    z, v, z_strong, v_strong = [soften(x, 1.0, zscore, correction) for x in (z, v, z_strong, v_strong)]
+    raw_weak = prepare(student_weak, teacher_weak, base_temp)
+    raw_strong = prepare(student_strong, teacher_strong, base_temp)
+    weak = [soften(x, 1.0, zscore, correction) for x in raw_weak]
+    strong = [soften(x, 1.0, zscore, correction) for x in raw_strong]
     weak_weight, strong_weight = kl_weights
     temperatures = (base_temp, 3.0, 5.0, 2.0, 6.0)
 
-    def mean_kl(z, v, t, weight):
-        kl = kd_loss(z, v, t, zscore=False, reduction="none")
+    def mean_kl(view, t, weight):
+        kl = kd_loss(*view, t, zscore=False, reduction="none")
         return (weight * kl).mean()
 
-    weak = [mean_kl(z, v, t, weak_weight) for t in temperatures]
-    strong = [mean_kl(z_strong, v_strong, t, strong_weight) for t in temperatures[:3]]
+    weak_kls = [mean_kl(weak, t, weak_weight) for t in temperatures]
+    strong_kls = [mean_kl(strong, t, strong_weight) for t in temperatures[:3]]
+    kls = 0.5 * sum(weak_kls) + sum(strong_kls) + sum(weak_kls[3:])
 
-    if not zscore_relations:
-        z, v = raw
+    z, v = weak if zscore_relations else raw_weak
     relations = 0.0
     with torch.autocast(z.device.type, enabled=False):      # it would multiply matrices in half precision
         for t in temperatures:
             q = F.softmax(z / t, -1)
             p = F.softmax(v / t, -1)
-            relations += (p.mT @ p - q.mT @ q).square().sum() / p.shape[1]      # between classes, K x K
-            relations += (p @ p.mT - q @ q.mT).square().sum() / p.shape[0]      # between samples, B x B
-    return 0.5 * sum(weak) + sum(strong) + sum(weak[3:]) + 0.5 * relations
+            classes = p.mT @ p - q.mT @ q       # (K, K)
+            samples = p @ p.mT - q @ q.mT       # (B, B)
+            relations += classes.square().sum() / len(classes)
+            relations += samples.square().sum() / len(samples)
+    return kls + 0.5 * relations
 
 
-def ttm_loss(student_logits, teacher_logits, temperature=4.0, *, zscore=False, correction=0,
-             reduction="mean"):
+def ttm_loss(student_logits, teacher_logits, temperature=4.0, *,
+             zscore=False, correction=0, reduction="mean"):
     """KL(softmax(v / T) || softmax(z)): transformed teacher matching (Zheng and Yang, ICLR 2024).
 
     Only the teacher is softened, and there is no T^2. With zscore: teacher softmax Z(v; T), student
@@ -160,15 +166,15 @@ def ttm_loss(student_logits, teacher_logits, temperature=4.0, *, zscore=False, c
     return reduce(kl_divergence(log_p, log_q), reduction)
 
 
-def wttm_loss(student_logits, teacher_logits, temperature=4.0, *, zscore=False, correction=0,
-              reduction="mean"):
+def wttm_loss(student_logits, teacher_logits, temperature=4.0, *,
+              zscore=False, correction=0, reduction="mean"):
     """`ttm_loss` with each sample multiplied by U = sum_k p_k^(1/T), p = softmax(v) of the teacher.
 
     For T >= 1, U is between 1 (a certain teacher) and K^(1 - 1/T) (a uniform one). With zscore, p is
     softmax Z(v; 1).
     """
-    kl = ttm_loss(student_logits, teacher_logits, temperature, zscore=zscore, correction=correction,
-                  reduction="none")
+    kl = ttm_loss(student_logits, teacher_logits, temperature,
+                  zscore=zscore, correction=correction, reduction="none")
     v = _full_precision(teacher_logits.detach())
     log_p = F.log_softmax(soften(v, 1.0, zscore, correction), -1)
     power_sum = (log_p / temperature).logsumexp(-1).exp()
@@ -204,7 +210,7 @@ class CurriculumTemperature(torch.nn.Module):
 
 
 def prepare(student_logits, teacher_logits, base_temp, min_classes=2):
-    """Checks a loss's arguments; returns the logits of the student and the detached teacher, each (B, K)."""
+    """Checks a loss's arguments; returns the logits of the student and of the teacher, detached, (B, K)."""
     if student_logits.dim() != 2 or student_logits.shape != teacher_logits.shape:
         raise ValueError("student and teacher logits must have one shape (B, K) (others: see zscore_kd.py), "
                          f"got {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}")
@@ -250,7 +256,8 @@ def decoupled_kl(z, v, student_class, teacher_class, among):
     First: KL of (p of one class, p of all others); student_class and teacher_class, masks (B, K), mark that
     class on each side. Second: KL among the classes that `among`, a mask (B, K), marks, at least one per row.
     """
-    z, v = [x - x.detach().amax(-1, keepdim=True) for x in (z, v)]
+    z = z - z.detach().amax(-1, keepdim=True)       # the same softmax; +inf becomes NaN
+    v = v - v.detach().amax(-1, keepdim=True)
     one_against_others = kl_divergence(_log_two_way(v, teacher_class), _log_two_way(z, student_class))
     among_several = kl_divergence(_log_softmax_among(v, among), _log_softmax_among(z, among))
     return one_against_others, among_several
@@ -271,7 +278,7 @@ def _log_softmax_among(x, among):
 
 
 def reduce(losses, reduction):
-    """The mean of the samples' losses, (B,) or (B, 1), or with reduction="none" themselves, (B,)."""
+    """The mean of the samples' losses, (B,) or (B, 1); with reduction "none" the losses, (B,)."""
     if reduction == "mean":
         return losses.mean()
     if reduction == "none":
