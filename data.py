@@ -39,8 +39,8 @@ PAD = 4                                 # pixels of black on each side before th
 VIEWS = (2 * PAD + 1) ** 2 * 2          # 81 crops x 2 flips = 162 views of an image
 SYNTHETIC_SIZES = 10_000, 2_000         # training and test images
 HELD_OUT_KEY = 2**64 - 1                # the seed of the shuffle that is the same for every run
-LARGEST = 2**27                         # pixels that an image is resized to
 TIMEOUT = 30                            # seconds without a byte before a download is given up
+LARGEST = 2**27                         # pixels that an image is resized to
 WAIT = 600                              # seconds without a batch before a loading process is given up
 HIDDEN = ".", "__MACOSX"                # how names begin that operating systems and notebooks leave behind
 TINY_IMAGENET = ("(cd {} && while read -r file class rest; do mkdir -p $class && mv images/$file $class/; "
@@ -69,11 +69,13 @@ class Preprocessing(NamedTuple):
     def of(cls, metadata, size=32, resize=32):
         """The one in a checkpoint's metadata, or None. size, resize: where the metadata has none."""
         try:
-            mean, std = (tuple(float(x) for x in metadata[k]) for k in ("mean", "std"))
-            size, resize = (int(metadata.get(k, v)) for k, v in (("size", size), ("resize", resize)))
+            mean, std = (tuple(map(float, metadata[k])) for k in ("mean", "std"))
+            size = int(metadata.get("size", size))
+            resize = int(metadata.get("resize", resize))
         except (KeyError, TypeError, ValueError):
             return None
-        return cls(mean, std, size, resize) if len(mean) == len(std) == 3 and min(std) > 0 else None
+        valid = len(mean) == len(std) == 3 and min(std) > 0
+        return cls(mean, std, size, resize) if valid else None
 
     def at(self, size):
         """The same at another size."""
@@ -90,6 +92,12 @@ IMAGENET_PREPROCESSING = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.2
 class Split(NamedTuple):
     images: torch.Tensor        # (N, 3, size, size) uint8
     targets: torch.Tensor       # (N,) int64
+
+    def pick(self, indices):
+        return Split(self.images[indices], self.targets[indices])
+
+    def to(self, device):
+        return Split(self.images.to(device), self.targets.to(device))
 
 
 class Data(NamedTuple):
@@ -114,9 +122,10 @@ def epoch_draws(seed, epoch, n):
     A pure function of (seed, epoch), by a counter-based generator keyed with both: seeds and epochs share no
     draws, resuming needs no generator state, and the raw words are the same in every NumPy version.
     """
-    words = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(2 * n).reshape(2, n)
-    permutation = np.argsort(words[0], kind="stable")
-    crop_ids = words[1] % np.uint64(VIEWS)      # the bias of a 64-bit word modulo 162 is below 1e-17
+    generator = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64))
+    order, words = generator.random_raw(2 * n).reshape(2, n)
+    permutation = np.argsort(order, kind="stable")
+    crop_ids = words % np.uint64(VIEWS)         # the bias of a 64-bit word modulo 162 is below 1e-17
     return permutation, crop_ids.astype(np.int64)
 
 
@@ -125,18 +134,18 @@ def crop_and_flip(images, crop_ids):
 
     images: (B, 3, H, W) uint8. crop_ids: (B,) int64 in [0, VIEWS), (9 top + left) * 2 + flip. Returns a copy.
     """
-    channels, height, width = images.shape[1:]
-    padded_width = width + 2 * PAD
-    row = torch.arange(height, device=images.device)
-    column = torch.arange(width, device=images.device)
-    flip = crop_ids % 2 == 1
+    height, width = images.shape[2:]
     top = crop_ids // 2 // (2 * PAD + 1)
     left = crop_ids // 2 % (2 * PAD + 1)
-    rows = top[:, None] + row
-    columns = left[:, None] + torch.where(flip[:, None], width - 1 - column, column)
-    index = (rows[:, :, None] * padded_width + columns[:, None, :]).flatten(1)      # in the padded image
-    padded = F.pad(images, (PAD, PAD, PAD, PAD)).flatten(2)
-    return padded.gather(2, index[:, None].expand(-1, channels, -1)).view(images.shape)
+    padded = F.pad(images, (PAD, PAD, PAD, PAD))
+    crops = padded.unfold(2, height, 1).unfold(3, width, 1)         # (B, 3, 9, 9, H, W), a view
+    image = torch.arange(len(images), device=images.device)
+    return flip_images(crops[image, :, top, left], crop_ids % 2 == 1)
+
+
+def flip_images(images, flips):
+    """Images (B, 3, H, W), mirrored where flips (B,) is True."""
+    return torch.where(flips[:, None, None, None], images.flip(3), images)
 
 
 @functools.cache
@@ -150,11 +159,6 @@ def normalise(images, mean=MEAN, std=STD):
     mean, std = _statistics(images.device, mean, std)
     x = images.to(torch.float32).div_(255).sub_(mean).div_(std)     # plane by plane: four times as fast
     return x.contiguous(memory_format=torch.channels_last)
-
-
-def flip_images(images, flips):
-    """Images (B, 3, H, W), mirrored where flips (B,) is True."""
-    return torch.where(flips[:, None, None, None], images.flip(3), images)
 
 
 # ---------------------------------------------------------------- small images, all on the device
@@ -175,23 +179,21 @@ def load_data(name, data_dir, device, *, size=32, resize=None, train_images=None
     """
     if name == "folder":
         folders = load_folders(data_dir, val_from_train, parts, train_images=train_images)
-        return _small_folder(folders, device, size, resize or size)
+        return _read_folders(folders, device, size, resize or size)
     if name == "synthetic":
         train, test = (synthetic(n, part) for part, n in enumerate(SYNTHETIC_SIZES, 1))
         classes, pixels = [f"class {i}" for i in range(100)], Preprocessing()
     else:
         train, test = read_cifar(name, data_dir, download)
         _, classes, pixels = CIFAR[name]
-    chosen, held_out = choose_images(len(train.targets), val_from_train, train_images)
-
-    def pick(split, indices=slice(None)):
-        return Split(split.images[indices].to(device), split.targets[indices].to(device))
-
-    test, val = pick(test), pick(train, held_out)
-    train = pick(train, chosen) if val_from_train or train_images else pick(train)
-    if val_from_train:
-        return Data(train, test, val, "val", classes, pixels)
-    return Data(train, test, test, "test", classes, pixels)
+    train, test = train.to(device), test.to(device)
+    evaluated, eval_name = test, "test"
+    if val_from_train or train_images:
+        chosen, held_out = choose_images(len(train.targets), val_from_train, train_images)
+        if val_from_train:
+            evaluated, eval_name = train.pick(held_out), "val"
+        train = train.pick(chosen)
+    return Data(train, test, evaluated, eval_name, classes, pixels)
 
 
 def choose_images(n, val_from_train=0, train_images=None):
@@ -205,16 +207,10 @@ def choose_images(n, val_from_train=0, train_images=None):
     return permutation[:train_images or rest], permutation[rest:]
 
 
-def _cifar_folder(reader, data_dir):
-    """The folder that holds cifar-100-python; that folder itself may be named too."""
-    folder = Path(data_dir).expanduser()
-    return folder.parent if folder.name == reader.base_folder else folder
-
-
-def has_cifar(name, data_dir):
-    """Whether that CIFAR is in `data_dir`, unpacked; nothing is downloaded."""
-    reader = CIFAR[name][0]
-    return (_cifar_folder(reader, data_dir) / reader.base_folder).is_dir()
+def cifar_folder(name, data_dir):
+    """Where the official files are: cifar-100-python in `data_dir`, or `data_dir` if that is its name."""
+    folder, base = Path(data_dir).expanduser(), CIFAR[name][0].base_folder
+    return folder if folder.name == base else folder / base
 
 
 def read_cifar(name, data_dir, download=True):
@@ -222,8 +218,7 @@ def read_cifar(name, data_dir, download=True):
 
     The files' MD5 are checked. The environment variable CIFAR100_URL or CIFAR10_URL names a mirror.
     """
-    reader = CIFAR[name][0]
-    folder = _cifar_folder(reader, data_dir)
+    reader, folder = CIFAR[name][0], cifar_folder(name, data_dir).parent
     reader.url = os.environ.get(f"{name.upper()}_URL", reader.url)
     try:
         with socket_timeout():
@@ -271,39 +266,37 @@ def synthetic(n, part, seed=0):
     return Split(crop_and_flip(images, crop_ids), targets)
 
 
-def _small_folder(folders, device, size, resize):
+def _read_folders(folders, device, size, resize):
     """The images of Folders as Data, size x size. Mean and standard deviation are the training images'."""
-    count, free = len(folders.train) + len(folders.eval), free_memory(device)
-    needed = count * 3 * size**2
+    needed, free = 3 * size**2 * (len(folders.train) + len(folders.eval)), free_memory()
     if needed > free / 2:
-        raise ValueError(f"{count} images of {size} x {size} take {needed / 1e9:.1f} GB, more than half of "
-                         f"the {free / 1e9:.1f} GB that are free ({device}): take a smaller --size, or "
-                         "train_imagenet.py, which reads them at every step")
-    train, test = (Split(read_images(samples, size, resize).to(device),
-                         torch.tensor([target for _, target in samples]).to(device))
+        raise ValueError(f"{size} x {size} images take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: "
+                         "take a smaller --size, or train_imagenet.py, which reads them at every step")
+    train, test = (Split(read_images(samples, size, resize), torch.tensor([target for _, target in samples]))
                    for samples in (folders.train, folders.eval))
-    mean, std = statistics(train.images) if folders.train else (MEAN, STD)
-    return Data(train, test, test, folders.eval_name, folders.classes, Preprocessing(mean, std, size, resize))
+    mean, std = mean_and_std(train.images) if folders.train else (MEAN, STD)
+    test = test.to(device)
+    return Data(train.to(device), test, test, folders.eval_name, folders.classes,
+                Preprocessing(mean, std, size, resize))
 
 
-def statistics(images):
-    """Mean and standard deviation of uint8 (N, 3, H, W) in [0, 1], two tuples of three, 4 decimals."""
-    levels = torch.arange(256, dtype=torch.double) / 255
-    means, stds = [], []
-    for plane in images.unbind(1):
-        counts = sum(torch.bincount(part.flatten(), minlength=256) for part in plane.split(10_000))
-        share = counts.cpu().double() / counts.sum().item()
-        mean = share @ levels
-        std = (share @ (levels - mean) ** 2).sqrt()
-        means.append(round(mean.item(), 4))
-        stds.append(round(std.item(), 4) or 1.0)        # of a plane that is constant nothing is left
-    return tuple(means), tuple(stds)
+def mean_and_std(images):
+    """Of uint8 (N, 3, H, W) in [0, 1] on the CPU: two tuples of three numbers, 4 decimals."""
+    total, squares = 0, 0
+    for part in images.split(1000):
+        x = part.double() / 255
+        total += x.sum((0, 2, 3))
+        squares += x.square().sum((0, 2, 3))
+    count = images[:, 0].numel()
+    mean = total / count
+    variance = (squares / count - mean**2).clamp(min=0)
+    stds = (round(std, 4) for std in variance.sqrt().tolist())
+    means = tuple(round(x, 4) for x in mean.tolist())
+    return means, tuple(std or 1.0 for std in stds)     # 0 where all pixels are equal
 
 
-def free_memory(device):
-    """Free bytes of a device; infinity where they are not known."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+def free_memory():
+    """Free bytes of the machine; infinity where they are not known."""
     try:
         return 1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1])
     except (OSError, TypeError):
@@ -329,18 +322,21 @@ def load_folders(data_dir, val_from_train=0, parts=("train", "val"), say=partial
     classes that differ.
     """
     root = Path(data_dir).expanduser()
-    found = {part: _list_images(root / part, say) for part in (("train",) if val_from_train else parts)}
-    (_, classes), *others = found.values()
-    for _, other in others:
-        if odd := sorted(set(classes) ^ set(other)):
+    found, classes = {"train": [], "val": []}, None
+    for part in ["train"] if val_from_train else parts:
+        found[part], names = _list_images(root / part, say)
+        if odd := sorted(set(names) ^ set(classes or names)):
             raise ValueError(f"{printable(root)}: train/ and val/ have different classes, for instance "
                              f"{', '.join(map(printable, odd[:3]))}")
-    train, val = (found[part][0] if part in found else [] for part in ("train", "val"))
+        classes = names
+    train, val = found.values()
     if val_from_train:
         chosen, held_out = choose_images(len(train), val_from_train)
-        train, val = ([train[i] for i in sorted(part)] for part in (chosen, held_out))
+        val = [train[i] for i in sorted(held_out)]
+        train = [train[i] for i in sorted(chosen)]
     if train_images:
-        train = [train[i] for i in sorted(choose_images(len(train), 0, train_images)[0])]
+        chosen, _ = choose_images(len(train), 0, train_images)
+        train = [train[i] for i in sorted(chosen)]
     return Folders(train, val, "held-out" if val_from_train else "val", classes)
 
 
@@ -352,11 +348,9 @@ def _list_images(folder, say):
                          + TINY_IMAGENET.format(shlex.quote(place)))
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if folder.is_dir() else []
     classes = [name for name in names if not name.startswith(HIDDEN)]
-    if not classes:
-        raise ValueError(f"no folders of images, one for each class, in {place}: --data-dir names the folder "
-                         "that holds train/ and val/; without val/ give --val-from-train N")
-    if len(classes) == 1:
-        raise ValueError(f"{place} has one class, {printable(classes[0])}: a classifier needs two")
+    if len(classes) < 2:
+        raise ValueError(f"no folders of images, one for each class, in {place} ({len(classes)} found): "
+                         "--data-dir holds train/ and val/; without val/ give --val-from-train N")
     samples, skipped = [], [name for name in names if name.startswith(HIDDEN)]
     for target, name in enumerate(classes):
         before = len(samples)
@@ -400,18 +394,15 @@ def to_rgb(image):
 
     As in predict.py, which imports nothing of ours.
     """
-    if image.mode == "F":
+    if image.mode[0] in "FI":       # floats, 16 and 32 bits, which Pillow would clip
         values = np.asarray(image)
-        low, high = values.min(), values.max()
-        if not 0 <= low <= high <= 255 or 1 < high < 2:     # NaN; just above 1: 0 to 1, overshot
-            raise ValueError(f"float values in [{low:.6g}, {high:.6g}], neither 0 to 1 nor 0 to 255")
-        image = Image.fromarray(np.rint(values * 255 if high <= 1 else values).astype(np.uint8))
-    elif image.mode.startswith("I"):                # 16-bit grey, which Pillow would clip; "I" has 32 bits
-        wide, image = image.mode != "I", image.convert("I")
-        low, high = image.getextrema()
-        if not 0 <= low <= high <= 65535:
-            raise ValueError(f"integer values in [{low}, {high}], not 0 to 65535")
-        image = (image.point(lambda level: level / 256) if wide or high > 255 else image).convert("L")
+        if image.mode == "F":
+            values = np.rint(values * 255 if values.max() < 2 else values)
+        elif image.mode != "I" or values.max() > 255:
+            values = values // 256
+        if not 0 <= values.min() <= values.max() <= 255:        # or NaN
+            raise ValueError("values are not in 0 to 1, 0 to 255 or 0 to 65535")
+        image = Image.fromarray(values.astype(np.uint8))
     if "transparency" in image.info or "A" in image.getbands():
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
@@ -420,7 +411,7 @@ def to_rgb(image):
 def centre(image, size, resize):
     """uint8 (3, size, size) of an RGB image: its shorter side to `resize`, antialiased; the centre of it.
 
-    ValueError for one so narrow that it would fill the memory.
+    ValueError for an image that would fill the memory.
     """
     if resize**2 * max(image.size) / min(image.size) > LARGEST:
         raise ValueError(f"{image.width} x {image.height} is too narrow to be resized")
@@ -460,10 +451,14 @@ def random_box(width, height, draw):
     for _ in range(10):
         area = width * height * draw.uniform(0.08, 1)
         ratio = math.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        w = round(math.sqrt(area * ratio))
+        h = round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            return draw.randint(0, width - w), draw.randint(0, height - h), w, h
-    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+            left = draw.randint(0, width - w)
+            top = draw.randint(0, height - h)
+            return left, top, w, h
+    w = min(width, round(height * 4 / 3))
+    h = min(height, round(width * 4 / 3))
     return (width - w) // 2, (height - h) // 2, w, h
 
 
@@ -477,9 +472,6 @@ class FolderImages(Dataset):
     def __init__(self, samples, size, views=0, resize=None):
         self.samples, self.size, self.views = samples, size, views
         self.resize = resize or IMAGENET_PREPROCESSING.at(size).resize
-
-    def __len__(self):
-        return len(self.samples)
 
     def __getitem__(self, key):
         (index, seed), bad = key, []

@@ -34,7 +34,8 @@ from onnxruntime.transformers.onnx_model import OnnxModel
 import cli
 import run as runs
 from checkpoints import open_checkpoint, weights_sha256
-from data import CIFAR, PAD, Split, epoch_draws, has_cifar, load_data, load_folders, printable, read_images
+from data import (CIFAR, PAD, Split, cifar_folder, epoch_draws, load_data, load_folders, printable,
+                  read_images)
 from models import MODELS
 from networks import TORCHVISION, label
 
@@ -179,7 +180,7 @@ def data_set(student, root):
     if name is None and not folder:     # a plain state_dict
         name = {100: "cifar100", 10: "cifar10"}.get(student.metadata["num_classes"])
     if student.preprocessing.resize == 32:
-        if name == "synthetic" or name in CIFAR and has_cifar(name, root):
+        if name == "synthetic" or name in CIFAR and cifar_folder(name, root).is_dir():
             return name
     return "folder" if folder else None
 

@@ -100,7 +100,7 @@ def test_class_names_are_known_without_the_data(cifar):
 def test_the_folder_may_be_named_itself(cifar):
     folder = cifar / "cifar-100-python"
     assert len(load_data("cifar100", folder, "cpu").test.targets) == 10_000
-    assert data.has_cifar("cifar100", folder)
+    assert data.cifar_folder("cifar100", folder).is_dir()
 
 
 # ---------------------------------------------------------------- downloads
@@ -204,6 +204,6 @@ def test_equal_or_nan_logits_are_not_counted_as_right():
 def test_other_folders_named_train_are_no_damaged_cifar100(tmp_path):
     """data/train/cat/ is somebody's images: nothing is damaged, an export goes on without CIFAR-100."""
     (tmp_path / "train" / "cat").mkdir(parents=True)
-    assert not data.has_cifar("cifar100", tmp_path)
+    assert not data.cifar_folder("cifar100", tmp_path).is_dir()
     with pytest.raises(ValueError, match="^no CIFAR-100 in "):
         data.read_cifar("cifar100", tmp_path, download=False)

@@ -615,7 +615,7 @@ def page():
 
 TEACHER = ["--teacher", "resnet14", "--teacher-checkpoint", "none.pt", "--student", "resnet8"]
 MISTAKES = [        # which script, exit code, what is done to images/, flags, words of the line
-    ("both", 1, one_class, ALONE, "images/train has one class, class0: a classifier needs two"),
+    ("both", 1, one_class, ALONE, "no folders of images, one for each class, in images/train (1 found)"),
     ("both", 1, empty_class, ALONE,
      "no images in the class images/val/class1: add some (.jpg, "),
     ("both", 1, lambda: shutil.move("images/val/class2", "images/val/Class2"), ALONE,
@@ -623,11 +623,11 @@ MISTAKES = [        # which script, exit code, what is done to images/, flags, w
     ("both", 1, lambda: shutil.rmtree("images/val/class1"), ALONE,
      "images: train/ and val/ have different classes, for instance class1"),
     ("both", 1, lambda: shutil.rmtree("images/val"), ALONE,
-     "no folders of images, one for each class, in images/val: --data-dir names the folder"),
+     "no folders of images, one for each class, in images/val (0 found): --data-dir holds"),
     ("both", 1, no_classes, ALONE,
-     "no folders of images, one for each class, in images/train: --data-dir"),
-    ("both", 1, a_file, ALONE, "no folders of images, one for each class, in images/val: --data-dir"),
-    ("both", 1, None, [*ALONE, "--data-dir", "nowhere"], "in nowhere/train: --data-dir names"),
+     "no folders of images, one for each class, in images/train (0 found)"),
+    ("both", 1, a_file, ALONE, "no folders of images, one for each class, in images/val (0 found)"),
+    ("both", 1, None, [*ALONE, "--data-dir", "nowhere"], "in nowhere/train (0 found)"),
     ("both", 1, None, [*ALONE, "--val-from-train", "24"],
      "--val-from-train 24 leaves nothing of 24 training images"),
     ("both", 2, None, [*ALONE, "--batch-size", "25"], "--batch-size 25: there are 24 training images"),
@@ -666,14 +666,14 @@ def test_a_folder_that_does_not_fit_is_refused_before_it_is_read(monkeypatch):
     """The system would end the process without a word. Half is left for the rest of a run."""
     need = 33 * 3 * 32**2
     if os.path.exists("/proc/meminfo"):
-        assert 10e6 < data.free_memory("cpu") < 2**50
-    monkeypatch.setattr(data, "free_memory", lambda device: 2 * need - 1)
+        assert 10e6 < data.free_memory() < 2**50
+    monkeypatch.setattr(data, "free_memory", lambda: 2 * need - 1)
     with monkeypatch.context() as patch:
         patch.setattr(data, "read_images", lambda *rest: pytest.fail("it was read"))
         line = call("cifar", *ALONE, code=1).splitlines()[-1]
-    assert "33 images of 32 x 32 take 0.0 GB, more than half of the 0.0 GB that are free (cpu)" in line
+    assert "32 x 32 images take 0.0 GB, 0.0 GB are free" in line
     assert "a smaller --size, or train_imagenet.py" in line
-    monkeypatch.setattr(data, "free_memory", lambda device: 2 * need)
+    monkeypatch.setattr(data, "free_memory", lambda: 2 * need)
     assert len(data.load_data("folder", "images", "cpu", size=32).train.targets) == 24
 
 
@@ -805,7 +805,7 @@ def test_cifar10_is_read_to_the_pixel_from_wherever_it_lies(made, serve, monkeyp
     elif way == "download":
         shutil.copy(packed, serve[0] / "mirror.tar.gz")
         monkeypatch.setenv("CIFAR10_URL", f"{serve[1]}/mirror.tar.gz")
-    assert data.has_cifar("cifar10", where) == ("folder" in way)
+    assert data.cifar_folder("cifar10", where).is_dir() == ("folder" in way)
     read = data.load_data("cifar10", where, "cpu")
     assert np.array_equal(read.train.images, images[:40]) and np.array_equal(read.test.images, images[40:])
     assert np.array_equal(read.train.targets, labels[:40]) and np.array_equal(read.test.targets, labels[40:])
