@@ -17,13 +17,13 @@ import platform
 import signal
 import subprocess
 import sys
-import weakref
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import click
 import torch
+from filelock import FileLock, Timeout
 
 VERSION = "0.6"         # of the project, kept in every run and every exported file
 
@@ -42,32 +42,37 @@ def disk_errors(folder):
     try:
         yield
     except OSError as error:
-        raise RunError(f"could not write in {folder} ({error.strerror or error}); "
-                       "what was saved before is kept. Make room there or choose another --out, and give "
-                       "the same command again") from None
+        raise RunError(f"could not write in {folder} ({error.strerror or error}); earlier saves are kept. "
+                       "Make room or choose another --out, and give the same command again") from None
 
 
 class Run:
     """One run's folder. `recipe` (a flat dict) says what is computed; `facts` say with what and where."""
 
     def __init__(self, folder, recipe, facts):
-        self.folder, self.recipe, self.facts, self._lock = Path(folder).expanduser(), recipe, facts, None
+        self.folder = Path(folder).expanduser()
+        self.recipe = recipe
+        self.facts = facts
+        self.lock = FileLock(self.folder / "lock", blocking=False)
 
     def open(self):
-        """The state of the last checkpoint, or None for a new run. The log is cut back to that checkpoint.
+        """The state of the last save, or None for a new run. The log is cut back to that save.
 
         A finished run is left as it is. The folder is locked until `close`. RunError when another process has
         it, or when it holds a run of another recipe; nothing is overwritten then.
         """
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / "lock", "a")
-            if hasattr(os, "register_at_fork"):     # a loading process that outlives us must not hold it
-                file = weakref.ref(self._lock)
-                os.register_at_fork(after_in_child=lambda: file() and file().close())
-        if not lock(self._lock):
-            raise Busy(f"another process is running in {self.folder}; wait for it, or choose another --out")
-        if not self._same_recipe():
+        try:
+            self.lock.acquire()
+        except Timeout:
+            raise Busy(f"another process is running in {self.folder}; wait for it, or choose another "
+                       "--out") from None
+        except (OSError, NotImplementedError):      # a file system without locks
+            pass
+        if (self.folder / "config.json").exists():
+            self._check_recipe()
+        else:
             self._write("config.json", json.dumps({"recipe": self.recipe, "facts": self.facts}, indent=2))
         if self.finished():
             return None
@@ -77,75 +82,46 @@ class Run:
 
     def close(self):
         """Lets another process have the folder."""
-        if self._lock:
-            self._lock.close()
+        self.lock.release()
 
-    def _same_recipe(self):
-        """Whether the folder holds this run already; RunError when it holds another."""
+    def _check_recipe(self):
+        """RunError when the folder holds a run of another recipe; a notice when other facts differ."""
         config = self.folder / "config.json"
-        if not config.exists():
-            if (self.folder / "last.pt").exists():
-                raise RunError(f"{self.folder} holds a checkpoint without its config.json; "
-                               "choose another --out")
-            return False
         try:
             before = json.loads(config.read_text())
             recipe, facts = before["recipe"], before["facts"]
         except (OSError, ValueError, KeyError, TypeError):
             raise RunError(f"{config} is not a run's configuration; choose another --out") from None
         now = json.loads(json.dumps(self.recipe))
-        if "compile" in now:
-            recipe = {"compile": False} | recipe        # older runs do not say
         differ = [f"{k} was {recipe.get(k)}, now {now.get(k)}"
                   for k in recipe | now if recipe.get(k) != now.get(k)]
         if differ:
             raise RunError(f"{self.folder} holds a run of another recipe ({'; '.join(differ)}); "
                            "choose another --out, or remove the folder")
-        notices = [f"{k} was {facts.get(k)}, now {v}"
-                   for k, v in self.facts.items() if k != "command" and facts.get(k) != v]
-        if notices and not self.finished():
-            click.echo(f"notice: this run began with other facts: {'; '.join(notices)}")
-        return True
+        differ = [f"{k} was {facts.get(k)}, now {v}"
+                  for k, v in self.facts.items() if k != "command" and facts.get(k) != v]
+        if differ and not self.finished():
+            click.echo(f"notice: this run began elsewhere: {'; '.join(differ)}")
 
     def _load(self):
-        damaged = False
+        """The newest save that is whole, else None."""
         for path in (self.folder / "last.pt", self.folder / "previous.pt"):
             if not path.exists():
                 continue
-            try:
-                content = path.read_bytes()
-                with zipfile.ZipFile(io.BytesIO(content)) as file:      # torch does not look at the checksums
-                    if file.testzip() is not None:
-                        raise zipfile.BadZipFile
-            except (OSError, MemoryError) as error:     # the disk's or the machine's trouble, not the file's
-                raise RunError(f"could not read {path} ({error}); it is kept as it is") from None
-            except Exception:       # zipfile raises a dozen types for damaged files
-                kept = path.with_suffix(".damaged")
-                click.echo(f"notice: {path} is damaged (kept as {kept.name}); "
-                           "going on from the save before it")
-                with disk_errors(self.folder):
-                    os.replace(path, kept)          # no later save may push it over a good one
-                damaged = True
-                continue
-            try:
+            content = path.read_bytes()
+            if is_whole(content):
                 return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-            except Exception as error:      # the bytes are as written: memory is full, or torch is another
-                raise RunError(f"could not read {path} ({first_line(error)}); it is kept as it is") from None
-        if damaged:
-            click.echo(f"notice: no save in {self.folder} is usable; beginning anew")
+            damaged = path.with_suffix(".damaged")
+            click.echo(f"notice: {path} is damaged, kept as {damaged.name}; resuming from the save before "
+                       "it, or from the start")
+            os.replace(path, damaged)       # no later save may push it over a good one
         return None
 
     def _cut_log(self, epochs):
+        """Keeps the first rows, one an epoch."""
         path = self.folder / "log.jsonl"
-        rows = []
-        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                break               # a kill in the middle of a write leaves half a row, at the end
-            if isinstance(row, dict) and row.get("epoch", epochs + 1) <= epochs:
-                rows.append(line + "\n")
-        self._write("log.jsonl", "".join(rows))
+        rows = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+        self._write("log.jsonl", "".join(rows[:epochs]))
 
     def log(self, row):
         """Appends one epoch's row to log.jsonl."""
@@ -177,31 +153,16 @@ class Run:
     def _write(self, name, text):
         partial = self.folder / f"{name}.partial"
         with disk_errors(self.folder):
-            try:
-                partial.write_text(text)
-                os.replace(partial, self.folder / name)
-            finally:
-                partial.unlink(missing_ok=True)
+            partial.write_text(text)
+            os.replace(partial, self.folder / name)
 
 
-def lock(file):
-    """Locks an open file for this process until it closes it or ends in any way; False if another has it."""
+def is_whole(content):
+    """Whether the checksums of a zip archive's bytes fit; torch.load does not look at them."""
     try:
-        import fcntl
-    except ImportError:     # Windows
-        import msvcrt
-        try:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        return zipfile.ZipFile(io.BytesIO(content)).testzip() is None
+    except Exception:       # zipfile raises a dozen types for damaged files
         return False
-    except OSError:         # a file system without locks
-        pass
-    return True
 
 
 def write_checkpoint(path, content):
@@ -260,7 +221,7 @@ class Stop:
     def exit_if_requested(self, folder):
         """To be called after a save."""
         if self.requested:
-            raise Stopped(f"stopped, and saved in {folder}: the same command goes on from here")
+            raise Stopped(f"stopped, and saved in {folder}: the same command resumes from here")
 
     def __exit__(self, *_):
         for number, handler in self.before.items():

@@ -1,11 +1,13 @@
 """A run's folder: atomic checkpoints, a log cut back to them, another recipe refused."""
 
+import errno
 import json
 import multiprocessing
 import os
 import time
 
 import click
+import filelock
 import pytest
 import torch
 
@@ -84,19 +86,27 @@ def test_trouble_of_the_disk_is_not_taken_for_damage(tmp_path, monkeypatch):
     run.log({"epoch": 1})
     run.save({"epoch": 1})
 
-    for error in (OSError(5, "Input/output error"), RuntimeError("[enforce fail] not enough memory")):
-        def fails(*_, **__):
-            raise error
+    def fails(*_, **__):
+        raise OSError(5, "Input/output error")
 
-        with monkeypatch.context() as patch, pytest.raises(
-                RunError, match="could not read .*last.pt .*(Input/output error|enough memory).*kept"):
-            patch.setattr(torch, "load", fails)
+    for module, name in ((torch, "load"), (type(tmp_path), "read_bytes")):
+        with monkeypatch.context() as patch, pytest.raises(OSError):
+            patch.setattr(module, name, fails)
             run = Run(tmp_path, RECIPE, FACTS)
             run.open()
         run.close()
     with open(tmp_path / "log.jsonl", "ab") as file:
         file.write(b'{"epoch": 2, "\xff')       # nor is a byte of the log that is no text
     assert opened(tmp_path)[1] == {"epoch": 1} and (tmp_path / "log.jsonl").read_text()
+
+
+def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch):
+    def refuse(self):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(filelock.FileLock, "_acquire", refuse)
+    opened(tmp_path)
+    opened(tmp_path)
 
 
 def test_a_finished_run_keeps_its_log_without_its_checkpoints(tmp_path):
@@ -177,12 +187,12 @@ def test_a_flipped_bit_is_noticed(tmp_path, capsys):
     assert "last.pt is damaged" in capsys.readouterr().out
 
 
-def test_two_damaged_checkpoints_begin_anew_and_say_so(tmp_path, capsys):
+def test_two_damaged_checkpoints_begin_from_the_start_and_say_so(tmp_path, capsys):
     run, _ = opened(tmp_path)
     run.log({"epoch": 1})
     for name in ("last.pt", "previous.pt"):
         (tmp_path / name).write_bytes(b"")
-    assert opened(tmp_path)[1] is None and "beginning anew" in capsys.readouterr().out
+    assert opened(tmp_path)[1] is None and "or from the start" in capsys.readouterr().out
     assert (tmp_path / "log.jsonl").read_text() == ""
 
 

@@ -166,7 +166,7 @@ def test_a_stop_in_the_last_evaluation_leaves_the_next_seed_out(pair, tmp_path, 
 
     monkeypatch.setattr(distill.Run, "finish", asked)
     output = call(*pair, *SMALL, "--seeds", "2", code=1)
-    assert "last epoch" in output and "the same command goes on from here" in output.splitlines()[-1]
+    assert "last epoch" in output and "the same command resumes from here" in output.splitlines()[-1]
     assert not (tmp_path / "runs" / "resnet14-resnet8-kd-synthetic-seed1").exists()
 
 
