@@ -521,7 +521,8 @@ def float32_head(network):
     layers = [m for m in network.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     if layers and not isinstance(layers[-1], Float32):
         kind = type(layers[-1])
-        layers[-1].__class__ = type(f"Float32{kind.__name__}", (Float32, kind), {})
+        name = f"Float32{kind.__name__}"
+        layers[-1].__class__ = type(name, (Float32, kind), {"__module__": kind.__module__})     # for torch.fx
     return network
 
 

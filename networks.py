@@ -1,4 +1,4 @@
-"""Networks by name: models.py's, torchvision's, timm's and your own; what they take; weights to begin with.
+"""Networks by name: models.py's, torchvision's, timm's and custom ones; what they take and give.
 
     create("resnet8x4", 10)                     # models.py's
     create("my/nets.py:tiny", 10)               # tiny(num_classes=10), of a file
@@ -9,9 +9,7 @@
 
 import functools
 import hashlib
-import http.client
 import importlib
-import importlib.util
 import inspect
 import re
 import sys
@@ -34,22 +32,17 @@ TORCHVISION = [n for n in torchvision.models.list_models(module=torchvision.mode
 def create(name, num_classes, first=MODELS):
     """The network, (B, 3, H, W) -> logits (B, num_classes), initialised; `model.name` can name a file.
 
-    first: whose names win, MODELS or TORCHVISION, where both have one. One's own, which may view its maps as
-    vectors, sees contiguous images; a tuple's first entry is its logits. ValueError, one line. Draws from
+    first: MODELS or TORCHVISION, where both have the name. A custom network, which may view its maps as
+    vectors, gets contiguous images; a tuple's first entry is its logits. ValueError, one line. Draws from
     torch's global generator.
     """
     if ":" in name:
-        model = _own(name, num_classes)
-        try:
-            model.register_forward_pre_hook(lambda module, inputs: tuple(x.contiguous() for x in inputs))
-            model.register_forward_hook(lambda module, inputs, given, output: output if given.get("features")
-                                        else _logits(output), with_kwargs=True)
-            model.name, model.own, model.code = label(name), True, _code(name)
-        except (AttributeError, TypeError, RuntimeError) as error:      # a property, a layer, a ScriptModule
-            raise ValueError(f"{name} takes no hooks, or has something called name or own "
-                             f"({_reason(error)})") from None
-        if any(isinstance(p, nn.UninitializedParameter) for p in model.parameters()):
-            raise ValueError(f"{name} has lazy layers: give them their sizes")
+        model = _custom(name, num_classes)
+        model.register_forward_pre_hook(lambda module, inputs: tuple(x.contiguous() for x in inputs))
+        model.register_forward_hook(_keep_logits, with_kwargs=True)
+        model.name, model.own = label(name), True
+        file = Path(_module(name.rpartition(":")[0]).__file__)
+        model.code = hashlib.sha256(file.read_bytes()).hexdigest()[:16]     # for the cache of its logits
         return model
     if name in TORCHVISION and (first is TORCHVISION or name not in MODELS):
         model = torchvision.models.get_model(name, num_classes=num_classes)
@@ -60,7 +53,7 @@ def create(name, num_classes, first=MODELS):
 
 
 def layout(model):
-    """The memory format of a network's weights and images: the faster one, for one's own the usual one."""
+    """The memory format of a network's weights and images: the faster one, for a custom one the usual one."""
     return torch.contiguous_format if model.own else torch.channels_last
 
 
@@ -75,69 +68,58 @@ def _logits(output):
     return output[0] if isinstance(output, (tuple, list)) and output else output
 
 
-def _own(name, num_classes):
+def _keep_logits(module, inputs, options, output):
+    """A forward hook: the logits alone, where features are not asked for."""
+    return output if options.get("features") else _logits(output)
+
+
+def _custom(name, num_classes):
     where, _, function = name.rpartition(":")
-    if not where or not function:
-        raise ValueError(f"{name}: a network of your own is FILE.py:NAME, package.module:NAME or timm:NAME")
-    attribute = "create_model" if where == "timm" else function
-    build = getattr(_module(where), attribute, None)
-    if build is None:
-        raise ValueError(f"{name}: {where} has no {attribute}")
-    if isinstance(build, nn.Module) or not callable(build):
-        raise ValueError(f"{name} is a {type(build).__name__}, not a function or class that takes "
-                         "num_classes and returns a network")
     try:
-        model = build(*[function] * (where == "timm"), num_classes=num_classes)
+        module = _module(where)
+        if where == "timm":
+            model = module.create_model(function, num_classes=num_classes)
+        else:
+            model = getattr(module, function)(num_classes=num_classes)
     except (Exception, SystemExit) as error:        # of the user's code, any
-        raise ValueError(f"{name}(num_classes={num_classes}) fails ({_reason(error)})") from None
+        raise ValueError(f"{name} with num_classes={num_classes} fails ({_reason(error)})") from None
     if not isinstance(model, nn.Module):
         raise ValueError(f"{name} returns a {type(model).__name__}, not a torch.nn.Module")
+    if any(isinstance(p, nn.UninitializedParameter) for p in model.parameters()):
+        raise ValueError(f"{name} has lazy layers: give them their sizes")
     return model
 
 
 @functools.cache
 def _module(where):
-    """A user's module, by its file (*.py) or its name; its folder's other modules are found from it.
+    """A user's module by its file (*.py) or its name; its folder's other modules are found from it.
 
-    Where that folder has a module of the name of one of ours, or of another file's helper, it gets its own.
+    During its import, our modules of the names that its folder has are set aside. Its own are forgotten
+    afterwards: another file's helper may have the same name.
     """
-    path = Path(where).expanduser()
-    if where.endswith(".py") and not path.is_file():
-        raise ValueError(f"{where}: no such file")
-    folder, before = path.resolve().parent if where.endswith(".py") else Path.cwd(), dict(sys.modules)
-    ours = {n: m for n, m in before.items() if folder != ROOT and _file(m).parent == ROOT
-            and any((folder / f"{n}{end}").exists() for end in (".py", "/"))}
-    for name in ours:
-        del sys.modules[name]
+    name, folder = where, Path.cwd()
+    if where.endswith(".py"):
+        path = Path(where).expanduser().resolve()
+        name, folder = path.stem, path.parent
+    before = dict(sys.modules)
+    for other in before if folder != ROOT else ():
+        has_its_own = (folder / f"{other}.py").exists() or (folder / other).is_dir()
+        if has_its_own and _is_in(before[other], ROOT):
+            del sys.modules[other]
     sys.path.insert(0, str(folder))
     try:
-        if not where.endswith(".py"):
-            return importlib.import_module(where)
-        spec = importlib.util.spec_from_file_location(f"own_{label(where)}", path)
-        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    except (Exception, SystemExit) as error:
-        hint = "; pip install timm" if where == "timm" else ""
-        raise ValueError(f"{where} cannot be imported ({_reason(error)}){hint}") from None
+        return importlib.import_module(name)
     finally:
-        sys.path.remove(str(folder))
-        sys.path.append(str(folder))        # for what it imports later
-        for name in set(sys.modules) - set(before):
-            file = _file(sys.modules[name])
-            if file.is_relative_to(folder) and "site-packages" not in file.parts and folder != ROOT:
-                del sys.modules[name]       # another file's helper may have its name
-        sys.modules.update(ours)
+        sys.path.append(sys.path.pop(0))        # for what it imports later
+        for other in sys.modules.keys() - before.keys():
+            if _is_in(sys.modules[other], folder):
+                del sys.modules[other]
+        sys.modules.update(before)
 
 
-def _code(name):
-    """A hash of the file that has a user's network: cached logits of other code are others."""
-    file = _file(_module(name.rpartition(":")[0]))
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else ""
-
-
-def _file(module):
-    return Path(getattr(module, "__file__", None) or "/")
+def _is_in(module, folder):
+    file = getattr(module, "__file__", None) or ""
+    return file.startswith(f"{folder}/") and "site-packages" not in file
 
 
 def _reason(error):
@@ -150,7 +132,7 @@ def check_model(name, num_classes, size, first=MODELS, say=print, learns=False):
     learns: it needs something to learn.
     """
     with torch.random.fork_rng(devices=[]):
-        model = _own(name, num_classes) if ":" in name else create(name, num_classes, first)
+        model = _custom(name, num_classes) if ":" in name else create(name, num_classes, first)
         if learns and not any(p.requires_grad for p in model.parameters()):
             raise ValueError(f"{name} has no parameter that learns")
         output = check_logits(model.train(), name, num_classes, size)
@@ -175,46 +157,52 @@ def check_logits(model, name, num_classes, size):
     return output
 
 
-def feature_method(recipe, student, teacher, labels, size, call=False):
-    """A recipe's feature_kd.Method between two networks on one device. ValueError where they do not fit it.
+def feature_method(recipe, student, teacher, labels, size):
+    """A recipe's feature_kd.Method between two networks on one device. ValueError where it does not fit them.
 
-    labels: (n,) classes of the training images; size: pixels of an image's side; call: try it on two images.
+    labels: (n,) classes of the training images; size: pixels of an image's side.
     """
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    images = images.to(next(student.parameters()).device)
     options = {k: recipe[k] for k in ("resolution", "normalize", "factor") if k in recipe}
     if recipe["feature"] == "catkd":
         options["fresh"] = "student_sha256" not in recipe       # else the student begins with given weights
-    try:
-        with torch.no_grad():
-            (z, s), (v, t) = (with_features(network).eval()(images, features=True)
-                                   for network in (student, teacher))
-            method = feature_kd.METHODS[recipe["feature"]](student, teacher, s, t, labels,
-                                                            logits=(z, v), **options)
-            if call:
-                method.eval().loss_and_logits(z, s, t, torch.arange(2), torch.arange(2))
-        return method
-    except ValueError:
-        raise
-    except Exception as error:      # of any networks, any
-        raise ValueError(f"--feature {recipe['feature']} fails between {teacher.name} and {student.name} "
-                         f"({_reason(error)})") from None
+    _, student_features = _two_images(student, size)
+    _, teacher_features = _two_images(teacher, size)
+    build = feature_kd.METHODS[recipe["feature"]]
+    return build(student, teacher, student_features, teacher_features, labels, **options)
+
+
+@torch.no_grad()
+def _two_images(network, size):
+    """(logits, Features) of two images; the network is in evaluation mode afterwards."""
+    device = next(network.parameters()).device
+    return with_features(network).eval()(torch.zeros(2, 3, size, size, device=device), features=True)
 
 
 def check_feature(recipe, num_classes, size, first=MODELS):
     """ValueError, one line, where a recipe's feature method does not take its two networks."""
-    if recipe.get("feature"):
-        with torch.random.fork_rng(devices=[]):
-            networks = [create(recipe[k], num_classes, first) for k in ("student", "teacher")]
-            feature_method(recipe, *networks, torch.arange(2), size, call=True)
+    if not recipe.get("feature"):
+        return
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        student, teacher = (create(recipe[k], num_classes, first) for k in ("student", "teacher"))
+        try:
+            method = feature_method(recipe, student, teacher, torch.arange(2), size).eval()
+            logits, student_features = _two_images(student, size)
+            _, teacher_features = _two_images(teacher, size)
+            indices = torch.arange(2)
+            method.loss_and_logits(logits, student_features, teacher_features, indices, indices)
+        except ValueError:
+            raise
+        except Exception as error:      # of any networks, any
+            raise ValueError(f"--feature {recipe['feature']} fails between {teacher.name} and {student.name} "
+                             f"({_reason(error)})") from None
 
 
 @torch.no_grad()
 def init_bn_stats(network, images):
-    """Gives an untrained network's batch norms the statistics of images: its maps would be enormous else."""
-    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for m in norms:
-        m.momentum = 1.0
+    """Gives an untrained network's batch norms the statistics of images; else its maps would be enormous."""
+    for m in network.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            m.momentum = 1.0
     network.train()(images)
 
 
@@ -237,9 +225,9 @@ STAGES = {      # the beginnings of names of torchvision's networks: their stage
 def with_features(model):
     """The network itself, which now takes model(x, features=True) as those of models.py do.
 
-    Of torchvision's pre is empty, post and last are the outputs of the layers in STAGES (of other names none,
-    and None), and pooled is what the last linear layer takes. One's own has to do it itself. ValueError, one
-    line, where a network cannot.
+    Of torchvision's, pre is empty, post and last are the outputs of the layers in STAGES (none and None for
+    other names), and pooled is the last linear layer's input. A custom network has to do it itself.
+    ValueError, one line, where a network cannot.
     """
     if isinstance(model, (Network, Featured)):
         return model
@@ -248,16 +236,17 @@ def with_features(model):
             raise ValueError(f"{model.name} gives no features: its forward(x, features=True) must return "
                              "(logits, Features(pre, post, last, pooled)), see models.py")
         return model
-    model.forwards = _featured_forward(model, False), _featured_forward(model, True)
+    mode = model.training
+    model.forwards = [_featured_forward(model.train(training)) for training in (False, True)]
     kind = type(model)
     model.__class__ = type(f"Featured{kind.__name__}", (Featured, kind), {"__module__": kind.__module__})
-    return model
+    return model.train(mode)
 
 
 class Featured:
-    """Mixed into a network, it gives features by functions (of evaluating, of training) in its `forwards`.
+    """Mixed into a network, it gives features by its `forwards`, one of evaluation and one of training.
 
-    They are code alone: all that they compute with is the network's own, wherever that is moved.
+    They are code only: the parameters are the network's own, on any device.
     """
 
     def forward(self, x, features=False):
@@ -267,42 +256,28 @@ class Featured:
         return logits, Features((), tuple(maps[:-1]), maps[-1] if maps else None, pooled)
 
 
-class Tracer(torch.fx.Tracer):
-    """Notes (first input, output) of each module by its name."""
-
-    def trace(self, root):
-        self.notes = {}
-        return super().trace(root)
-
-    def is_leaf_module(self, module, name):
-        return isinstance(module, nn.Linear) or super().is_leaf_module(module, name)    # also of float32_head
-
-    def call_module(self, module, forward, inputs, given):
-        output = super().call_module(module, forward, inputs, given)
-        self.notes[self.path_of_module(module)] = inputs[0], output
-        return output
-
-
-def _featured_forward(model, training):
-    """A function (network, images) -> (logits, last linear layer's input, *maps), traced in one mode."""
-    name, tracer, mode = getattr(model, "name", type(model).__name__), Tracer(), model.training
-    heads = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    if not heads:
-        raise ValueError(f"{name} gives no features: it has no linear layer")
-    stages = next((layers for names, layers in STAGES.items() if re.match(names, name)), [])
+def _featured_forward(model):
+    """A function (network, images) -> (logits, last linear layer's input, *maps), traced in its mode."""
+    name = getattr(model, "name", type(model).__name__)
     try:
-        graph = tracer.trace(model.train(training))
-        wanted = tracer.notes[heads[-1]][0], *(tracer.notes[stage][1] for stage in stages)
+        graph = torch.fx.Tracer().trace(model)
     except Exception as error:      # of any network, any
         raise ValueError(f"{name} gives no features: it cannot be traced ({_reason(error)})") from None
-    finally:
-        model.train(mode)
+    heads = [node for node in graph.find_nodes(op="call_module")
+             if isinstance(model.get_submodule(node.target), nn.Linear)]
+    if not heads:
+        raise ValueError(f"{name} gives no features: it has no linear layer")
+    wanted = [heads[-1].args[0]]
+    stages = next((layers for names, layers in STAGES.items() if re.match(names, name)), [])
+    for stage in stages:
+        inside = [node for node in graph.nodes if stage in node.meta.get("nn_module_stack", {})]
+        wanted.append(inside[-1])
     output, = graph.find_nodes(op="output")
-    output.args = (output.args[0], *(proxy.node for proxy in wanted)),
+    output.args = ((output.args[0], *wanted),)
     return type(torch.fx.GraphModule(model, graph)).forward
 
 
-# ---------------------------------------------------------------- weights to begin with
+# ---------------------------------------------------------------- torchvision's weights
 
 
 def known_weights(name):
@@ -318,9 +293,8 @@ def torchvision_network(name, weights, flag):
         raise ValueError(f"{flag} {weights}: torchvision's {name} has {', '.join(known)}")
     try:
         model = torchvision.models.get_model(name, weights=weights)
-    except (OSError, RuntimeError, http.client.HTTPException) as error:     # no network, a bad download
-        raise ValueError(f"torchvision's {weights} of {name} could not be downloaded ({first_line(error)}); "
-                         "give the same command again, or name a file with --"
-                         f"{flag.strip('-').split('-')[0]}-checkpoint") from None
+    except (OSError, RuntimeError) as error:        # no network, a bad download
+        raise ValueError(f"{flag} {weights}: the download failed ({first_line(error)}); try again, or name a "
+                         "checkpoint file") from None
     model.name, model.own = name, False
     return model

@@ -879,6 +879,6 @@ def test_torchvisions_shufflenet_teaches_what_its_classifier_sees():
     student, taught = (networks.create(name, 10, networks.TORCHVISION)
                        for name in ("resnet18", "shufflenet_v2_x0_5"))
     recipe = {"feature": "simkd", "factor": 2}
-    method = networks.feature_method(recipe, student, taught, torch.arange(2), 64, call=True)
+    method = networks.feature_method(recipe, student, taught, torch.arange(2), 64)
     assert method.fc.in_features == 1024
     assert method.deploy(student).eval()(torch.zeros(2, 3, 64, 64)).shape == (2, 10)
