@@ -41,8 +41,7 @@ def create(name, num_classes, first=MODELS):
         model.register_forward_pre_hook(lambda module, inputs: tuple(x.contiguous() for x in inputs))
         model.register_forward_hook(_keep_logits, with_kwargs=True)
         model.name, model.own = label(name), True
-        file = Path(_module(name.rpartition(":")[0]).__file__)
-        model.code = hashlib.sha256(file.read_bytes()).hexdigest()[:16]     # for the cache of its logits
+        _, model.code = _module(name.rpartition(":")[0])
         return model
     if name in TORCHVISION and (first is TORCHVISION or name not in MODELS):
         model = torchvision.models.get_model(name, num_classes=num_classes)
@@ -76,7 +75,7 @@ def _keep_logits(module, inputs, options, output):
 def _custom(name, num_classes):
     where, _, function = name.rpartition(":")
     try:
-        module = _module(where)
+        module, _ = _module(where)
         if where == "timm":
             model = module.create_model(function, num_classes=num_classes)
         else:
@@ -92,7 +91,7 @@ def _custom(name, num_classes):
 
 @functools.cache
 def _module(where):
-    """A user's module by its file (*.py) or its name; its folder's other modules are found from it.
+    """A user's module by its file (*.py) or its name, and a hash of its code: see Teacher.cache_logits.
 
     During its import, our modules of the names that its folder has are set aside. Its own are forgotten
     afterwards: another file's helper may have the same name.
@@ -108,7 +107,8 @@ def _module(where):
             del sys.modules[other]
     sys.path.insert(0, str(folder))
     try:
-        return importlib.import_module(name)
+        module = importlib.import_module(name)
+        return module, hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()[:16]
     finally:
         sys.path.append(sys.path.pop(0))        # for what it imports later
         for other in sys.modules.keys() - before.keys():
