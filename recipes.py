@@ -105,8 +105,9 @@ FEATURE_PAIRS = {
     "ResNet50-MobileNetV2": (5,       40,  2, True),     # ReviewKD: ?
 }
 NARROW = [f"resnet{depth}" for depth in (8, 14, 20, 32, 44, 56, 110)]
-# Published top-1, %. The papers' Z rows are near the best epoch on the test split, not the last.
-ALONE = {
+# Published top-1, %: networks from scratch, then students. The papers' Z rows are near the best epoch on the
+# test split, not the last.
+VANILLA = {
     "wrn_40_2": 75.61, "resnet56": 72.34, "resnet110": 74.31, "resnet32x4": 79.42, "vgg13": 74.64,
     "ResNet50": 79.34, "wrn_16_2": 73.26, "wrn_40_1": 71.98, "resnet20": 69.06, "resnet32": 71.14,
     "resnet8x4": 72.50, "vgg8": 70.36, "MobileNetV2": 64.60, "ShuffleV1": 70.50, "ShuffleV2": 71.82,
@@ -167,12 +168,12 @@ IMAGENET_METHOD_NUMBERS = {
 }
 RESNET50_NUMBERS = {"dkd": {"beta": 2.0}, "mlkd": {"lr": 0.2}, "rld": {"beta": 2.0}}    # with this teacher
 # Published top-1, %; teachers are torchvision's IMAGENET1K_V1. WTTM's top-5 is not published; one log is.
-IMAGENET_ALONE = {"resnet34": 73.31, "resnet18": 69.75, "resnet50": 76.16, "MobileNetV1": 68.87}
+IMAGENET_VANILLA = {"resnet34": 73.31, "resnet18": 69.75, "resnet50": 76.16, "MobileNetV1": 68.87}
 IMAGENET = {
     "resnet34-resnet18":    (71.03, 71.42, 71.38, 71.81, 71.70, 71.88, 71.90, 72.08, None,  72.19),
     "resnet50-MobileNetV1": (70.50, 72.18, 71.16, 72.92, 72.05, 72.85, 73.01, 73.22, None,  73.09),
 }
-IMAGENET_TOP5 = {   # teacher, student alone, then the same columns
+IMAGENET_TOP5 = {   # teacher, student without one, then the same columns
     "resnet34-resnet18":    (91.42, 89.07, 90.05, 90.29, 90.27, 90.46, 90.41, 90.58, 90.55, 90.74),
     "resnet50-MobileNetV1": (92.86, 88.76, 89.80, 90.80, 90.11, 91.25, 91.05, 91.23, 91.42, 91.59),
 }
@@ -189,7 +190,7 @@ NEWER = {
 
 
 def method_name(run):
-    """The name of a run's method in the tables: "kd", "kd-z", "kd-z-ea", "kd-z-crd"; "crd" alone."""
+    """The name of a run's method in the tables: "kd", "kd-z", "kd-z-ea", "kd-z-crd"; "crd"."""
     name = run["method"]
     if run["zscore"]:
         name += "-z"
@@ -211,9 +212,9 @@ def parse_method(name):
 
 
 def display_name(name):
-    """A method in tables: "alone", "KD+Z", "MLKD+Z, released", "KD, EA", "CRD", "KD+Z and CRD"."""
+    """A method in tables: "from scratch", "KD+Z", "MLKD+Z, released", "KD, EA", "CRD", "KD+Z and CRD"."""
     method, zscore, released, feature, entropy = parse_method(name)
-    text = "alone" if method == "none" else method.upper()
+    text = "from scratch" if method == "none" else method.upper()
     if zscore:
         text += "+Z"
     if entropy:
@@ -304,21 +305,21 @@ def known(run, data="cifar100"):
     if run["method"] != "none":
         return pair in (IMAGENET if imagenet else PAIRS)
     if run.get("feature") is None:
-        return run["student"] in (IMAGENET_ALONE if imagenet else ALONE)
+        return run["student"] in (IMAGENET_VANILLA if imagenet else VANILLA)
     return pair in (IMAGENET if imagenet else PAIRS | FEATURE_PAIRS)
 
 
 def published(teacher, student, method, zscore=False, data="cifar100", feature=None, entropy=False):
-    """Published top-1 (%), "none": the student's alone, "teacher": the teacher's; None if there is none.
+    """Published top-1 (%), "none": the student's from scratch, "teacher": the teacher's; None without one.
 
     With a feature the poster's, which has them without a method ("none") only.
     """
     name = method_name({"method": method, "zscore": zscore, "feature": feature, "entropy_temp": entropy})
-    alone, tables = ALONE, ((COLUMNS, PUBLISHED), (NEWER_COLUMNS, NEWER), (FEATURES, FEATURE_PUBLISHED))
+    vanilla, tables = VANILLA, ((COLUMNS, PUBLISHED), (NEWER_COLUMNS, NEWER), (FEATURES, FEATURE_PUBLISHED))
     if data == "imagenet":
-        alone, tables = IMAGENET_ALONE, ((COLUMNS, IMAGENET), (NEWER_COLUMNS, NEWER))
+        vanilla, tables = IMAGENET_VANILLA, ((COLUMNS, IMAGENET), (NEWER_COLUMNS, NEWER))
     if method in ("none", "teacher") and feature is None:
-        return alone.get(teacher if method == "teacher" else student)
+        return vanilla.get(teacher if method == "teacher" else student)
     for columns, rows in tables:
         if name in columns and f"{teacher}-{student}" in rows:
             return rows[f"{teacher}-{student}"][columns.index(name)]
@@ -348,7 +349,7 @@ LONGEST_NAME = 120      # characters; a hash replaces the rest
 
 
 def run_name(run, data="cifar100", precision="fp32", teacher_file=False):
-    """The folder of a run: resnet32x4-resnet8x4-kd-z-tau1.5-seed0, its pair and what differs from the recipe.
+    """A run's folder: resnet32x4-resnet8x4-kd-z-tau1.5-seed0, the pair and what differs from its recipe.
 
     run: every resolved value. data: the recipe's, "cifar100" or "imagenet". precision: the device's default.
     teacher_file: whether the teacher's file was named; run["teacher_sha256"] is then part of the name.

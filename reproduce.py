@@ -355,13 +355,13 @@ def tables(records):
         budgets.setdefault((full, data, 0 if full else record["epochs"], images), []).append(record)
     for (full, data, epochs, images), group in sorted(budgets.items()):
         if full:
-            said = f"**Full length, as in the papers: {len(cells_of(group))} rows.**"
+            intro = f"**Full length, as in the papers: {len(cells_of(group))} rows.**"
             if any("float32" in record for record in group):
-                said += " " + FLOAT32
+                intro += " " + FLOAT32
         else:
-            said = (f"**A short budget: {epochs} epochs on {images or 'all'} training images of {data}, "
+            intro = (f"**A short budget: {epochs} epochs on {images or 'all'} training images of {data}, "
                     f"{len(group)} runs.** It shows that the machinery works, not the paper's ranking.")
-        text.append(f"{said} {markdown(group)}")
+        text.append(f"{intro} {markdown(group)}")
     if any("Δ of Z" in part for part in text):
         text.append(RULE)
     return "\n".join(text).strip()

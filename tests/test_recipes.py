@@ -338,8 +338,9 @@ def test_what_is_published_of_the_newer_methods():
 
 def test_names_of_methods():
     for name, displayed in {
-            "none": "alone", "kd-z": "KD+Z", "mlkd-z-released": "MLKD+Z, released", "kd-z-ea": "KD+Z, EA",
-            "crd": "CRD", "dkd-z-reviewkd": "DKD+Z and ReviewKD", "dist": "DIST"}.items():
+            "none": "from scratch", "kd-z": "KD+Z", "mlkd-z-released": "MLKD+Z, released",
+            "kd-z-ea": "KD+Z, EA", "crd": "CRD",
+            "dkd-z-reviewkd": "DKD+Z and ReviewKD", "dist": "DIST"}.items():
         assert recipes.display_name(name) == displayed
     for name in recipes.NAMES:      # every name is that of its recipe
         method, z, released, feature, entropy = parse_method(name)

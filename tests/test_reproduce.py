@@ -57,18 +57,17 @@ def check_result(record, folder):
 
 
 def test_the_readmes_rows_are_the_results():
-    """Last and best epoch, the paper's number, the log's, and the command of each row in its first table."""
-    rows = [line.split(" | ") for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-            if line.startswith("| ") and "`python train_cifar.py" in line]
-    records = {r["command"]: r for r in RECORDS}
-    assert 2 <= len(rows) <= 5
-    for _, last, best, paper, log, command in rows:
-        record = records[command.strip("`| ")]
+    """Last epoch in float32 and best epoch, the paper's number and the log's of each row of its table."""
+    full = {recipes.display_name(r["method"]): r for r in RECORDS if r["full_length"]}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme.split("| method | top-1, last epoch |")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(table) == len(full) == 4
+    for method, *shown in (line.strip("| ").split(" | ") for line in table):
+        record = full.get(method, full["from scratch"])
         names = [record["recipe"][k] for k in ("teacher", "student", "method", "zscore")]
-        assert last in [f"{record[k]['top1']:.2f}" for k in ("float32", "last")]
-        assert best == f"{record['best']['top1']:.2f}"
-        for shown, known in ((paper, recipes.published(*names)), (log, recipes.logged(*names))):
-            assert shown == (f"{known:.2f}" if known else "–")
+        numbers = (record["float32"]["top1"], record["best"]["top1"], recipes.published(*names),
+                   recipes.logged(*names))
+        assert shown == [f"{number:.2f}" if number else "–" for number in numbers]
 
 
 def test_a_fresh_clones_list_never_fails_on_a_cpu():
@@ -243,7 +242,7 @@ def test_a_row_that_fails_or_is_stopped_costs_no_other(made, monkeypatch):
     assert "-seed0: the loss became nan\n" in output and "1 of 2 rows" in output and made == ["kd 0"]
     error = runs.Stopped("stopped, and saved")
     call(*SMALL, "--methods", "none,dkd,wttm", code=1)
-    assert made == ["kd 0", "none 0"] and "| resnet8 | alone | " in Path("RESULTS.md").read_text()
+    assert made == ["kd 0", "none 0"] and "| resnet8 | from scratch | " in Path("RESULTS.md").read_text()
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -311,7 +310,7 @@ def test_a_table_has_no_row_and_no_column_that_says_nothing():
     assert tables([]) == ""
     text = tables([record("none", 0, 72.0, None, "resnet8x4")])
     assert text.count("\n| ") == 3 and "Δ" not in text and "log" not in text and "paper |" in text
-    assert cells(text, "alone", "resnet8x4")["paper"] == "72.50"
+    assert cells(text, "from scratch", "resnet8x4")["paper"] == "72.50"
     assert "paper |" not in tables([record("kd", 0, 50.0, student="resnet8")])
 
 
