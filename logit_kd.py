@@ -1,8 +1,8 @@
-"""Newer logit losses that standardization works with, KD for large vocabularies, and every loss by its name.
+"""Newer logit losses to use standardization in, KD for large vocabularies, and every loss by its name.
 
-Copy it together with zscore_kd.py. Shapes, dtypes and errors are as there: logits (B, K), the student's
-first; the teacher is detached; the batch mean is returned, not multiplied by lambda_KD. With zscore both
-sides are standardized first.
+Copy it together with zscore_kd.py. Shapes, dtypes and errors are as in that file: logits (B, K), the
+student's first; the teacher is detached; the batch mean is returned, not multiplied by lambda_KD. zscore=True
+standardizes both sides first.
 """
 
 import math
@@ -19,7 +19,8 @@ else:
                            ttm_loss, weighted_zscore, wttm_loss)
 
 
-def dist_loss(student_logits, teacher_logits, base_temp=4.0, *, beta=2.0, gamma=2.0, zscore=True):
+def dist_loss(student_logits, teacher_logits, base_temp=4.0, *,
+              beta=2.0, gamma=2.0, zscore=True):
     """DIST (Huang et al., NeurIPS 2022): tau^2 (beta inter + gamma intra), of the probabilities at tau.
 
     inter: 1 - Pearson's correlation of the student's and the teacher's probabilities of a sample, mean over
@@ -41,19 +42,20 @@ def _correlation(x, y):
     return (weighted_zscore(x) * weighted_zscore(y)).mean()
 
 
-def rld_loss(student_logits, teacher_logits, target, base_temp=4.0, *, alpha=1.0, beta=8.0, zscore=True,
-             reduction="mean"):
+def rld_loss(student_logits, teacher_logits, target, base_temp=4.0, *,
+             alpha=1.0, beta=8.0, zscore=True, reduction="mean"):
     """Refined logit distillation (Sun et al., ICCV 2025): tau^2 (alpha SCD + beta MCD).
 
     SCD: KL of (teacher's p of its largest class, rest) from (student's p of the target, rest). MCD: KL among
     the classes that the teacher ranks below the target, 0 if there are none. Equal to `dkd_loss` where the
-    teacher's largest class is the target. target as there.
+    teacher's largest class is the target. target: as in `dkd_loss`.
     """
     z, v = prepare(student_logits, teacher_logits, base_temp)
     is_target = target_mask(target, z)
-    is_largest = torch.arange(v.shape[1], device=v.device) == v.argmax(-1, keepdim=True)
-    teachers_target = v.masked_fill(~is_target, -torch.inf).amax(-1, keepdim=True)
-    below = v < teachers_target
+    classes = torch.arange(v.shape[1], device=v.device)
+    is_largest = classes == v.argmax(-1, keepdim=True)
+    target_logit = v.masked_fill(~is_target, -torch.inf).amax(-1, keepdim=True)
+    below = v < target_logit
     has_below = below.any(-1, keepdim=True)
     z = soften(z, base_temp, zscore)
     v = soften(v, base_temp, zscore)
@@ -68,8 +70,10 @@ def entropy_weight(student_logits, teacher_logits, temperature=3.0):
     ImageNet: temperature 2. The loss is (entropy_weight(z, v) * kd_loss(z, v, reduction="none")).mean().
     """
     z, v = prepare(student_logits.detach(), teacher_logits.detach(), temperature)
-    h_student = torch.special.entr(F.softmax(z / temperature, -1)).sum(-1)
-    h_teacher = torch.special.entr(F.softmax(v / temperature, -1)).sum(-1)
+    q = F.softmax(z / temperature, -1)
+    p = F.softmax(v / temperature, -1)
+    h_student = torch.special.entr(q).sum(-1)
+    h_teacher = torch.special.entr(p).sum(-1)
     return 0.5 * h_teacher * (1 + h_student / math.log(z.shape[1]))
 
 
@@ -77,13 +81,13 @@ def linear_kd_loss(student_hidden, student_weight, teacher_hidden, teacher_weigh
                    zscore=True, reduction="mean", chunk=256):
     """`kd_loss` of the logits hidden @ weight.T of both sides, without computing all of them at once.
 
-    hidden: (N, H), tokens (B, T, H) flattened. weight: (V, H), of the output layer; H may differ between the
-    sides. `chunk` tokens at a time get logits, again in the backward pass, so memory does not grow with N.
-    A bias is one more column of the weight, with ones in hidden. torch.func.grad does not work on it.
+    hidden: (N, H), of N tokens. weight: (V, H), of the output layer; H may differ between the two sides. The
+    logits of `chunk` tokens at a time are computed, and again in the backward pass: memory does not grow with
+    N. A bias is one more column of the weight, with ones in hidden. torch.func.grad does not work with it.
     """
     if len(student_hidden) != len(teacher_hidden):
         raise ValueError(f"{len(student_hidden)} tokens of the student, {len(teacher_hidden)} of the teacher")
-    # In float32: the chunks' gradients add up in it, where half precision would lose many small ones.
+    # float32, because the chunks' gradients are summed in it: half precision would lose many small ones
     master_weight = student_weight.to(torch.promote_types(student_weight.dtype, torch.float32))
 
     def chunk_losses(h_student, h_teacher):
@@ -92,9 +96,10 @@ def linear_kd_loss(student_hidden, student_weight, teacher_hidden, teacher_weigh
             v = h_teacher @ teacher_weight.mT
         return kd_loss(z, v, base_temp, zscore=zscore, reduction="none")
 
-    chunks = zip(student_hidden.split(chunk), teacher_hidden.split(chunk))
-    losses = [checkpoint(chunk_losses, *pair, use_reentrant=False, preserve_rng_state=False)
-              for pair in chunks]
+    losses = []
+    for h_student, h_teacher in zip(student_hidden.split(chunk), teacher_hidden.split(chunk)):
+        losses.append(checkpoint(chunk_losses, h_student, h_teacher,
+                                 use_reentrant=False, preserve_rng_state=False))
     return reduce(torch.cat(losses), reduction)
 
 
