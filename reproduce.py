@@ -292,57 +292,54 @@ The last epoch is evaluated from the kept students by `--eval` in float32 (the K
 float16); the best epoch is the log's, in bfloat16."""
 
 
+COLUMNS = ("pair", "method", "last epoch, top-1", "best, chosen on test", "paper", "authors' log, last epoch",
+           "Δ of Z", "paper's Δ", "exported network", "minutes", "device",
+           "`python train_cifar.py`, with `--seed`")
+
+
 def table_row(cell, cells):
-    """One line of a table: {column: text}, "" where there is nothing to say."""
+    """One line of a table: {column: text}, without the columns that have nothing to say."""
     record = cell[0]
-    teacher, student, method = (record[k] for k in ("teacher", "student", "method"))
-    name, zscore, _, feature, entropy = recipes.parse_method(method)
-    more = {"feature": feature, "entropy": entropy}
-    published = recipes.published(teacher, student, name, zscore, **more)
-    baseline = recipes.published(teacher, student, name, **more)
-    logged = recipes.logged(teacher, student, name, zscore, **more)
-    gain = published_gain = network = ""
-    if zscore:
+    recipe, teacher = record["recipe"], record["teacher"]
+    known, without_z = recipes.results_of(recipe), recipes.results_of(recipe | {"zscore": False})
+    row = {"pair": f"{teacher} → {record['student']}" if teacher else record["student"],
+           "method": recipes.display_name(record["method"]),
+           "last epoch, top-1": spread([last_top1(r) for r in cell]),
+           "best, chosen on test": spread([r["best"]["top1"] for r in cell])}
+    if known["published"]:
+        row["paper"] = f"{known['published']:.2f}"
+    if known["logged"]:
+        row["authors' log, last epoch"] = f"{known['logged']:.2f}"
+    if recipe["zscore"]:
         gains = gains_of_z(cell, cells)
         if gains:
-            gain = spread(gains, "+") + verdict(gains)
-        if published and baseline:
-            published_gain = f"{published - baseline:+.2f}"
-    if feature == "simkd":
-        network = f"{record['parameters']:,} parameters, {record['macs'] / 1e6:.1f} M multiply-accumulates"
+            row["Δ of Z"] = spread(gains, "+") + verdict(gains)
+        if known["published"] and without_z["published"]:
+            row["paper's Δ"] = f"{known['published'] - without_z['published']:+.2f}"
+    if recipe["feature"] == "simkd":
+        row["exported network"] = (f"{record['parameters']:,} parameters, "
+                                   f"{record['macs'] / 1e6:.1f} M multiply-accumulates")
     minutes = [r["minutes"] for r in cell if not r.get("background")]       # the others contain waiting
+    if minutes:
+        row["minutes"] = f"{statistics.mean(minutes):.1f}"
+    devices = {f"{r['facts']['device']}, threads: {r['facts']['threads']}" for r in cell}
+    row["device"] = "; ".join(sorted(devices))
     command = re.sub(" --seed [0-9]+", "", record["command"].removeprefix("python train_cifar.py "))
-    return {"pair": f"{teacher} → {student}" if teacher else student,
-            "method": recipes.display_name(method),
-            "last epoch, top-1": spread([last_top1(r) for r in cell]),
-            "best, chosen on test": spread([r["best"]["top1"] for r in cell]),
-            "paper": f"{published:.2f}" if published else "",
-            "authors' log, last epoch": f"{logged:.2f}" if logged else "",
-            "Δ of Z": gain, "paper's Δ": published_gain, "exported network": network,
-            "minutes": f"{statistics.mean(minutes):.1f}" if minutes else "",
-            "device": ", ".join(sorted({device_of(r["facts"]) for r in cell})),
-            "`python train_cifar.py`, with `--seed`": f"`{command}`"}
-
-
-def device_of(facts):
-    """A row's device: NVIDIA H100, or x86_64 cpu, 2 threads."""
-    if not facts["device"].endswith("cpu"):
-        return facts["device"]
-    plural = "" if facts["threads"] == 1 else "s"
-    return f"{facts['device']}, {facts['threads']} thread{plural}"
+    row[COLUMNS[-1]] = f"`{command}`"
+    return row
 
 
 def markdown(records):
-    """Which teachers taught, and a table of the rows, without columns that have nothing to say."""
+    """Which teachers taught, and a table of the rows, without empty columns."""
     cells = cells_of(records)
     rows = [table_row(cell, cells) for cell in cells]
-    columns = [column for column in rows[0] if any(row[column] for row in rows)]
+    columns = [column for column in COLUMNS if any(column in row for row in rows)]
     teachers = {(r["teacher"], r["teacher_source"], r["teacher_top1"], r["recipe"]["teacher_sha256"])
                 for r in records if r["teacher"]}
     lines = [" ".join(f"Teacher {name}: {source}, {top1:.2f} %, SHA-256 of its weights {sha[:12]}..."
                       for name, source, top1, sha in sorted(teachers)), ""]
     lines += [f"| {' | '.join(columns)} |", f"| {' | '.join(['---'] * len(columns))} |"]
-    lines += [f"| {' | '.join(row[column] or '–' for column in columns)} |" for row in rows]
+    lines += [f"| {' | '.join(row.get(column, '–') for column in columns)} |" for row in rows]
     return "\n".join([*lines, ""])
 
 

@@ -273,6 +273,7 @@ def test_the_flags_are_train_cifars():
 def record(method, seed, top1, teacher="resnet32x4", student="resnet8x4", full=True, **more):
     name = method.split("-")[0]
     recipe = {"data": "cifar100", "train_images": None, "seed": seed, "precision": "bf16", "method": name,
+              "teacher": teacher, "student": student, "zscore": "-z" in method, "feature": None,
               "compile": False, "full_epochs": 240, "epochs": 240 if full else 12}
     recipe |= {"teacher_sha256": "0123456789abcdef"} if teacher else {}
     return {"teacher": teacher, "student": student, "method": method, "seed": seed, "last": {"top1": top1},
@@ -298,7 +299,7 @@ def test_a_tables_numbers_are_the_papers_words():
     assert cells(text, "KD+Z") == {
         "pair": "resnet32x4 → resnet8x4", "method": "KD+Z", "last epoch, top-1": "76.00 ± 0.20 (n = 3)",
         "best, chosen on test": "76.50 ± 0.20 (n = 3)", "paper": "76.62", "authors' log, last epoch": "76.28",
-        "Δ of Z": "+2.60 ± 0.57 (n = 2)", "paper's Δ": "+3.29", "minutes": "20.0", "device": "H",
+        "Δ of Z": "+2.60 ± 0.57 (n = 2)", "paper's Δ": "+3.29", "minutes": "20.0", "device": "H, threads: 8",
         "`python train_cifar.py`, with `--seed`": "`--teacher resnet32x4 --method kd`"}
     assert "checkpoints/resnet32x4.pt, 79.40 %, SHA-256 of its weights 0123456789ab" in text
     row = cells(text, "KD")
