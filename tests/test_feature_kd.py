@@ -7,6 +7,7 @@ where a pair is: which maps these give is test_features.py's.
 import ast
 import copy
 import functools
+import itertools
 import math
 import subprocess
 import sys
@@ -347,12 +348,13 @@ def test_shapes_that_do_not_pair_are_refused_not_broadcast(words, call):
 
 
 OPTIONS = {"catkd": ({"resolution": 1}, {"resolution": 2, "normalize": True}), "simkd": ({}, {"factor": 3})}
-WAYS = [(name, pair, options) for name in METHODS if name != "crd" for pair in PAIRS
-        for options in OPTIONS.get(name, ({},))]
+# pairs and modes take turns over the methods and their options
+TURNS = list(itertools.product(PAIRS, (True, False)))
+WAYS = [(name, *TURNS[(3 * i + k) % 8], options) for i, name in enumerate(m for m in METHODS if m != "crd")
+        for options in OPTIONS.get(name, ({},)) for k in range(3)]
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name, pair, options", WAYS)
+@pytest.mark.parametrize("name, pair, training, options", WAYS)
 def test_method_is_the_reference(name, pair, options, training):
     c = case(name, pair, **options)
     c.loss()                                    # running statistics other than 0 and 1
@@ -371,9 +373,8 @@ def test_a_smaller_map_of_an_ofd_teacher_is_repeated():
     torch.testing.assert_close(c.loss(), c.loss(t=wide), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("name", METHODS)
-def test_no_gradient_that_a_gpu_sums_in_any_order(name, pair):
+def test_no_gradient_that_a_gpu_sums_in_any_order(name, pair="student larger"):
     """Of adaptive pooling: on CUDA a run that goes on from a file would not be the same to the bit."""
     seen, todo = set(), [case(name, pair).loss().grad_fn]
     while todo:
@@ -465,8 +466,8 @@ def real_pair(teacher, student):
     return teacher, student, s, answers
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("pair", REAL, ids="-".join)
+@pytest.mark.parametrize("pair, name", [(REAL[(i + k) % 4], name) for k in (0, 1)
+                                        for i, name in enumerate(METHODS)])
 def test_real_networks(pair, name, monkeypatch):
     teacher, student, s, answers = real_pair(*pair)
     assert METHODS[name].teacher_mode == ("train" if name == "ofd" else "eval")
@@ -501,8 +502,10 @@ PURE = {        # of two pairs of maps of the same shapes, and scores
     "normalised cam": lambda s, t, x: cam_loss(s[0], t[0], normalize=True)}
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", PURE)
+HALVES = itertools.cycle([torch.float16, torch.bfloat16])
+
+
+@pytest.mark.parametrize("name, dtype", [*zip(PURE, HALVES)])
 def test_functions_compute_in_float32(name, dtype, generator):
     half = [[x.detach().to(dtype) for x in maps(((6, 8), (6, 4)), seed)] for seed in (0, 1)]
     half.append((5 * torch.rand(4, 9, generator=generator)).exp().to(dtype))
@@ -516,10 +519,8 @@ def test_functions_compute_in_float32(name, dtype, generator):
     assert ours.dtype == torch.float32 and torch.equal(ours, loss)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("pair", ["student smaller", "student larger"])
-@pytest.mark.parametrize("name", METHODS)
-def test_methods_compute_in_float32(name, pair, dtype):
+@pytest.mark.parametrize("name, dtype, pair", [*zip(METHODS, HALVES, itertools.cycle(PAIRS))])
+def test_methods_compute_in_float32(name, dtype, pair):
     one, other = case(name, pair, dtype=torch.float32), case(name, pair, dtype=torch.float32)
     s, t = (mapped(lambda x: x.detach().to(dtype).requires_grad_(), f) for f in (one.s, one.t))
     torch.manual_seed(3)
@@ -581,11 +582,8 @@ def spoilt(f, field):
         yield i, f._replace(**{field: (*many[:i], x, *many[i + 1:]) if isinstance(value, tuple) else x})
 
 
-@pytest.mark.parametrize("options", [{}, {"normalize": True}])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name, options", [*((name, {}) for name in METHODS), ("catkd", {"normalize": True})])
 def test_one_nan_shows(name, options):
-    if options and name != "catkd":
-        return
     own, others = READ[name]
     for side, fields in enumerate((own, others)):
         for field in fields:
@@ -596,12 +594,9 @@ def test_one_nan_shows(name, options):
                 assert c.loss(**{"st"[side]: f}).isnan(), (side, field, i)
 
 
-@pytest.mark.parametrize("options", [{}, {"normalize": True}])
 @pytest.mark.parametrize("value", [0.0, 0.5])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name, options", [*((name, {}) for name in METHODS), ("catkd", {"normalize": True})])
 def test_gradients_of_constant_features_are_finite(name, value, options):
-    if options and name != "catkd":
-        return
     for sides in ("s", "t", "st"):
         c = case(name, dtype=torch.float32, **options)
         flat = {x: mapped(lambda v: torch.full_like(v, value).requires_grad_(), getattr(c, x)) for x in sides}
@@ -657,17 +652,14 @@ def learned(module):
 TABLE = [       # features.md, section 3
     (("resnet32x4", "ShuffleV2"), (475520, 164096, 156800, 4195718, 240640)),
     (("resnet32x4", "wrn_16_2"), (8576, 49408, 43904, 860038, 197632)),
-    (("resnet32x4", "wrn_40_2"), (8576, 49408, 43904, 860038, 197632)),
     (("wrn_40_2", "wrn_16_2"), (4288, 33024, 21952, 453830, 53760)),
     (("resnet56", "resnet20"), (1120, 16640, 5600, 114278, 13568)),
-    (("resnet110", "resnet32"), (1120, 16640, 5600, 114278, 13568)),
-    (("resnet110", "resnet20"), (1120, 16640, 5600, 114278, 13568)),
     (("resnet32x4", "resnet8x4"), (16768, 65792, 86912, 1808774, 214016)),
 ]
 
 
 @pytest.mark.parametrize("pair, counts", TABLE, ids=lambda x: "-".join(map(str, x))[:22])
-def test_what_learns_beside_the_student(pair, counts):
+def test_what_learns_with_the_student(pair, counts):
     ours = tuple(learned(method_of(name, *pair)[0]) for name in ("fitnet", "crd", "ofd", "reviewkd", "simkd"))
     assert ours == counts
     assert [learned(method_of(name, *pair)[0]) for name in ("at", "rkd", "catkd")] == [0, 0, 0]
@@ -675,11 +667,8 @@ def test_what_learns_beside_the_student(pair, counts):
 
 DEPLOYED = [    # teacher, student, P, deployed, dead
     ("resnet32x4", "ShuffleV2", 240640, 1042184, 579684), ("resnet32x4", "wrn_16_2", 197632, 913716, 12900),
-    ("resnet32x4", "wrn_40_2", 197632, 2465588, 12900), ("wrn_40_2", "wrn_16_2", 53760, 757044, 12900),
-    ("resnet56", "resnet20", 13568, 291892, 6500), ("resnet110", "resnet20", 13568, 291892, 6500),
-    ("resnet110", "resnet32", 13568, 486324, 6500), ("resnet32x4", "resnet8x4", 214016, 1447556, 25700),
-    ("vgg13", "vgg8", 854016, 4819044, 51300), ("vgg13", "MobileNetV2", 763904, 1292580, 335460),
-    ("ResNet50", "MobileNetV2", 11706368, 12388644, 335460)]
+    ("resnet56", "resnet20", 13568, 291892, 6500), ("vgg13", "vgg8", 854016, 4819044, 51300),
+    ("vgg13", "MobileNetV2", 763904, 1292580, 335460)]
 
 
 @pytest.mark.parametrize("teacher, student, projector, deployed, dead", DEPLOYED)
@@ -697,8 +686,8 @@ def test_what_simkd_deploys(teacher, student, projector, deployed, dead):
         key for key in keys if key.startswith("student.")}
 
 
-@pytest.mark.parametrize("student, std", [("resnet20", 0.1414), ("wrn_16_2", 0.1414), ("MobileNetV2", 0.1414),
-                                          ("vgg8", None), ("ShuffleV1", None), ("ShuffleV2", None)])
+@pytest.mark.parametrize("student, std", [("resnet20", 0.1414), ("MobileNetV2", 0.1414), ("vgg8", None),
+                                          ("ShuffleV2", None)])
 def test_catkds_first_head(student, std):
     _, network = method_of("catkd", "vgg13", student)
     layer = classifier(network)
@@ -798,14 +787,6 @@ def test_negatives(labels, way, monkeypatch):
         assert len({tuple(row.sort().values.tolist()) for row in drawn[:50]}) == 50     # each anew
 
 
-def test_every_image_has_its_own_others():
-    method = crd_of(UNEVEN)
-    for distinct in (True, False):
-        method.distinct = distinct
-        drawn = method._negatives(torch.arange(N))
-        assert (UNEVEN[drawn] != UNEVEN[:, None]).all()
-
-
 def test_crds_banks_and_constants(generator):
     c = case("crd")
     m, first = c.method, [x.clone() for x in (c.method.bank_s, c.method.bank_t)]
@@ -826,7 +807,7 @@ def test_crds_banks_and_constants(generator):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_saved_method_goes_on(name, tmp_path):
+def test_a_saved_method_resumes(name, tmp_path):
     one, other = case(name, dtype=torch.float32), case(name, seed=1, dtype=torch.float32)
     one.loss()
     torch.save(one.method.state_dict(), tmp_path / "method.pt")
@@ -858,9 +839,8 @@ class Watched(TorchDispatchMode):
         return operation(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("name", METHODS)
-def test_nothing_waits_for_a_value(name, pair):
+def test_nothing_waits_for_a_value(name, pair="student smaller"):
     for options in OPTIONS.get(name, ({},)):
         c = case(name, pair, **options)
         for _ in range(2):
