@@ -9,8 +9,10 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
 import randaugment
 from data import crop_and_flip, epoch_draws, load_data, synthetic
-from randaugment import OPERATIONS, strong_draws, strong_operations, strong_view
+from randaugment import strong_draws, strong_operations, strong_view
 
+OPERATIONS = ["AutoContrast", "Brightness", "Color", "Contrast", "Equalize", "Identity", "Posterize",
+              "Rotate", "Sharpness", "ShearX", "ShearY", "Solarize", "TranslateX", "TranslateY"]
 FACTOR = (0.05, 0.95)
 RANGES = {"Brightness": FACTOR, "Color": FACTOR, "Contrast": FACTOR, "Sharpness": FACTOR, "Posterize": (4, 8),
           "Rotate": (-30, 30), "ShearX": (-0.3, 0.3), "ShearY": (-0.3, 0.3), "Solarize": (0, 256),
@@ -41,7 +43,7 @@ def with_pillow(image, name, u):
 
 @pytest.fixture(scope="module")
 def real_images(request):
-    """400 real images, and some with few grey levels; made ones where the real are not at hand."""
+    """400 real images, and some with few grey levels; synthetic ones where the real are not available."""
     try:
         images = load_data("cifar100", request.getfixturevalue("cifar"), "cpu").test.images[:400]
     except pytest.skip.Exception:
@@ -53,7 +55,7 @@ def real_images(request):
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_each_operation_is_pillows(name, real_images, generator):
     u = torch.rand(len(real_images), generator=generator)
-    ours = randaugment._operate(real_images, torch.full((len(u),), OPERATIONS.index(name)), u)
+    ours = randaugment.operate(real_images, torch.full((len(u),), OPERATIONS.index(name)), u)
     theirs = torch.stack([with_pillow(image, name, value) for image, value in zip(real_images, u.tolist())])
     wrong = (ours.int() - theirs.int()).abs()
     assert ours.dtype == torch.uint8
@@ -67,7 +69,7 @@ def test_each_operation_is_pillows(name, real_images, generator):
 @pytest.mark.parametrize("name", EXACT)
 def test_operations_on_integers_are_exact(name, real_images, generator):
     u = torch.rand(len(real_images), generator=generator)
-    ours = randaugment._operate(real_images, torch.full((len(u),), OPERATIONS.index(name)), u)
+    ours = randaugment.operate(real_images, torch.full((len(u),), OPERATIONS.index(name)), u)
     theirs = [with_pillow(image, name, value) for image, value in zip(real_images, u.tolist())]
     assert torch.equal(ours, torch.stack(theirs))
 
@@ -75,7 +77,7 @@ def test_operations_on_integers_are_exact(name, real_images, generator):
 def test_cutout_is_pillows_rectangle(generator):
     images = torch.zeros(500, 3, 32, 32, dtype=torch.uint8)
     side, x, y = torch.rand(3, 500, generator=generator)
-    ours = randaugment._cutout(images, side, x, y)
+    ours = randaugment.cutout(images, side, x, y)
     for got, s, cx, cy in zip(ours, (16 * side).tolist(), (32 * x).tolist(), (32 * y).tolist()):
         picture = Image.new("RGB", (32, 32))
         left, top = int(max(0, cx - s / 2)), int(max(0, cy - s / 2))
@@ -88,27 +90,27 @@ def test_the_strong_view_is_its_parts_each_image_with_its_own_draws(real_images)
     ours = strong_view(real_images, draws)
     one = torch.cat([strong_view(real_images[i:i + 1], draws[i:i + 1]) for i in range(60)])
     assert torch.equal(ours[:60], one)
-    assert torch.equal(ours, strong_operations(crop_and_flip(real_images, draws.views), draws))
+    assert torch.equal(ours, strong_operations(crop_and_flip(real_images, draws.crop_ids), draws))
     for i in range(60):
-        image = crop_and_flip(real_images[i:i + 1], draws.views[i:i + 1])[0]
+        image = crop_and_flip(real_images[i:i + 1], draws.crop_ids[i:i + 1])[0]
         for k in range(2):
             image = with_pillow(image, OPERATIONS[draws.operations[i, k]], draws.magnitudes[i, k].item())
-        image = randaugment._cutout(image[None], *draws.cutout[i:i + 1].unbind(1))[0]
+        image = randaugment.cutout(image[None], *draws.cutout[i:i + 1].unbind(1))[0]
         assert ((ours[i].int() - image.int()).abs() <= 2).float().mean() > 0.95, i
 
 
 def test_strong_draws_are_uniform_independent_and_a_function_of_seed_and_epoch():
     draws = strong_draws(1, 2, 50_000)
     assert all(torch.equal(a, b) for a, b in zip(tuple(draws), tuple(strong_draws(1, 2, 50_000))))
-    assert not torch.equal(draws.views, strong_draws(1, 3, 50_000).views)
-    assert not torch.equal(draws.views, torch.from_numpy(epoch_draws(1, 2, 50_000)[1]))
+    assert not torch.equal(draws.crop_ids, strong_draws(1, 3, 50_000).crop_ids)
+    assert not torch.equal(draws.crop_ids, torch.from_numpy(epoch_draws(1, 2, 50_000)[1]))
     counts = torch.bincount(draws.operations.flatten(), minlength=14) / 100_000
     assert len(counts) == 14 and (counts - 1 / 14).abs().max() < 0.004
     pairs = draws.operations[:, 0] == draws.operations[:, 1]
     assert abs(pairs.float().mean() - 1 / 14) < 0.006             # with replacement
     for uniform in (*draws.magnitudes.unbind(1), *draws.cutout.unbind(1)):
         assert 0 <= uniform.min() and uniform.max() < 1 and abs(uniform.mean() - 0.5) < 0.01
-    columns = torch.stack([draws.views.float(), *draws.operations.float().unbind(1),
+    columns = torch.stack([draws.crop_ids.float(), *draws.operations.float().unbind(1),
                            *draws.magnitudes.unbind(1), *draws.cutout.unbind(1)])
     assert (columns.corrcoef() - torch.eye(8)).abs().max() < 0.02
 
