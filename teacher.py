@@ -12,7 +12,6 @@ import copy
 import hashlib
 import operator
 import os
-import socket
 import tarfile
 from contextlib import suppress
 from http.client import HTTPException
@@ -25,7 +24,7 @@ from torch.fx.experimental.optimization import fuse
 from torch.fx.proxy import TraceError
 
 from checkpoints import load_weights, weights_sha256
-from data import VIEWS, Preprocessing
+from data import VIEWS, Preprocessing, socket_timeout
 from models import Features, float32_head
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
@@ -37,7 +36,6 @@ PYTORCH_CIFAR_MODELS = {        # the first 8 digits of the file's SHA-256; its 
     "resnet32": "84213ce6",     # 70.16
     "resnet44": "ffe32858",     # 71.63
     "resnet56": "f2eff4c8"}     # 72.63
-TIMEOUT = 30    # seconds without a byte before a download is given up
 BATCH = {"cuda": 1024, "mps": 256, "cpu": 256}      # images in a teacher's batch
 SPARE = 4 * 2**30       # bytes of a GPU's memory that cached logits leave for the rest of a run
 
@@ -304,13 +302,9 @@ def find_teacher(name, checkpoint=None, url=ARCHIVE_URL, say=print):
 def download(url, path, sha256=None):
     """A file from the network, whole or not at all; an archive is unpacked. sha256: its first digits."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)       # torch's function has none
-    try:
+    with socket_timeout():
         if not path.is_file():
             torch.hub.download_url_to_file(url, path, hash_prefix=sha256, progress=False)
-    finally:
-        socket.setdefaulttimeout(timeout)
     if path.suffix == ".tar":
         unpack_teachers(path)
 
