@@ -39,8 +39,9 @@ def pool(x):
 
 
 def shuffle(x, groups):
-    """Interleaves the channels of `groups` groups; channels last in memory, as what comes after it."""
-    x = x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
+    """Interleaves the channels of `groups` groups; channels last in memory, as what follows."""
+    x = x.unflatten(1, (groups, -1))
+    x = x.transpose(1, 2).flatten(1, 2)
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -71,9 +72,9 @@ class Features(NamedTuple):
 
 
 class Network(nn.Module):
-    """One call for all families: a family says where its stages end, and the name of its classifier.
+    """One call for all families: a family has its stages and the name of its classifier.
 
-    As it stands, it fits those of a convolution, a batch norm, a ReLU, and stages layer1, layer2, ...
+    The methods here fit those of a convolution, a batch norm, a ReLU, and stages layer1, layer2, ...
     """
 
     head = "fc"
@@ -82,21 +83,23 @@ class Network(nn.Module):
         """Logits (B, num_classes) of images; features=True: (logits, Features)."""
         pre, post, last = self.stages(x)
         pooled = pool(last)
-        logits = getattr(self, self.head)(pooled)
-        if features is True:        # torch.fx gives a stand-in, whose truth cannot be asked
+        classifier = getattr(self, self.head)
+        logits = classifier(pooled)
+        if features is True:        # torch.fx gives a proxy, of which no truth is known
             return logits, Features(tuple(pre), tuple(post), last, pooled)
         return logits
 
     def stages(self, x):
         """(pre, post, last) of images, as in Features; the first two are lists."""
-        pre, post = run(self.layers(), F.relu(self.bn1(self.conv1(x))))
+        x = F.relu(self.bn1(self.conv1(x)))
+        pre, post = run(self.layers(), x)
         return pre, post, post[-1]
 
     def layers(self):
-        return [stage for name, stage in self.named_children() if name.startswith("layer")]
+        return [layer for name, layer in self.named_children() if name.startswith("layer")]
 
     def norms_before_relu(self):
-        """The batch norms of whose outputs `pre` is made, one a stage; [] where there are none."""
+        """The batch norms that make `pre`, one a stage; [] where there are none."""
         return []
 
 
@@ -109,11 +112,19 @@ class Stage(nn.Sequential):
         return x
 
 
+def stage(unit, inp, out, n, stride):
+    """n units, of which the first changes channels and size."""
+    units = [unit(inp, out, stride)]
+    for _ in range(n - 1):
+        units.append(unit(out, out, 1))
+    return Stage(*units)
+
+
 def run(stages, x, which=-1):
     """(pre, post) of Stages one after another: the maps that they note and their outputs."""
     pre, post = [], []
-    for stage in stages:
-        x = stage(x, pre, which)
+    for layer in stages:
+        x = layer(x, pre, which)
         post.append(x)
     return pre, post
 
@@ -125,103 +136,105 @@ def note(x, notes):
     return x
 
 
-# -------------------------------------------------------- ResNet for CIFAR (He et al. 2016, section 4.2)
+# -------------------------------------------------------- ResNet (He et al. 2016; section 4.2 is CIFAR's)
+
+
+def projection(inp, out, stride):
+    """A shortcut: a 1x1 convolution where the shape changes ("option B"), else the input itself."""
+    if stride == 1 and inp == out:
+        return nn.Sequential()
+    return nn.Sequential(*conv_bn(conv1x1(inp, out, stride)))
 
 
 class BasicBlock(nn.Module):
     """conv-BN-ReLU-conv-BN, plus the shortcut, ReLU."""
 
+    shortcut_key = "downsample"
+
     def __init__(self, inp, out, stride):
         super().__init__()
-        self.conv1, self.bn1 = conv_bn(conv3x3(inp, out, stride))
-        self.conv2, self.bn2 = conv_bn(conv3x3(out, out))
-        project = stride != 1 or inp != out     # "option B": a 1x1 convolution where the shape changes
-        self.downsample = nn.Sequential(*conv_bn(conv1x1(inp, out, stride))) if project else None
+        self.conv1 = conv3x3(inp, out, stride)
+        self.bn1 = nn.BatchNorm2d(out)
+        self.conv2 = conv3x3(out, out)
+        self.bn2 = nn.BatchNorm2d(out)
+        self.add_module(self.shortcut_key, projection(inp, out, stride))
 
     def forward(self, x, pre=None):
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = self.bn2(self.conv2(y))
-        return F.relu(note(y + (x if self.downsample is None else self.downsample(x)), pre))
+        shortcut = getattr(self, self.shortcut_key)
+        return F.relu(note(y + shortcut(x), pre))
 
 
 class ResNet(Network):
-    """depth = 6n + 2; `widths` are the stem's and the three stages' channels."""
+    """widths: the channels of the stem and of each stage; blocks: how many are in each stage."""
 
-    def __init__(self, depth, widths, num_classes):
+    def __init__(self, block, blocks, widths, num_classes, head="fc"):
         super().__init__()
-        blocks = (depth - 2) // 6
-        self.conv1, self.bn1 = conv_bn(conv3x3(3, widths[0]))
-        self.layer1 = self._stage(blocks, widths[0], widths[1], 1)
-        self.layer2 = self._stage(blocks, widths[1], widths[2], 2)
-        self.layer3 = self._stage(blocks, widths[2], widths[3], 2)
-        self.fc = nn.Linear(widths[3], num_classes)
+        self.head = head
+        self.conv1 = conv3x3(3, widths[0])
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        for i, n in enumerate(blocks):
+            stride = 1 if i == 0 else 2
+            layer = stage(block, widths[i], widths[i + 1], n, stride)
+            self.add_module(f"layer{i + 1}", layer)
+        self.add_module(head, nn.Linear(widths[-1], num_classes))
         he_init(self)
 
-    @staticmethod
-    def _stage(blocks, inp, out, stride):
-        return Stage(BasicBlock(inp, out, stride), *(BasicBlock(out, out, 1) for _ in range(blocks - 1)))
-
     def norms_before_relu(self):
-        return [stage[-1].bn2 for stage in self.layers()]
+        norms = []
+        for layer in self.layers():
+            block = layer[-1]
+            norms.append(block.bn3 if isinstance(block, Bottleneck) else block.bn2)
+        return norms
+
+
+def cifar_resnet(depth, widths, num_classes):
+    """depth = 6n + 2: three stages of n blocks."""
+    n = (depth - 2) // 6
+    return ResNet(BasicBlock, (n, n, n), widths, num_classes)
 
 
 # -------------------------------------------------------- ResNet18/34/50, ImageNet's shape with a CIFAR stem
 
 
-class WideBasicBlock(nn.Module):
-    """BasicBlock with the keys of the field's CIFAR ResNet18: `shortcut` for `downsample`."""
+class WideBasicBlock(BasicBlock):
+    """BasicBlock with the key of the field's CIFAR ResNet18."""
 
-    expansion = 1
-
-    def __init__(self, inp, width, stride):
-        super().__init__()
-        self.conv1, self.bn1 = conv_bn(conv3x3(inp, width, stride))
-        self.conv2, self.bn2 = conv_bn(conv3x3(width, width))
-        project = stride != 1 or inp != width
-        self.shortcut = nn.Sequential(*(conv_bn(conv1x1(inp, width, stride)) if project else []))
-
-    def forward(self, x, pre=None):
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return F.relu(note(self.bn2(self.conv2(y)) + self.shortcut(x), pre))
+    shortcut_key = "shortcut"
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 with the stride, 1x1 to four times the width, plus the shortcut, ReLU."""
+    """1x1 to a quarter of the channels, 3x3 with the stride, 1x1, plus the shortcut, ReLU."""
 
-    expansion = 4
-
-    def __init__(self, inp, width, stride):
+    def __init__(self, inp, out, stride):
         super().__init__()
-        self.conv1, self.bn1 = conv_bn(conv1x1(inp, width))
-        self.conv2, self.bn2 = conv_bn(conv3x3(width, width, stride))
-        self.conv3, self.bn3 = conv_bn(conv1x1(width, 4 * width))
-        project = stride != 1 or inp != 4 * width
-        self.shortcut = nn.Sequential(*(conv_bn(conv1x1(inp, 4 * width, stride)) if project else []))
+        width = out // 4
+        self.conv1 = conv1x1(inp, width)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = conv3x3(width, width, stride)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = conv1x1(width, out)
+        self.bn3 = nn.BatchNorm2d(out)
+        self.shortcut = projection(inp, out, stride)
 
     def forward(self, x, pre=None):
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = F.relu(self.bn2(self.conv2(y)), inplace=True)
-        return F.relu(note(self.bn3(self.conv3(y)) + self.shortcut(x), pre))
+        y = self.bn3(self.conv3(y))
+        return F.relu(note(y + self.shortcut(x), pre))
 
 
-class WideStageResNet(Network):
-    head = "linear"
+def resnet18(num_classes):
+    return ResNet(WideBasicBlock, (2, 2, 2, 2), (64, 64, 128, 256, 512), num_classes, "linear")
 
-    def __init__(self, block, blocks, num_classes):
-        super().__init__()
-        self.conv1, self.bn1 = conv_bn(conv3x3(3, 64))
-        inp = 64
-        for i, (width, stride) in enumerate(zip((64, 128, 256, 512), (1, 2, 2, 2))):
-            stage = []
-            for j in range(blocks[i]):
-                stage.append(block(inp, width, stride if j == 0 else 1))
-                inp = width * block.expansion
-            setattr(self, f"layer{i + 1}", Stage(*stage))
-        self.linear = nn.Linear(inp, num_classes)
-        he_init(self)
 
-    def norms_before_relu(self):
-        return [getattr(stage[-1], "bn3", stage[-1].bn2) for stage in self.layers()]
+def resnet34(num_classes):
+    return ResNet(WideBasicBlock, (3, 4, 6, 3), (64, 64, 128, 256, 512), num_classes, "linear")
+
+
+def resnet50(num_classes):
+    return ResNet(Bottleneck, (3, 4, 6, 3), (64, 256, 512, 1024, 2048), num_classes, "linear")
 
 
 # -------------------------------------------------------- Wide ResNet (Zagoruyko and Komodakis 2016)
@@ -232,14 +245,17 @@ class PreActBlock(nn.Module):
 
     def __init__(self, inp, out, stride):
         super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(inp), conv3x3(inp, out, stride)
-        self.bn2, self.conv2 = nn.BatchNorm2d(out), conv3x3(out, out)
+        self.bn1 = nn.BatchNorm2d(inp)
+        self.conv1 = conv3x3(inp, out, stride)
+        self.bn2 = nn.BatchNorm2d(out)
+        self.conv2 = conv3x3(out, out)
         self.convShortcut = conv1x1(inp, out, stride) if inp != out else None
 
     def forward(self, x, pre=None):
         y = F.relu(note(self.bn1(x), pre))
         shortcut = x if self.convShortcut is None else self.convShortcut(y)
-        return shortcut + self.conv2(F.relu(self.bn2(self.conv1(y)), inplace=True))
+        y = F.relu(self.bn2(self.conv1(y)), inplace=True)
+        return shortcut + self.conv2(y)
 
 
 class WideResNet(Network):
@@ -247,28 +263,28 @@ class WideResNet(Network):
 
     def __init__(self, depth, k, num_classes):
         super().__init__()
-        blocks = (depth - 4) // 6
+        n = (depth - 4) // 6
         self.conv1 = conv3x3(3, 16)
-        inp = 16
-        for i, (width, stride) in enumerate(zip((16 * k, 32 * k, 64 * k), (1, 2, 2)), 1):
-            units = [PreActBlock(inp if j == 0 else width, width, stride if j == 0 else 1)
-                     for j in range(blocks)]
-            stage = nn.Module()
-            stage.layer = Stage(*units)     # the field's key is block1.layer.0...
-            setattr(self, f"block{i}", stage)
-            inp = width
-        self.bn1 = nn.BatchNorm2d(inp)
-        self.fc = nn.Linear(inp, num_classes)
+        # the field's key is block1.layer.0...
+        self.block1 = nn.ModuleDict({"layer": stage(PreActBlock, 16, 16 * k, n, 1)})
+        self.block2 = nn.ModuleDict({"layer": stage(PreActBlock, 16 * k, 32 * k, n, 2)})
+        self.block3 = nn.ModuleDict({"layer": stage(PreActBlock, 32 * k, 64 * k, n, 2)})
+        self.bn1 = nn.BatchNorm2d(64 * k)
+        self.fc = nn.Linear(64 * k, num_classes)
         he_init(self)
         nn.init.zeros_(self.fc.bias)
 
+    def layers(self):
+        return [block["layer"] for block in (self.block1, self.block2, self.block3)]
+
     def stages(self, x):
-        pre, post = run((self.block1.layer, self.block2.layer, self.block3.layer), self.conv1(x), which=0)
+        pre, post = run(self.layers(), self.conv1(x), which=0)
         pre.append(self.bn1(post[-1]))
         return pre[1:], post, F.relu(pre[-1])       # the first is the stem's
 
     def norms_before_relu(self):
-        return [self.block2.layer[0].bn1, self.block3.layer[0].bn1, self.bn1]
+        _, second, third = self.layers()
+        return [second[0].bn1, third[0].bn1, self.bn1]
 
 
 # -------------------------------------------------------- VGG with batch norm (Simonyan and Zisserman 2015)
@@ -291,13 +307,15 @@ class VGG(Network):
     def __init__(self, convs, num_classes):
         super().__init__()
         inp = 3
-        for i, (n, width) in enumerate(zip(convs, (64, 128, 256, 512, 512))):
+        for i, width in enumerate((64, 128, 256, 512, 512)):
             layers = []
-            for _ in range(n):
-                layers += conv_bn_relu(nn.Conv2d(inp, width, 3, padding=1))
+            for _ in range(convs[i]):
+                conv = nn.Conv2d(inp, width, 3, padding=1)
+                layers += conv_bn_relu(conv)
                 inp = width
-            setattr(self, f"block{i}", nn.Sequential(*layers[:-1]))     # the last ReLU stands in forward
-        self.classifier = nn.Linear(inp, num_classes)
+            layers.pop()        # the last ReLU is in `stages`
+            self.add_module(f"block{i}", nn.Sequential(*layers))
+        self.classifier = nn.Linear(512, num_classes)
         he_init(self)
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
@@ -306,8 +324,12 @@ class VGG(Network):
         pre, post = [], []
         for i, block in enumerate((self.block0, self.block1, self.block2, self.block3, self.block4)):
             pre.append(block(x))
-            post.append(F.relu(pre[-1]))
-            x = F.max_pool2d(post[-1], 2) if i < 3 else halve_large(post[-1]) if i == 3 else post[-1]
+            x = F.relu(pre[-1])
+            post.append(x)
+            if i < 3:
+                x = F.max_pool2d(x, 2)
+            elif i == 3:
+                x = halve_large(x)
         return pre[1:], post[1:], x
 
     def norms_before_relu(self):
@@ -318,16 +340,21 @@ class VGG(Network):
 
 
 class InvertedResidual(nn.Module):
+    """1x1 to `expand` times the channels, 3x3 depthwise, 1x1; plus the input where its shape stays."""
+
     def __init__(self, inp, out, stride, expand):
         super().__init__()
         mid = inp * expand
         self.residual = stride == 1 and inp == out
-        self.conv = nn.Sequential(*conv_bn_relu(conv1x1(inp, mid)),
-                                  *conv_bn_relu(conv3x3(mid, mid, stride, mid)),
-                                  *conv_bn(conv1x1(mid, out)))
+        self.conv = nn.Sequential(
+            *conv_bn_relu(conv1x1(inp, mid)),
+            *conv_bn_relu(conv3x3(mid, mid, stride, mid)),
+            *conv_bn(conv1x1(mid, out)),
+        )
 
     def forward(self, x):
-        return x + self.conv(x) if self.residual else self.conv(x)
+        y = self.conv(x)
+        return x + y if self.residual else y
 
 
 class MobileNetV2(Network):
@@ -335,31 +362,42 @@ class MobileNetV2(Network):
 
     head = "classifier"
     ends = 1, 2, 4, 6       # of its stages: the last block of each size
+    settings = (            # expansion, channels, units, stride of the first
+        (1, 8, 1, 1),
+        (6, 12, 2, 1),
+        (6, 16, 3, 2),
+        (6, 32, 4, 2),
+        (6, 48, 3, 1),
+        (6, 80, 3, 2),
+        (6, 160, 1, 1),
+    )
 
     def __init__(self, num_classes):
         super().__init__()
         self.conv1 = nn.Sequential(*conv_bn_relu(conv3x3(3, 16, 2)))
         self.blocks = nn.ModuleList()
         inp = 16
-        for expand, width, n, stride in ((1, 8, 1, 1), (6, 12, 2, 1), (6, 16, 3, 2), (6, 32, 4, 2),
-                                         (6, 48, 3, 1), (6, 80, 3, 2), (6, 160, 1, 1)):
-            units = []
-            for j in range(n):
-                units.append(InvertedResidual(inp, width, stride if j == 0 else 1, expand))
-                inp = width
+        for expand, width, n, stride in self.settings:
+            units = [InvertedResidual(inp, width, stride, expand)]
+            for _ in range(n - 1):
+                units.append(InvertedResidual(width, width, 1, expand))
             self.blocks.append(nn.Sequential(*units))
+            inp = width
         self.conv2 = nn.Sequential(*conv_bn_relu(conv1x1(inp, 1280)))       # not halved
-        self.classifier = nn.Sequential(nn.Linear(1280, num_classes))
+        linear = nn.Linear(1280, num_classes)
+        self.classifier = nn.Sequential(linear)
         he_init(self)
-        nn.init.normal_(self.classifier[0].weight, std=0.01)
-        nn.init.zeros_(self.classifier[0].bias)
+        nn.init.normal_(linear.weight, std=0.01)
+        nn.init.zeros_(linear.bias)
 
     def stages(self, x):
-        maps = [self.conv1(x)]
-        for block in self.blocks:
-            maps.append(block(maps[-1]))
-        post = [maps[1 + i] for i in self.ends]
-        return post, post, self.conv2(maps[-1])
+        post = []
+        x = self.conv1(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i in self.ends:
+                post.append(x)
+        return post, post, self.conv2(x)
 
     def norms_before_relu(self):
         return [self.blocks[i][-1].conv[-1] for i in self.ends]
@@ -371,21 +409,29 @@ class MobileNetV2(Network):
 class ShuffleUnitV1(nn.Module):
     """1x1 grouped, shuffle, 3x3 depthwise, 1x1 grouped; a unit of stride 2 concatenates the pooled input."""
 
-    def __init__(self, inp, out, stride, groups):
+    def __init__(self, inp, out, stride):
         super().__init__()
         self.stride = stride
-        out -= inp if stride == 2 else 0
+        if stride == 2:
+            out -= inp
         mid = out // 4
-        self.groups = 1 if inp == 24 else groups        # the stem's 24 channels are not grouped
-        self.conv1, self.bn1 = conv_bn(conv1x1(inp, mid, groups=self.groups))
-        self.conv2, self.bn2 = conv_bn(conv3x3(mid, mid, stride, mid))
-        self.conv3, self.bn3 = conv_bn(conv1x1(mid, out, groups=groups))
+        self.groups = 1 if inp == 24 else 3        # the stem's 24 channels are not grouped
+        self.conv1 = conv1x1(inp, mid, groups=self.groups)
+        self.bn1 = nn.BatchNorm2d(mid)
+        self.conv2 = conv3x3(mid, mid, stride, mid)
+        self.bn2 = nn.BatchNorm2d(mid)
+        self.conv3 = conv1x1(mid, out, groups=3)
+        self.bn3 = nn.BatchNorm2d(out)
 
     def forward(self, x, pre=None):
-        y = shuffle(F.relu(self.bn1(self.conv1(x)), inplace=True), self.groups)
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = shuffle(y, self.groups)
         y = F.relu(self.bn2(self.conv2(y)), inplace=True)
         y = self.bn3(self.conv3(y))
-        y = torch.cat([y, F.avg_pool2d(x, 3, 2, 1)], 1) if self.stride == 2 else y + x
+        if self.stride == 2:
+            y = torch.cat([y, F.avg_pool2d(x, 3, 2, 1)], 1)
+        else:
+            y = y + x
         return F.relu(note(y, pre))
 
 
@@ -394,15 +440,12 @@ class ShuffleV1(Network):
 
     def __init__(self, num_classes):
         super().__init__()
-        self.conv1, self.bn1 = conv_bn(conv1x1(3, 24))
-        self.layer1 = self._stage(24, 240, 4)
-        self.layer2 = self._stage(240, 480, 8)
-        self.layer3 = self._stage(480, 960, 4)
+        self.conv1 = conv1x1(3, 24)
+        self.bn1 = nn.BatchNorm2d(24)
+        self.layer1 = stage(ShuffleUnitV1, 24, 240, 4, 2)
+        self.layer2 = stage(ShuffleUnitV1, 240, 480, 8, 2)
+        self.layer3 = stage(ShuffleUnitV1, 480, 960, 4, 2)
         self.linear = nn.Linear(960, num_classes)
-
-    @staticmethod
-    def _stage(inp, out, n):
-        return Stage(ShuffleUnitV1(inp, out, 2, 3), *(ShuffleUnitV1(out, out, 1, 3) for _ in range(n - 1)))
 
 
 class ShuffleUnitV2(nn.Module):
@@ -411,14 +454,18 @@ class ShuffleUnitV2(nn.Module):
     def __init__(self, width):
         super().__init__()
         half = width // 2
-        self.conv1, self.bn1 = conv_bn(conv1x1(half, half))
-        self.conv2, self.bn2 = conv_bn(conv3x3(half, half, 1, half))
-        self.conv3, self.bn3 = conv_bn(conv1x1(half, half))
+        self.conv1 = conv1x1(half, half)
+        self.bn1 = nn.BatchNorm2d(half)
+        self.conv2 = conv3x3(half, half, 1, half)
+        self.bn2 = nn.BatchNorm2d(half)
+        self.conv3 = conv1x1(half, half)
+        self.bn3 = nn.BatchNorm2d(half)
 
     def forward(self, x, pre=None):
         kept, y = x.chunk(2, 1)
         y = F.relu(self.bn1(self.conv1(y)), inplace=True)
-        y = F.relu(self.bn3(self.conv3(self.bn2(self.conv2(y)))))
+        y = self.bn2(self.conv2(y))
+        y = F.relu(self.bn3(self.conv3(y)))
         return shuffle(note(torch.cat([kept, y], 1), pre), 2)
 
 
@@ -428,16 +475,23 @@ class ShuffleDownV2(nn.Module):
     def __init__(self, inp, out):
         super().__init__()
         half = out // 2
-        self.conv1, self.bn1 = conv_bn(conv3x3(inp, inp, 2, inp))
-        self.conv2, self.bn2 = conv_bn(conv1x1(inp, half))
-        self.conv3, self.bn3 = conv_bn(conv1x1(inp, half))
-        self.conv4, self.bn4 = conv_bn(conv3x3(half, half, 2, half))
-        self.conv5, self.bn5 = conv_bn(conv1x1(half, half))
+        self.conv1 = conv3x3(inp, inp, 2, inp)
+        self.bn1 = nn.BatchNorm2d(inp)
+        self.conv2 = conv1x1(inp, half)
+        self.bn2 = nn.BatchNorm2d(half)
+        self.conv3 = conv1x1(inp, half)
+        self.bn3 = nn.BatchNorm2d(half)
+        self.conv4 = conv3x3(half, half, 2, half)
+        self.bn4 = nn.BatchNorm2d(half)
+        self.conv5 = conv1x1(half, half)
+        self.bn5 = nn.BatchNorm2d(half)
 
     def forward(self, x, pre=None):
-        left = F.relu(self.bn2(self.conv2(self.bn1(self.conv1(x)))))
+        left = self.bn1(self.conv1(x))
+        left = F.relu(self.bn2(self.conv2(left)))
         right = F.relu(self.bn3(self.conv3(x)), inplace=True)
-        right = F.relu(self.bn5(self.conv5(self.bn4(self.conv4(right)))))
+        right = self.bn4(self.conv4(right))
+        right = F.relu(self.bn5(self.conv5(right)))
         return shuffle(note(torch.cat([left, right], 1), pre), 2)
 
 
@@ -448,20 +502,26 @@ class ShuffleV2(Network):
 
     def __init__(self, num_classes):
         super().__init__()
-        self.conv1, self.bn1 = conv_bn(conv1x1(3, 24))
+        self.conv1 = conv1x1(3, 24)
+        self.bn1 = nn.BatchNorm2d(24)
         self.layer1 = self._stage(24, 116, 3)
         self.layer2 = self._stage(116, 232, 7)
         self.layer3 = self._stage(232, 464, 3)
-        self.conv2, self.bn2 = conv_bn(conv1x1(464, 1024))
+        self.conv2 = conv1x1(464, 1024)
+        self.bn2 = nn.BatchNorm2d(1024)
         self.linear = nn.Linear(1024, num_classes)
 
     @staticmethod
     def _stage(inp, out, n):
-        return Stage(ShuffleDownV2(inp, out), *(ShuffleUnitV2(out) for _ in range(n)))
+        units = [ShuffleDownV2(inp, out)]
+        for _ in range(n):
+            units.append(ShuffleUnitV2(out))
+        return Stage(*units)
 
     def stages(self, x):
         pre, post, x = super().stages(x)
-        return pre, post, F.relu(self.bn2(self.conv2(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        return pre, post, x
 
 
 # -------------------------------------------------------- MobileNetV1 for ImageNet (Howard et al. 2017)
@@ -476,14 +536,16 @@ class SeparableUnit(nn.Sequential):
 
 class MobileNetV1(Network):
     ends = 3, 5, 11, 13     # of its stages: the last unit of each size
+    widths = 64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024
 
     def __init__(self, num_classes):
         super().__init__()
-        units, inp = [nn.Sequential(*conv_bn_relu(conv3x3(3, 32, 2)))], 32
-        for out, stride in ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5,
-                            (1024, 2), (1024, 1)):
-            units.append(SeparableUnit(*conv_bn_relu(conv3x3(inp, inp, stride, inp)),
-                                       *conv_bn(conv1x1(inp, out))))
+        units = [nn.Sequential(*conv_bn_relu(conv3x3(3, 32, 2)))]
+        inp = 32
+        for out in self.widths:
+            stride = 2 if out > inp and out > 64 else 1
+            depthwise = conv3x3(inp, inp, stride, inp)
+            units.append(SeparableUnit(*conv_bn_relu(depthwise), *conv_bn(conv1x1(inp, out))))
             inp = out
         self.model = nn.Sequential(*units)
         self.fc = nn.Linear(1024, num_classes)
@@ -528,16 +590,26 @@ def float32_head(network):
 
 # -------------------------------------------------------- names
 
-NARROW, WIDE = (16, 16, 32, 64), (32, 64, 128, 256)
+NARROW = 16, 16, 32, 64         # channels of the stem and the three stages
+WIDE = 32, 64, 128, 256
 
 MODELS = {
-    **{f"resnet{d}": lambda n, d=d: ResNet(d, NARROW, n) for d in (8, 14, 20, 32, 44, 56, 110)},
-    "resnet8x4": lambda n: ResNet(8, WIDE, n),
-    "resnet32x4": lambda n: ResNet(32, WIDE, n),
-    "ResNet18": lambda n: WideStageResNet(WideBasicBlock, (2, 2, 2, 2), n),
-    "ResNet34": lambda n: WideStageResNet(WideBasicBlock, (3, 4, 6, 3), n),
-    "ResNet50": lambda n: WideStageResNet(Bottleneck, (3, 4, 6, 3), n),
-    **{f"wrn_{d}_{k}": lambda n, d=d, k=k: WideResNet(d, k, n) for d in (16, 40) for k in (1, 2)},
+    "resnet8": lambda n: cifar_resnet(8, NARROW, n),
+    "resnet14": lambda n: cifar_resnet(14, NARROW, n),
+    "resnet20": lambda n: cifar_resnet(20, NARROW, n),
+    "resnet32": lambda n: cifar_resnet(32, NARROW, n),
+    "resnet44": lambda n: cifar_resnet(44, NARROW, n),
+    "resnet56": lambda n: cifar_resnet(56, NARROW, n),
+    "resnet110": lambda n: cifar_resnet(110, NARROW, n),
+    "resnet8x4": lambda n: cifar_resnet(8, WIDE, n),
+    "resnet32x4": lambda n: cifar_resnet(32, WIDE, n),
+    "ResNet18": resnet18,
+    "ResNet34": resnet34,
+    "ResNet50": resnet50,
+    "wrn_16_1": lambda n: WideResNet(16, 1, n),
+    "wrn_16_2": lambda n: WideResNet(16, 2, n),
+    "wrn_40_1": lambda n: WideResNet(40, 1, n),
+    "wrn_40_2": lambda n: WideResNet(40, 2, n),
     "vgg8": lambda n: VGG((1, 1, 1, 1, 1), n),
     "vgg11": lambda n: VGG((1, 1, 2, 2, 2), n),
     "vgg13": lambda n: VGG((2, 2, 2, 2, 2), n),
