@@ -25,18 +25,15 @@ def to_rgb(image):
 
     As in data.py, which reads the training images.
     """
-    if image.mode == "F":
+    if image.mode[0] in "FI":       # floats, 16 and 32 bits, which Pillow would clip
         values = np.asarray(image)
-        low, high = values.min(), values.max()
-        if not 0 <= low <= high <= 255 or 1 < high < 2:     # NaN; just above 1: 0 to 1, overshot
-            raise ValueError(f"float values in [{low:.6g}, {high:.6g}], neither 0 to 1 nor 0 to 255")
-        image = Image.fromarray(np.rint(values * 255 if high <= 1 else values).astype(np.uint8))
-    elif image.mode.startswith("I"):                # 16-bit grey, which Pillow would clip; "I" has 32 bits
-        wide, image = image.mode != "I", image.convert("I")
-        low, high = image.getextrema()
-        if not 0 <= low <= high <= 65535:
-            raise ValueError(f"integer values in [{low}, {high}], not 0 to 65535")
-        image = (image.point(lambda level: level / 256) if wide or high > 255 else image).convert("L")
+        if image.mode == "F":
+            values = np.rint(values * 255 if values.max() < 2 else values)
+        elif image.mode != "I" or values.max() > 255:
+            values = values // 256
+        if not 0 <= values.min() <= values.max() <= 255:        # or NaN
+            raise ValueError("values are not in 0 to 1, 0 to 255 or 0 to 65535")
+        image = Image.fromarray(values.astype(np.uint8))
     if "transparency" in image.info or "A" in image.getbands():
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")

@@ -220,20 +220,14 @@ def test_floats_of_either_scale_are_seen(values, grey):
     assert image.dtype == np.uint8 and image.tolist() == [[[v] * 3 for v in grey]]
 
 
-@pytest.mark.parametrize("image, words", [
-    (floats(0, np.nan), "float values in [nan, nan]"),
-    (floats(0, np.inf), "float values in [0, inf]"),
-    (floats(-0.5, 1), "float values in [-0.5, 1]"),
-    (floats(0, 255.5), "float values in [0, 255.5]"),
-    (Image.fromarray(np.array([[0, 65536]], np.int32)), "integer values in [0, 65536]"),
-    (Image.fromarray(np.array([[-1, 9]], np.int32)), "integer values in [-1, 9]"),
-])
-def test_values_of_an_unknown_scale_are_refused_in_a_line(image, words):
+@pytest.mark.parametrize("image", [
+    floats(0, np.nan), floats(0, np.inf), floats(-0.5, 1), floats(0, 1.5), floats(0, 255.5),
+    Image.fromarray(np.array([[0, 65536]], np.int32)), Image.fromarray(np.array([[-1, 9]], np.int32))])
+def test_values_of_an_unknown_scale_are_refused_in_a_line(image):
     """Depths and heights, say: whatever they were made, the class would mean nothing."""
     for to_rgb in (predict.to_rgb, data.to_rgb):
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(ValueError, match="^values are not in 0 to 1, 0 to 255 or 0 to 65535$"):
             to_rgb(image)
-        assert str(error.value).startswith(words) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("mode, order", [("I;16", "<"), ("I;16B", ">")])
