@@ -92,8 +92,7 @@ def linear_kd_loss(student_hidden, student_weight, teacher_hidden, teacher_weigh
 
     def chunk_losses(h_student, h_teacher):
         z = h_student @ master_weight.to(student_weight.dtype).mT
-        with torch.no_grad():
-            v = h_teacher @ teacher_weight.mT
+        v = h_teacher @ teacher_weight.mT
         return kd_loss(z, v, base_temp, zscore=zscore, reduction="none")
 
     losses = []
