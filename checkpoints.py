@@ -16,7 +16,7 @@ import io
 import re
 import tarfile
 from collections import Counter
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import torch
 
@@ -98,23 +98,17 @@ def _safetensors(path):
         raise ValueError(f"{path} is a damaged safetensors file ({error})") from None
 
 
-def network_of(member):
-    """The network of a member of mdistiller's archive, NAME of NAME_vanilla/ckpt_epoch_240.pth, else None."""
-    path = PurePosixPath(member.name)
-    if member.isfile() and path.name == "ckpt_epoch_240.pth":
-        return path.parent.name.removesuffix("_vanilla")
-    return None
-
-
 def _from_archive(path, network):
+    """The file of one network in mdistiller's archive of teachers."""
+    wanted = f"{network}_vanilla/ckpt_epoch_240.pth"
     try:
         with tarfile.open(path) as archive:
-            members = {network_of(m): m for m in archive if network_of(m)}
-            if network in members:
-                return io.BytesIO(archive.extractfile(members[network]).read())
+            for member in archive:
+                if member.name.endswith("/" + wanted):
+                    return io.BytesIO(archive.extractfile(member).read())
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"{path} is a damaged tar archive ({error})") from None
-    raise ValueError(f"{path} has teachers of {', '.join(members) or 'no network'}, not of {network}")
+    raise ValueError(f"{path} is a tar archive without {wanted}")
 
 
 def metadata_of(content):
@@ -143,20 +137,27 @@ def find_weights(content, network):
     prefix: a dotted path, "" for the whole. COUNTERS may be missing; shapes are not compared. nearest: the
     state_dict with most of the network's keys, {} where there is none.
     """
-    flat, keys = _flat(content), set(network.state_dict())
-    wanted, matches = {k for k in keys if not k.endswith(COUNTERS)}, Counter()
+    flat, keys = _flat(content), network.state_dict().keys()
+    wanted = {k for k in keys if not k.endswith(COUNTERS)}
+    matches = Counter()
     for key in flat:
-        parts = key.split(".")
-        matches.update(".".join(parts[:i]) for i in range(len(parts)) if ".".join(parts[i:]) in wanted)
+        words = key.split(".")
+        for i in range(len(words)):
+            if ".".join(words[i:]) in wanted:
+                matches[".".join(words[:i])] += 1
+    fits = {}
+    for prefix, n in matches.items():
+        state = _state_at(prefix, flat, keys)
+        if n == len(wanted) and state.keys() <= keys:
+            fits[prefix] = state
+    nearest = _state_at(max(matches, key=matches.get), flat, keys) if matches else {}
+    return fits, nearest
 
-    def under(prefix):
-        start = prefix + "." if prefix else ""
-        state = {k.removeprefix(start): v for k, v in flat.items() if k.startswith(start)}
-        return {k: v for k, v in state.items() if k in keys or not k.endswith(COUNTERS)}
 
-    states = {prefix: under(prefix) for prefix, n in matches.items() if n == len(wanted)}
-    fits = {prefix: state for prefix, state in states.items() if state.keys() <= keys}
-    return fits, under(matches.most_common(1)[0][0]) if matches else {}
+def _state_at(prefix, flat, keys):
+    start = prefix + "." if prefix else ""
+    state = {k.removeprefix(start): v for k, v in flat.items() if k.startswith(start)}
+    return {k: v for k, v in state.items() if k in keys or not k.endswith(COUNTERS)}
 
 
 def preferred(places, prefer="student"):
@@ -170,13 +171,12 @@ def preferred(places, prefer="student"):
 
 def other_classes(state, wanted):
     """(classes of the state, of the network) where their tensors differ in the number of classes alone."""
-    pairs = [(v.shape, wanted[k].shape) for k, v in state.items() if k in wanted]
-    pairs = [(given, own) for given, own in pairs if given != own]
+    pairs = [(v.shape, wanted[k].shape) for k, v in state.items() if v.shape != wanted[k].shape]
     counts = {(given[:1], own[:1]) for given, own in pairs}
-    if len(counts) == 1 and all(given and given[1:] == own[1:] for given, own in pairs):
-        (given,), (own,) = counts.pop()
-        return given, own
-    return None
+    if len(counts) != 1 or any(not given or given[1:] != own[1:] for given, own in pairs):
+        return None
+    (given,), (own,) = counts.pop()
+    return given, own
 
 
 def guess_network(content):
@@ -221,18 +221,21 @@ def _load_content(network, content, path, prefer):
         if len(fits) > 1 or prefer == "student" and "teacher" in prefix.lower():
             print(f"notice: {path} has weights of a {name} at {', '.join(fits)}; taking {prefix}", flush=True)
     wanted = network.state_dict()
-    differ = [f"{k} is missing" for k in wanted if k not in state and not k.endswith(COUNTERS)]
-    differ += [f"{k} is not in {name}" for k in state if k not in wanted]
-    if not differ and (classes := other_classes(state, wanted)):
+    own, given = _shapes(wanted), _shapes(state)
+    if own.keys() == given.keys() and (classes := other_classes(state, wanted)):
         raise ValueError(f"{path} is for {classes[0]} classes, this {name} is for {classes[1]}")
-    differ += [f"{k} is {tuple(v.shape)}, not {tuple(wanted[k].shape)}" for k, v in state.items()
-               if k in wanted and v.shape != wanted[k].shape]
+    differ = [k for k in own | given if own.get(k) != given.get(k)]
     if differ:
         other = "SimKD student" if "simkd" in metadata_of(content) else guess_network(content)
-        what = f" but a {other}" if other and other != name else ""
-        raise ValueError(f"{path} is not a {name}{what}: {differ[0]}"
-                         + (f"; and {len(differ) - 1} more" if len(differ) > 1 else ""))
+        what = f"{name} but a {other}" if other and other != name else name
+        key = differ[0]
+        raise ValueError(f"{path} is not a {what}: {key} is {given.get(key, 'missing')} there and "
+                         f"{own.get(key, 'missing')} here (tensors that differ: {len(differ)})")
     network.load_state_dict(wanted | state)
+
+
+def _shapes(state):
+    return {k: tuple(v.shape) for k, v in state.items() if not k.endswith(COUNTERS)}
 
 
 def open_checkpoint(path, name=None, *, num_classes=None, size=None, prefer="student"):
@@ -273,19 +276,17 @@ def _name_in(path, content, metadata):
 
 def _build(name, source, content, metadata, num_classes, prefer):
     """(network, its number of classes; None where the content does not fit it)."""
-    def build(classes):
-        network = create(name, classes, source)
-        return simkd_network(network, metadata["simkd"]) if "simkd" in metadata else network
-
     classes = num_classes or metadata.get("num_classes") or 100
-    network = build(classes)
+    network = create(name, classes, source)
+    if "simkd" in metadata:
+        network = simkd_network(network, metadata["simkd"])
     fits, _ = find_weights(content, network)
     if not fits:
         return network, None
-    differ = other_classes(fits[preferred(fits, prefer)], network.state_dict())
+    state = fits[preferred(fits, prefer)]
+    differ = other_classes(state, network.state_dict())
     if differ and num_classes is None:
-        classes = differ[0]
-        network = build(classes)
+        return create(name, differ[0], source), differ[0]
     return network, classes
 
 
@@ -296,8 +297,7 @@ def _preprocessing(metadata, large, size):
     own = Preprocessing.of(metadata, usual.size, usual.resize)
     found = own or usual
     if size:
-        resize = size if found.size == found.resize else IMAGENET_PREPROCESSING.at(size).resize
-        found = found._replace(size=size, resize=resize)
+        found = found.at(size)
     return found, own is not None
 
 
@@ -315,11 +315,11 @@ def load_pretrained(network, source, say=print):
         given = fits[preferred(fits)] if fits else nearest
     wanted = network.state_dict()
     taken = {k: v for k, v in given.items() if k in wanted and v.shape == wanted[k].shape}
-    if not any(wanted[k].is_floating_point() for k in taken):
+    if all(k.endswith(COUNTERS) for k in taken):
         raise ValueError(f"--student-checkpoint {source}: nothing in it fits {network.name}")
     network.load_state_dict(wanted | taken)
-    new = [k for k, v in wanted.items() if k not in taken and v.is_floating_point()]
     line = f"{network.name} begins with {source}"
+    new = [k for k in wanted if k not in taken and not k.endswith(COUNTERS)]
     if new:
         line += f", but for {len(new)} of {len(wanted)} tensors, which start new: {', '.join(new[:4])}"
     say(line)

@@ -141,7 +141,7 @@ OTHER = [       # exit code 1: the command is right, the world is not
     ("--eval empty.pt --student resnet14 --data synthetic", "empty.pt is not loaded (damaged, "),
     ("--eval missing.pt", "missing.pt: No such file"),
     ("--eval number.pt --student resnet14 --data synthetic",
-     "number.pt is not a resnet14: fc.bias is (), not (100,)"),
+     "number.pt is not a resnet14: fc.bias is () there and (100,) here"),
     (PAIR + MADE + "--out file", "could not write in file"),
     (PAIR + MADE + "--out file/below", "could not write in file"),
     (ALONE + MADE + "--lr 1e38 --train-images 64",
