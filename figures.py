@@ -5,7 +5,6 @@
   python figures.py curves --pair resnet56-resnet8               from results/, which reproduce.py writes
   python figures.py logits difference --pair resnet56-resnet8 \\
       --teacher-checkpoint FILE --plain FILE --zscore FILE       students (student.pt), on the test images
-  python figures.py grid --pair resnet56-resnet8 --runs DIR      accuracy over temperature and weight
 
 Colours are those of Okabe and Ito, and cividis.
 """
@@ -13,7 +12,6 @@ Colours are those of Okabe and Ito, and cividis.
 import gzip
 import json
 from pathlib import Path
-from statistics import mean
 
 import click
 import torch
@@ -82,35 +80,32 @@ def toy(flags):
 
 
 def budget_of(record):
-    """What is compared with each other: (real images, full length, epochs, training images, data)."""
-    recipe = record["recipe"]
-    real, full = recipe["data"] == "cifar100", record["full_length"]
-    epochs = 0 if full else record["epochs"]
-    return real, full, epochs, recipe["train_images"] or 50_000, recipe["data"]
+    """Runs of one budget are compared: (full length, epochs, training images, data)."""
+    recipe, full = record["recipe"], record["full_length"]
+    return full, 0 if full else record["epochs"], recipe["train_images"] or 50_000, recipe["data"]
 
 
 def records_of(flags):
-    """({method: its records by seed}, title) of the pair and of its student alone, of the longest budget."""
+    """({method: its records by seed}, title) of the pair and its student from scratch, of the longest budget."""
     teacher, student = flags["pair"].split("-")
-    records = []
-    for path in sorted(flags["results"].glob("*.json")):
-        record = json.loads(path.read_text())
-        if record["student"] == student and record["teacher"] in (teacher, None):
-            records.append(record | {"name": path.stem})
+    records = [json.loads(path.read_text()) | {"name": path.stem} for path in flags["results"].glob("*.json")]
+    records = [r for r in records if r["student"] == student and r["teacher"] in (teacher, None)]
     taught = [r for r in records if r["teacher"]]
     if not taught:
         raise RunError(f"{flags['results']} holds no row of {flags['pair']}; python reproduce.py --pairs "
                        f"{flags['pair']} makes them")
     budget = max(map(budget_of, taught))
-    records = [r for r in records if budget_of(r) == budget]
-    if len({r["recipe"].get("teacher_sha256") for r in records if r["teacher"]}) > 1:
+    groups, teachers = {}, set()
+    for r in sorted(records, key=lambda r: r["seed"]):
+        if budget_of(r) == budget:
+            groups.setdefault(r["method"], []).append(r)
+            if r["teacher"]:
+                teachers.add(r["recipe"].get("teacher_sha256"))
+    if len(teachers) > 1:
         raise RunError(f"the rows of {flags['pair']} were taught by different teachers and are not compared")
-    groups = {}
-    for record in sorted(records, key=lambda r: r["seed"]):
-        groups.setdefault(record["method"], []).append(record)
-    real, full, epochs, images, data = budget
-    title = f"{teacher} → {student}, " + ("full length" if full else f"{epochs} epochs on {images:,} images")
-    return groups, title if real else f"{title} of {data}"
+    full, epochs, images, _ = budget
+    length = "full length" if full else f"{epochs} epochs on {images:,} images"
+    return groups, f"{teacher} → {student}, {length}"
 
 
 def log_of(record, results):
@@ -222,60 +217,19 @@ def difference(flags, logits, titles, targets):
     save(figure, flags["out"], "difference")
 
 
-# ---------------------------------------------------------------- temperature and weight
-
-
-def grid(flags):
-    """KD's accuracy over temperature and weight on held-out training images; of the recipe with most runs."""
-    pair = flags["pair"].split("-")
-    found = {}
-    for path in sorted(flags["runs"].rglob("result.json")):
-        recipe = json.loads(path.with_name("config.json").read_text())["recipe"]
-        kind = [recipe["teacher"], recipe["student"], recipe["method"]]
-        if kind == [*pair, "kd"] and recipe["val_from_train"]:
-            rest = json.dumps(recipe | {"base_temp": 0, "kd_weight": 0, "seed": 0}, sort_keys=True)
-            cell = recipe["base_temp"], recipe["kd_weight"]
-            top1 = json.loads(path.read_text())["last"]["top1"]
-            found.setdefault(rest, {}).setdefault(cell, []).append(top1)
-    if not found:
-        raise RunError(f"{flags['runs']} holds no finished run of {flags['pair']} with --val-from-train; "
-                       "temperature and weight are not chosen on the test split")
-    rest = max(found, key=lambda rest: len(found[rest]))
-    recipe, cells = json.loads(rest), {cell: mean(values) for cell, values in found[rest].items()}
-    temps = sorted({temp for temp, _ in cells})
-    weights = sorted({weight for _, weight in cells})
-    values = [[cells.get((t, w), float("nan")) for w in weights] for t in temps]
-    figure, axes = panels(max(3.6, 1.2 + 0.9 * len(weights)), 1.6 + 0.6 * len(temps))
-    image = axes.imshow(values, cmap="cividis", aspect="auto")
-    middle = sum(image.get_clim()) / 2
-    for (t, w), top1 in cells.items():
-        axes.text(weights.index(w), temps.index(t), f"{top1:.1f}", ha="center", va="center",
-                  color="black" if top1 > middle else "white")
-    images = recipe["train_images"] or 50_000 - recipe["val_from_train"]
-    method = recipes.display_name(recipes.method_name(recipe))
-    axes.set(xticks=range(len(weights)), xticklabels=[f"{w:g}" for w in weights], yticks=range(len(temps)),
-             yticklabels=[f"{t:g}" for t in temps], xlabel="weight of KD", ylabel="base temperature",
-             title=f"{' → '.join(pair)}, {method},\n{recipe['epochs']} epochs on {images:,} images")
-    figure.colorbar(image, label=f"top-1 on {recipe['val_from_train']:,} held-out\ntraining images, %")
-    save(figure, flags["out"], "grid", sorted([t, w, top1] for (t, w), top1 in cells.items()))
-
-
-CHECKPOINTS = ("pair", "teacher_checkpoint", "plain", "zscore")
-FIGURES = {"toy": (toy, ()), "curves": (curves, ("pair",)),     # and what they need
-           "grid": (grid, ("pair", "runs")), "logits": (histogram, CHECKPOINTS),
-           "difference": (difference, CHECKPOINTS)}
+# what each picture needs
+NEEDS = {"toy": (), "curves": ("pair",), "logits": ("pair", "teacher_checkpoint", "plain", "zscore"),
+         "difference": ("pair", "teacher_checkpoint", "plain", "zscore")}
 
 
 @click.command(cls=cli.Command, help=__doc__)
-@click.argument("names", nargs=-1, required=True, type=cli.Choice(list(FIGURES)),
-                metavar=f"[{'|'.join(FIGURES)}]...")
+@click.argument("names", nargs=-1, required=True, type=cli.Choice(list(NEEDS)),
+                metavar=f"[{'|'.join(NEEDS)}]...")
 @click.option("--pair", metavar="T-S", help="TEACHER-STUDENT.")
 @click.option("--methods", metavar="M,...", default="none,kd,kd-z,dkd,dkd-z", show_default=True,
               help="curves: methods, as in results/.")
 @click.option("--results", metavar="DIR", default=ROOT / "results", type=cli.UserPath(path_type=Path),
               help="curves: records.  [default: results/ here]")
-@click.option("--runs", metavar="DIR", type=cli.UserPath(path_type=Path),
-              help="grid: folder of runs with --val-from-train.")
 @click.option("--teacher-checkpoint", type=cli.PATH, metavar="FILE", help="logits, difference: the teacher.")
 @click.option("--plain", type=cli.PATH, metavar="FILE", help="student.pt of a run without --zscore.")
 @click.option("--zscore", type=cli.PATH, metavar="FILE", help="student.pt of a run with --zscore.")
@@ -290,18 +244,20 @@ def main(names, **flags):
     if flags["pair"] is not None and flags["pair"].count("-") != 1:
         raise click.UsageError(f"--pair {flags['pair']}: give TEACHER-STUDENT, as resnet32x4-resnet8x4")
     for name in names:
-        missing = [f"--{k.replace('_', '-')}" for k in FIGURES[name][1] if flags[k] is None]
+        missing = [f"--{k.replace('_', '-')}" for k in NEEDS[name] if flags[k] is None]
         if missing:
             raise click.UsageError(f"{name} needs {', '.join(missing)}")
-    networks = None
     with cli.friendly_errors(), matplotlib.rc_context(STYLE):
-        for name in names:
-            draw, needs = FIGURES[name]
-            if needs == CHECKPOINTS:
-                networks = networks or logits_of(flags)
-                draw(flags, *networks)
-            else:
-                draw(flags)
+        if "toy" in names:
+            toy(flags)
+        if "curves" in names:
+            curves(flags)
+        if "logits" in names or "difference" in names:
+            networks = logits_of(flags)
+            if "logits" in names:
+                histogram(flags, *networks)
+            if "difference" in names:
+                difference(flags, *networks)
 
 
 if __name__ == "__main__":

@@ -134,23 +134,6 @@ def test_a_student_of_the_other_kind_is_refused(networks):
     assert "--plain plain.pt: this student was distilled with --zscore" in call("logits", *flags, code=1)
 
 
-def test_the_grid_is_of_held_out_images_alone():
-    for temp, weight, val, top1 in ((2, 1, 50, 30.0), (2, 9, 50, 50.0), (4, 9, 50, 40.0), (4, 1, 0, 99.0)):
-        run = Path(f"runs/{temp}-{weight}/run")
-        run.mkdir(parents=True)
-        recipe = {"teacher": "resnet56", "student": "resnet8", "method": "kd", "zscore": True, "epochs": 2,
-                  "train_images": None, "lr": 0.05, "batch_size": 64, "ce_weight": 0.1, "val_from_train": val,
-                  "base_temp": temp, "kd_weight": weight}
-        (run / "config.json").write_text(json.dumps({"recipe": recipe}))
-        (run / "result.json").write_text(json.dumps({"last": {"top1": top1}}))
-    call("grid", "--pair", "resnet56-resnet8", "--runs", "runs")
-    assert numbers("grid") == [[2, 1, 30], [2, 9, 50], [4, 9, 40]]
-    assert all(words in svg("grid") for words in ("KD+Z", "2 epochs on 49,950 images", "50 held-out"))
-    assert ">50.0<" in svg("grid")
-    output = call("grid", "--pair", "resnet56-resnet20", "--runs", "runs", code=1)
-    assert "no finished run of resnet56-resnet20 with --val-from-train" in output
-
-
 @pytest.mark.parametrize("arguments, code, words", [
     (["curves"], 2, "curves needs --pair"),
     (["logits", "--pair", "resnet56-resnet8"], 2, "logits needs --teacher-checkpoint, --plain, --zscore"),
