@@ -86,7 +86,7 @@ def budget_of(record):
 
 
 def records_of(flags):
-    """({method: its records by seed}, title) of the pair and its student from scratch, of the longest budget."""
+    """({method: its records by seed}, title) of a pair and its student from scratch, of one budget."""
     teacher, student = flags["pair"].split("-")
     records = [json.loads(path.read_text()) | {"name": path.stem} for path in flags["results"].glob("*.json")]
     records = [r for r in records if r["student"] == student and r["teacher"] in (teacher, None)]
