@@ -58,7 +58,7 @@ def he_init(model):
 
 
 class Features(NamedTuple):
-    """What `model(x, features=True)` gives beside the logits; no stage is the stem, n stages have n maps.
+    """What `model(x, features=True)` gives with the logits; no stage is the stem, n stages have n maps.
 
     Pre-activation networks (wrn) rectify at the beginning of what follows: pre[k] is the next batch norm of
     post[k], the raw sum. MobileNetV2's stages end without a ReLU: both are the same tensors. ShuffleV2
