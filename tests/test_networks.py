@@ -1,4 +1,4 @@
-"""Networks by name in both scripts: models.py's, torchvision's, timm's, custom ones; weights to begin with."""
+"""Networks by name in both scripts: models.py's, torchvision's, timm's, custom ones; first weights."""
 
 import os
 import re
