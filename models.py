@@ -8,6 +8,7 @@ Keys and shapes are those of RepDistiller and mdistiller, so their checkpoints l
 All networks take 32 x 32 images, except MobileNetV1 (ImageNet, 224 x 224).
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -31,11 +32,6 @@ def conv_bn(conv):
 
 def conv_bn_relu(conv):
     return [*conv_bn(conv), nn.ReLU(inplace=True)]
-
-
-def pool(x):
-    """Global average over the map: (B, C, H, W) -> (B, C)."""
-    return F.adaptive_avg_pool2d(x, 1).flatten(1)
 
 
 def shuffle(x, groups):
@@ -82,7 +78,7 @@ class Network(nn.Module):
     def forward(self, x, features=False):
         """Logits (B, num_classes) of images; features=True: (logits, Features)."""
         pre, post, last = self.stages(x)
-        pooled = pool(last)
+        pooled = F.adaptive_avg_pool2d(last, 1).flatten(1)      # the mean over the map
         classifier = getattr(self, self.head)
         logits = classifier(pooled)
         if features is True:        # torch.fx gives a proxy, of which no truth is known
@@ -169,7 +165,7 @@ class BasicBlock(nn.Module):
 class ResNet(Network):
     """widths: the channels of the stem and of each stage; blocks: how many are in each stage."""
 
-    def __init__(self, block, blocks, widths, num_classes, head="fc"):
+    def __init__(self, block, blocks, widths, head, num_classes):
         super().__init__()
         self.head = head
         self.conv1 = conv3x3(3, widths[0])
@@ -192,7 +188,7 @@ class ResNet(Network):
 def cifar_resnet(depth, widths, num_classes):
     """depth = 6n + 2: three stages of n blocks."""
     n = (depth - 2) // 6
-    return ResNet(BasicBlock, (n, n, n), widths, num_classes)
+    return ResNet(BasicBlock, (n, n, n), widths, "fc", num_classes)
 
 
 # -------------------------------------------------------- ResNet18/34/50, ImageNet's shape with a CIFAR stem
@@ -223,18 +219,6 @@ class Bottleneck(nn.Module):
         y = F.relu(self.bn2(self.conv2(y)), inplace=True)
         y = self.bn3(self.conv3(y))
         return F.relu(note(y + self.shortcut(x), pre))
-
-
-def resnet18(num_classes):
-    return ResNet(WideBasicBlock, (2, 2, 2, 2), (64, 64, 128, 256, 512), num_classes, "linear")
-
-
-def resnet34(num_classes):
-    return ResNet(WideBasicBlock, (3, 4, 6, 3), (64, 64, 128, 256, 512), num_classes, "linear")
-
-
-def resnet50(num_classes):
-    return ResNet(Bottleneck, (3, 4, 6, 3), (64, 256, 512, 1024, 2048), num_classes, "linear")
 
 
 # -------------------------------------------------------- Wide ResNet (Zagoruyko and Komodakis 2016)
@@ -594,27 +578,27 @@ NARROW = 16, 16, 32, 64         # channels of the stem and the three stages
 WIDE = 32, 64, 128, 256
 
 MODELS = {
-    "resnet8": lambda n: cifar_resnet(8, NARROW, n),
-    "resnet14": lambda n: cifar_resnet(14, NARROW, n),
-    "resnet20": lambda n: cifar_resnet(20, NARROW, n),
-    "resnet32": lambda n: cifar_resnet(32, NARROW, n),
-    "resnet44": lambda n: cifar_resnet(44, NARROW, n),
-    "resnet56": lambda n: cifar_resnet(56, NARROW, n),
-    "resnet110": lambda n: cifar_resnet(110, NARROW, n),
-    "resnet8x4": lambda n: cifar_resnet(8, WIDE, n),
-    "resnet32x4": lambda n: cifar_resnet(32, WIDE, n),
-    "ResNet18": resnet18,
-    "ResNet34": resnet34,
-    "ResNet50": resnet50,
-    "wrn_16_1": lambda n: WideResNet(16, 1, n),
-    "wrn_16_2": lambda n: WideResNet(16, 2, n),
-    "wrn_40_1": lambda n: WideResNet(40, 1, n),
-    "wrn_40_2": lambda n: WideResNet(40, 2, n),
-    "vgg8": lambda n: VGG((1, 1, 1, 1, 1), n),
-    "vgg11": lambda n: VGG((1, 1, 2, 2, 2), n),
-    "vgg13": lambda n: VGG((2, 2, 2, 2, 2), n),
-    "vgg16": lambda n: VGG((2, 2, 3, 3, 3), n),
-    "vgg19": lambda n: VGG((2, 2, 4, 4, 4), n),
+    "resnet8": partial(cifar_resnet, 8, NARROW),
+    "resnet14": partial(cifar_resnet, 14, NARROW),
+    "resnet20": partial(cifar_resnet, 20, NARROW),
+    "resnet32": partial(cifar_resnet, 32, NARROW),
+    "resnet44": partial(cifar_resnet, 44, NARROW),
+    "resnet56": partial(cifar_resnet, 56, NARROW),
+    "resnet110": partial(cifar_resnet, 110, NARROW),
+    "resnet8x4": partial(cifar_resnet, 8, WIDE),
+    "resnet32x4": partial(cifar_resnet, 32, WIDE),
+    "ResNet18": partial(ResNet, WideBasicBlock, (2, 2, 2, 2), (64, 64, 128, 256, 512), "linear"),
+    "ResNet34": partial(ResNet, WideBasicBlock, (3, 4, 6, 3), (64, 64, 128, 256, 512), "linear"),
+    "ResNet50": partial(ResNet, Bottleneck, (3, 4, 6, 3), (64, 256, 512, 1024, 2048), "linear"),
+    "wrn_16_1": partial(WideResNet, 16, 1),
+    "wrn_16_2": partial(WideResNet, 16, 2),
+    "wrn_40_1": partial(WideResNet, 40, 1),
+    "wrn_40_2": partial(WideResNet, 40, 2),
+    "vgg8": partial(VGG, (1, 1, 1, 1, 1)),
+    "vgg11": partial(VGG, (1, 1, 2, 2, 2)),
+    "vgg13": partial(VGG, (2, 2, 2, 2, 2)),
+    "vgg16": partial(VGG, (2, 2, 3, 3, 3)),
+    "vgg19": partial(VGG, (2, 2, 4, 4, 4)),
     "MobileNetV2": MobileNetV2,
     "ShuffleV1": ShuffleV1,
     "ShuffleV2": ShuffleV2,
