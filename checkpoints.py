@@ -248,11 +248,11 @@ def open_checkpoint(path, name=None, *, num_classes=None, size=None, prefer="stu
     content = read_checkpoint(path, name)
     metadata = metadata_of(content)
     name = name or _name_in(path, content, metadata)
-    sources = [source for source in (MODELS, TORCHVISION) if name in source] or [MODELS]
-    for source in sources:      # both have a vgg13: the keys decide
+    source = MODELS if ":" in name or name in MODELS else TORCHVISION
+    network, classes = _build(name, source, content, metadata, num_classes, prefer)
+    if classes is None and name in TORCHVISION:     # both have a vgg13: the keys decide
+        source = TORCHVISION
         network, classes = _build(name, source, content, metadata, num_classes, prefer)
-        if classes:
-            break
     _load_content(network, content, path, prefer)
     large = source is TORCHVISION or name == "MobileNetV1" or name.startswith("timm:")
     preprocessing, known = _preprocessing(metadata, large, size)
@@ -266,10 +266,7 @@ def _name_in(path, content, metadata):
     name = metadata.get("student") or guess_network(content)
     if name is None:
         raise ValueError(f"{path} does not name its network, and its keys fit none: give --student")
-    file = name.rpartition(":")[0]
-    if file.endswith(".py") and not Path(file).is_file():
-        raise ValueError(f"{path} is of {name}, and there is no {file} here: give --student")
-    if file:
+    if ":" in name:
         print(f"notice: {path} is of {name}, which is imported", flush=True)
     return name
 

@@ -164,7 +164,7 @@ def test_a_network_with_a_file_that_is_gone_is_named_again(folder):
     Path("code").mkdir()
     os.rename("nets.py", "code/mine.py")
     networks._module.cache_clear()      # another process
-    assert "nets.py:tiny, and there is no nets.py here: give --student" in refused(
+    assert "nets.py:tiny with num_classes=3 fails (ModuleNotFoundError" in refused(
         "--checkpoint", "student.pt")
     call("--checkpoint", "student.pt", "--student", "code/mine.py:tiny", "--no-int8")
     assert facts_of("mine-tiny.onnx")["classes"] == CLASSES
