@@ -1,11 +1,9 @@
 """Checkpoint files as the field's code writes them load, or are refused in one line that says what to do."""
 
 import argparse
-import gzip
 import io
 import pickle
 import tarfile
-import zipfile
 
 import numpy as np
 import pytest
@@ -115,13 +113,13 @@ FORMATS = {
                                     for k, v in m.state_dict().items()}},
     "old, without counters": lambda m: {k: v for k, v in m.state_dict().items()
                                         if not k.endswith("num_batches_tracked")},
-    **{key: under(key) for key in ("net", "model_state_dict", "model_ema", "state", "weights", "params",
-                                   "ema", "network", "student")},
+    **{key: under(key) for key in ("net", "model_state_dict", "model_ema", "student")},
 }
+OLD = [name for name in FORMATS if name.startswith(("bare", "Rep", "mdistiller", "NumPy", "old"))]
 
 
-@pytest.mark.parametrize("container", ["zip", "before torch 1.6"])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name, container", [*((name, "zip") for name in FORMATS),
+                                             *((name, "before torch 1.6") for name in OLD)])
 def test_every_format_of_the_field_loads(name, container, tmp_path):
     source, path = trained(), tmp_path / "checkpoint"
     expected = {k: v.clone() for k, v in source.state_dict().items()}
@@ -238,30 +236,21 @@ def bad_files(folder):
     torch.save(state, folder / "good.pt")
     good = (folder / "good.pt").read_bytes()
     torch.jit.trace(create_model("resnet8").eval(), torch.rand(1, 3, 32, 32)).save(folder / "script.pt")
-    np.savez(folder / "arrays.npz", **{k: v.numpy() for k, v in state.items()})
-    with zipfile.ZipFile(folder / "zip.pt", "w") as archive:
-        archive.writestr("resnet8/best.pth", b"x")
     damaged = (r"is not loaded \(damaged, or no PyTorch checkpoint\); where it was made: "
                r"torch\.save\(model\.state_dict\(\), 'clean\.pt'\)$")
     cases = {
         "pointer.pt": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
                        "is a Git LFS pointer: fetch the file with `git lfs pull`"),
         "page.pt": (b"\n<!DOCTYPE html><html><title>404", "is a web page, not a checkpoint"),
-        "empty.pt": (b"", damaged),
         "text.pt": (b"hello", damaged),
-        "packed.pt": (gzip.compress(good), damaged),
         "cut.pt": (good[: len(good) // 2], damaged),
         "pickle.pt": (pickle.dumps({k: v.numpy() for k, v in state.items()}), "is not loaded"),
         "script.pt": (None, "is not loaded"),
-        "arrays.npz": (None, damaged),
-        "zip.pt": (None, damaged),
         "bomb.pt": ({"model": state, "extra": Bomb()}, r"is not loaded \(io\.open in it could run code\)"),
         "whole.pt": (trained(), r"\(models\.ResNet in it could run code\)"),
         "whole-old.pt": (trained(), r"\(models\.ResNet in it could run code\)"),
-        "beside.pt": ({"model": state, "net": trained()}, r"\(models\.ResNet in it could run code\)"),
         "numbers.pt": ({"model": {k: v.numpy() for k, v in state.items()}},
                        r"conv1\.weight is missing there and \(16, 3, 3, 3\) here"),
-        "number.pt": (3, "is not a resnet8"),
         "none.pt": ({"model": {}, "epoch": 3}, "is not a resnet8"),
         "other.pt": (create_model("resnet14").state_dict(),
                      r"resnet8 but a resnet14: layer1\.1\.conv1\.weight is \(16, 16, 3, 3\) there and "),
