@@ -13,7 +13,6 @@ import hashlib
 import operator
 import os
 import tarfile
-from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 
@@ -59,7 +58,9 @@ class Teacher:
         self.rescale = None
         if own and own[:2] != pixels[:2]:
             self.sha256 += f" of pixels of {own[:2]}"
-            self.rescale = _rescaling(pixels, own, device)
+            values = torch.tensor([*pixels[:2], *own[:2]], device=device)
+            mean, std, own_mean, own_std = values.view(4, 3, 1, 1)
+            self.rescale = std / own_std, (mean - own_mean) / own_std
         code = getattr(network, "code", "")
         self.key = (self.sha256, code, pixels[:2], self.device.type, precision, compile)
         self.whole = network.to(device).eval().requires_grad_(False)
@@ -88,8 +89,7 @@ class Teacher:
         parts = []
         batch = self.batch or len(images)
         for part in images.split(batch):
-            filler = part[:1].expand(batch - len(part), -1, -1, -1)
-            full = torch.cat([part, filler]) if len(filler) else part
+            full = F.pad(part, [0] * 7 + [batch - len(part)])
             with self._autocast():
                 logits = self.network(self._prepared(full))
             parts.append(logits[:len(part)].float())
@@ -164,15 +164,14 @@ class Teacher:
                 self.known = torch.zeros(n, dtype=torch.bool)
                 return
         path = self._cache_path()
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "ab") as file:      # a write to a mapped page that has no room is a SIGBUS
                 os.posix_fallocate(file.fileno(), 0, size + n)
         except (OSError, AttributeError) as error:      # macOS and Windows have no posix_fallocate
             print(f"notice: {path} cannot be made ({error}): "
                   "the teacher's logits are computed in every epoch")
-            with suppress(OSError):
-                path.unlink()
+            path.unlink(missing_ok=True)
             self.folder = None
             return
         file = torch.from_file(str(path), shared=True, size=size + n, dtype=torch.uint8)
@@ -185,13 +184,6 @@ class Teacher:
         key = (*self.key, images, self.dtype, torch.__version__, torch.get_num_threads())
         digest = hashlib.sha256(repr(key).encode()).hexdigest()
         return Path(self.folder) / f"{self.name}-{digest[:16]}.logits"
-
-
-def _rescaling(pixels, own, device):
-    """(scale, shift) of images normalised by `pixels` that make them normalised by `own`."""
-    mean, std, own_mean, own_std = (torch.tensor(values, device=device, dtype=torch.float32).view(3, 1, 1)
-                                    for values in (*pixels[:2], *own[:2]))
-    return std / own_std, (mean - own_mean) / own_std
 
 
 class FeatureExtractor(nn.Module):
