@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 import pickle
 import re
@@ -22,13 +21,12 @@ from torchvision.transforms import functional as per_image
 
 import cli
 import data
-import predict
 import recipes
 import teacher
 import train_cifar
 import train_imagenet
 import zscore_kd
-from data import load_folders, read_images
+from data import load_folders
 from models import MODELS, create_model
 
 SCRIPTS = {"cifar": (train_cifar, ["--data", "folder", "--size", "32"]),
@@ -108,52 +106,6 @@ def listed(part, root="images"):
 # ---------------------------------------------------------------- pixels
 
 
-KINDS = {       # file: (mode, size, what save is given)
-    "wide.png": ("RGB", (90, 31), {}), "tall.png": ("RGB", (33, 64), {}), "small.png": ("RGB", (7, 9), {}),
-    "square.bmp": ("RGB", (45, 45), {}), "exact.png": ("RGB", (32, 32), {}), "grey.png": ("L", (50, 41), {}),
-    "grey-alpha.png": ("LA", (50, 41), {}), "alpha.png": ("RGBA", (50, 41), {}),
-    "bits.png": ("1", (9, 8), {}), "palette.png": ("P", (50, 41), {"transparency": 3}),
-    "print.jpg": ("CMYK", (50, 41), {}),
-    "deep.png": ("I;16", (50, 41), {}), "float.tif": ("F", (50, 41), {}),
-    "turned.jpg": ("RGB", (60, 41), {"exif": 6})}
-
-
-def make(path, mode, size, options):
-    draw = np.random.default_rng(0)
-    if mode == "I;16":
-        image = Image.fromarray(draw.integers(0, 65536, size[::-1], dtype=np.uint16))
-    elif mode == "F":
-        image = Image.fromarray(draw.random(size[::-1], dtype=np.float32))
-    else:
-        shape = (*size[::-1], len(Image.new(mode, (1, 1)).getbands()))
-        values = draw.integers(0, 256, shape, dtype=np.uint8)
-        base = {"P": "L", "1": "L"}.get(mode, mode)
-        image = Image.fromarray(values.squeeze(), base).convert(mode)
-    if "exif" in options:
-        exif = Image.Exif()
-        exif[0x0112] = options["exif"]
-        options = {"exif": exif}
-    image.save(path, **options)
-
-
-@pytest.mark.parametrize("size", [32, 45, 64])
-def test_small_images_have_the_pixels_that_predict_sees(size):
-    """Else a network learns other pixels than those that it gets on a device: modes, EXIF, rounding."""
-    for name, kind in KINDS.items():
-        make(name, *kind)
-    images = read_images([(name, 0) for name in KINDS], size)
-    assert images.dtype == torch.uint8 and images.shape == (len(KINDS), 3, size, size)
-    classifier = object.__new__(predict.Classifier)     # what it needs of a file's metadata
-    classifier.size, classifier.resize = (size, size), size
-    for name, image in zip(KINDS, images.numpy()):
-        assert np.array_equal(image, classifier.pixels(Image.open(name))), name
-        if KINDS[name][0] == "RGB" and name != "turned.jpg":
-            assert np.array_equal(image, pixels_of(name, size)), name
-    upright = np.asarray(per_image.center_crop(per_image.resize(
-        Image.open("turned.jpg").transpose(Image.Transpose.ROTATE_270), size, antialias=True), [size, size]))
-    assert np.array_equal(images[list(KINDS).index("turned.jpg")], upright.transpose(2, 0, 1))
-
-
 def test_a_folder_is_read_in_order_with_its_names_and_targets():
     """A target that belongs to another image, or class names in another order, would be learnt silently."""
     read = data.load_data("folder", "images", "cpu", size=40)
@@ -164,8 +116,8 @@ def test_a_folder_is_read_in_order_with_its_names_and_targets():
     assert read.eval_name == "val" and read.pixels[2:] == (40, 40)
 
 
-@pytest.mark.parametrize("held, kept", [(0, None), (6, None), (6, 12)])
-def test_mean_and_deviation_are_those_of_the_training_images_and_kept(held, kept):
+@pytest.mark.parametrize("held, kept", [(0, None), (6, 12)])
+def test_mean_and_standard_deviation_are_those_of_the_training_images_and_kept(held, kept):
     """Of images that a run may not learn from, or of other pixels than the network's, they would be wrong."""
     call("cifar", *ALONE, "--size", 40, "--val-from-train", held, *["--train-images", kept] * bool(kept))
     read = data.load_data("folder", "images", "cpu", size=40, val_from_train=held, train_images=kept)
@@ -234,26 +186,9 @@ def test_two_epochs_equal_a_plain_loop(pair):
         torch.testing.assert_close(ours[key], value, rtol=0, atol=1e-3)
 
 
-def test_a_cached_teacher_is_the_teacher(pair):
-    """With a memory, without, and in a second run that reads the first one's answers: the same bits."""
-    for out, flags in (("first", []), ("none", ["--no-teacher-memory"])):
-        call("cifar", *pair, "--zscore", "--size", 40, "--epochs", 2, "--out", out, *flags)
-    shutil.move("first/logits", "logits")
-    os.makedirs("second")
-    shutil.move("logits", "second/logits")
-    before = [p.read_bytes() for p in Path("second/logits").iterdir()]
-    assert len(before) == 1 and len(before[0]) == 24 * 162 * (3 * 2 + 1)
-    call("cifar", *pair, "--zscore", "--size", 40, "--epochs", 2, "--out", "second")
-    assert [p.read_bytes() for p in Path("second/logits").iterdir()] == before      # nothing was computed
-    first, *others = (torch.load(only(f"{out}/*/last.pt"))["model"] for out in ("first", "none", "second"))
-    for other in others:
-        assert all(map(torch.equal, first.values(), other.values()))
-
-
-@pytest.mark.parametrize("method", ["none", "kd", "mlkd"])
-def test_a_stopped_run_goes_on_with_the_bits_of_an_unbroken_one(pair, killed, method):
-    """Else a night's run that was cut off is another run. Strong views (mlkd) at this size too."""
-    flags = [*pair, "--method", method, *["--zscore"] * (method != "none"), "--size", 40, "--epochs", 2]
+def test_a_stopped_run_resumes_with_the_bits_of_an_unbroken_one(pair, killed):
+    """Else a night's run that was cut off is another run. With strong views, at a size of its own."""
+    flags = [*pair, "--method", "mlkd", "--zscore", "--size", 40, "--epochs", 2]
     call("cifar", *flags, "--out", "whole")
     with killed():
         call("cifar", *flags, "--save-every", "1e-9", "--out", "broken")
@@ -263,23 +198,13 @@ def test_a_stopped_run_goes_on_with_the_bits_of_an_unbroken_one(pair, killed, me
     assert whole["best"] == broken["best"]
 
 
-@pytest.mark.parametrize("method", ["dkd", "ctkd", "ttm", "wttm"])
-def test_the_other_methods_train_on_a_folder(pair, method):
-    call("cifar", *pair, "--method", method, "--zscore", "--size", 48)
-    row = json.loads(only("runs/*/log.jsonl").read_text())
-    assert math.isfinite(row["loss"]) and row["kd"] > 0 and 0 <= row["val_top1"] <= 100
-
-
-@pytest.mark.parametrize("size", [32, 64])
-def test_every_network_takes_images_of_32_and_64(size):
+def test_every_network_takes_images_of_64():
     """A network whose last map is of one size would only fail after hours of reading."""
     torch.manual_seed(0)
     for name in MODELS:
-        network, images = create_model(name, 7), torch.randn(2, 3, size, size)
-        for training in (True, False):
-            with torch.no_grad():
-                logits = network.train(training)(images)
-            assert logits.shape == (2, 7) and logits.isfinite().all(), name
+        with torch.no_grad():
+            logits = create_model(name, 7).eval()(torch.randn(2, 3, 64, 64))
+        assert logits.shape == (2, 7) and logits.isfinite().all(), name
 
 
 def test_other_images_in_the_same_folder_are_another_run():
@@ -305,52 +230,8 @@ def test_held_out_training_images_need_no_val(script):
 # ---------------------------------------------------------------- evaluation, and a teacher's own pixels
 
 
-LEVELS = """
-import torch
-from torch import nn
-
-class Levels(nn.Module):
-    \"\"\"The nearest of some levels is an image's class.\"\"\"
-
-    def __init__(self, num_classes):
-        super().__init__()
-        self.level = nn.Parameter(torch.zeros(num_classes))
-
-    def forward(self, x):
-        return -20 * (x.mean((1, 2, 3))[:, None] - self.level) ** 2
-"""
-
-
-@pytest.fixture
-def levels(folder):
-    """plain/: images of levels 90, 100, 110, and levels.pt, which knows them in pixels of its own alone."""
-    for part, count in (("train", 24), ("val", 9)):
-        for i in range(count):
-            path = folder / "plain" / part / f"level{i % 3}" / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            values = np.random.default_rng(i).integers(-4, 5, (36, 40, 3)) + 90 + 10 * (i % 3)
-            Image.fromarray(values.astype(np.uint8)).save(path)
-    Path("levels.py").write_text(LEVELS)
-    torch.save({"model": {"level": (torch.tensor([90.0, 100, 110]) - 120) / 51},
-                "mean": [120 / 255] * 3, "std": [51 / 255] * 3}, "levels.pt")
-    return ["--data-dir", "plain", "--teacher", str(folder / "levels.py:Levels"), "--teacher-checkpoint",
-            "levels.pt", "--student", "resnet8"]
-
-
 @both
-def test_a_teacher_is_right_where_it_sees_its_own_pixels(levels, script):
-    """With the run's mean and deviation it would be wrong on nearly every image, and teach that."""
-    for facts, right in (({}, True), ({"mean": None}, False)):
-        torch.save(torch.load("levels.pt") | facts, "levels.pt")
-        output = call(script, *levels, "--out", f"runs{right}")
-        assert ("(levels.pt): 100.00 % top-1 on the val images" in output) == right
-        output = call(script, "--data-dir", "plain", "--eval", "levels.pt", "--student", levels[3])
-        assert (": 100.00 top-1" in output) == right
-
-
-@both
-@pytest.mark.parametrize("method", ["kd", "mlkd"])
-def test_a_teachers_logits_are_those_on_its_own_pixels(pair, monkeypatch, script, method):
+def test_a_teachers_logits_are_those_on_its_own_pixels(pair, monkeypatch, script, method="mlkd"):
     """All that a student is taught in a run, computed, cached and read again, is the network's on its own."""
     seen, module = [], SCRIPTS[script][0]
 
@@ -384,35 +265,19 @@ def test_a_teachers_logits_are_those_on_its_own_pixels(pair, monkeypatch, script
             torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-4)
 
 
-def test_one_teachers_weights_with_other_pixels_have_logits_of_their_own(pair):
-    """A mended file (its mean and deviation now told) must not read what was cached for the other."""
+@pytest.mark.parametrize("change", ["pixels", "images"])
+def test_another_teacher_or_other_images_have_logits_of_their_own(pair, change):
+    """Its mean and standard deviation became known, or one image was exchanged: nothing cached is read."""
     call("cifar", *pair, "--zscore")
-    torch.save(torch.load("teacher.pt")["model"], "teacher.pt")
-    call("cifar", *pair, "--zscore", "--out", "elsewhere")
-    shutil.copytree("runs/logits", "shared/logits")
-    call("cifar", *pair, "--zscore", "--out", "shared")
-    first, ours, fresh = (torch.load(only(f"{out}/*/student.pt"))["model"]
-                          for out in ("runs", "shared", "elsewhere"))
-    assert all(map(torch.equal, ours.values(), fresh.values())) and len(os.listdir("shared/logits")) == 2
-    assert not all(map(torch.equal, ours.values(), first.values()))
-
-
-def test_other_images_have_logits_of_their_own(pair):
-    """One image was exchanged: what was cached of the others' order is not read for it."""
-    call("cifar", *pair)
-    picture(listed("train")[-1][0], np.random.default_rng(7))
+    if change == "pixels":
+        torch.save(torch.load("teacher.pt")["model"], "teacher.pt")
+    else:
+        picture(listed("train")[-1][0], np.random.default_rng(7))
     shutil.copytree("runs/logits", "shared/logits")
     for out in ("shared", "fresh"):
-        call("cifar", *pair, "--out", out)
+        call("cifar", *pair, "--zscore", "--out", out)
     ours, fresh = (torch.load(only(f"{out}/*/student.pt"))["model"] for out in ("shared", "fresh"))
     assert all(map(torch.equal, ours.values(), fresh.values())) and len(os.listdir("shared/logits")) == 2
-
-
-def test_one_teachers_weights_with_other_pixels_are_another_recipe(pair):
-    """Else a run that was begun with a wrongly normalised teacher goes on, half of it with the right one."""
-    call("cifar", *pair, "--zscore")
-    torch.save(torch.load("teacher.pt")["model"], "teacher.pt")
-    assert "another recipe" in call("cifar", *pair, "--zscore", code=1)
 
 
 @pytest.mark.parametrize("count", [72, 24])
@@ -428,16 +293,10 @@ def test_a_missing_teacher_is_trained_on_the_folder_first(folder, count):
     assert "finished before" in call("cifar", *flags, "--seed", 1)
 
 
-def test_a_teacher_of_another_size_is_said(pair):
-    torch.save(torch.load("teacher.pt") | {"size": 64, "resize": 64}, "teacher.pt")
-    assert ("notice: teacher.pt was trained on images of 64 x 64, and sees 32 x 32 here"
-            in call("cifar", *pair))
-
-
 @both
 def test_eval_needs_val_alone_and_the_file_says_the_rest(script):
     """On the machine where a network is checked the training images are seldom there. Accuracy and loss are
-    those of a loop over val/, with the mean, deviation and size that the file says."""
+    those of a loop over val/, with the mean, standard deviation and size of its metadata."""
     call(script, *ALONE, "--size", 40, "--epochs", 2)
     shutil.rmtree("images/train")
     path, module = only("runs/*/student.pt"), SCRIPTS[script][0]
@@ -471,9 +330,6 @@ def test_eval_of_other_classes_is_refused(script):
     output = call(script, "--eval", found, code=1)
     assert (f"Error: {found} is for 3 classes (class0, class1, class2, ...), these images have 3 "
             "(class0, class2, class9, ...)") in output
-    shutil.rmtree("images/val/class9")
-    output = call(script, "--eval", found, code=1)
-    assert f"{found} is for 3 classes" in output.splitlines()[-1] and "class -1" not in output
 
 
 # ---------------------------------------------------------------- names
@@ -527,29 +383,27 @@ def odd(folder):
 
 
 @both
-@pytest.mark.parametrize("charset", ["utf-8", "ascii"])
-def test_names_that_are_not_utf8_work_everywhere(odd, killed, script, charset):
-    """Trained, stopped, gone on with, evaluated, refused; the student keeps the names' bytes."""
+def test_names_that_are_not_utf8_work_everywhere(odd, killed, script):
+    """Trained, stopped, resumed, evaluated, refused; the student keeps the names' bytes."""
     flags = [*ALONE, "--data-dir", odd, "--epochs", 2]
     with killed(0, 1):
-        call(script, *flags, "--save-every", "1e-9", charset=charset)
-    assert "resuming from epoch 0, step 1" in call(script, *flags, charset=charset)
+        call(script, *flags, "--save-every", "1e-9", charset="ascii")
+    assert "resuming from epoch 0, step 1" in call(script, *flags, charset="ascii")
     path = only("runs/*/student.pt")
     told = torch.load(path)
     assert [os.fsencode(name) for name in told["classes"]] == [b"caf\xe9", b"class0", b"class2"]
-    assert "on the 9 val images" in call(script, "--eval", path, "--data-dir", odd, charset=charset)
-    output = call(script, "--eval", path, code=1, charset=charset)
+    assert "on the 9 val images" in call(script, "--eval", path, "--data-dir", odd, charset="ascii")
+    output = call(script, "--eval", path, code=1, charset="ascii")
     assert re.search(r"is for 3 classes \(caf\S{1,6}, class0, ", output)        # click's ? in ASCII
     bad, = Path(odd, "val", "class2").glob("*2.png")
     bad.write_bytes(b"no image")
-    output = call(script, *flags, "--seed", 1, code=1, charset=charset).splitlines()[-1]
+    output = call(script, *flags, "--seed", 1, code=1, charset="ascii").splitlines()[-1]
     assert "cannot be decoded, for instance " in output and r"val/class2/\xe9\xff2.png" in output
 
 
-@both
-@pytest.mark.parametrize("root", ["tiny-imagenet-200", "it's tiny; imagenet"])
-def test_tiny_imagenet_as_downloaded_comes_in_order_by_the_line_that_is_printed(script, root):
-    """Its val/ has no folders of classes; the command, pasted into a shell, makes them, wherever it lies."""
+def test_tiny_imagenet_as_downloaded_comes_in_order_by_the_line_that_is_printed(script="imagenet"):
+    """Its val/ has no folders of classes; the command, pasted into a shell, makes them, wherever it is."""
+    root = "it's tiny; imagenet"
     names = ["n01443537", "n01629819", "n01641577"]
     rows = []
     for i, (name, count) in enumerate(zip(names * 4, [0] * 3 + [1] * 9)):
@@ -651,7 +505,7 @@ MISTAKES = [        # which script, exit code, what is done to images/, flags, w
 @pytest.mark.parametrize("script, code, harm, flags, words", [
     (script, *rest) for which, *rest in MISTAKES for script in (SCRIPTS if which == "both" else [which])])
 def test_a_mistake_is_one_line(script, code, harm, flags, words):
-    """No traceback, what is wrong and where; and nothing is begun that the same command would go on with."""
+    """No traceback, what is wrong and where; and nothing is begun that the same command would resume."""
     torch.save(create_model("resnet14", 2).state_dict(), "none.pt")
     if harm:
         harm()
@@ -740,22 +594,6 @@ def test_the_line_comes_where_no_paper_says_a_temperature(pair, script):
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()      # batches.meta's
 
 
-def test_cifar10_is_checked_against_its_published_checksums():
-    """cs.toronto.edu/~kriz/cifar.html: cifar-10-python.tar.gz has MD5 c58f30108f718f92721af3b95e74349a."""
-    reader, classes, pixels = data.CIFAR["cifar10"]
-    assert reader is CIFAR10 and reader.tgz_md5 == "c58f30108f718f92721af3b95e74349a"
-    assert reader.filename == "cifar-10-python.tar.gz" and reader.base_folder == "cifar-10-batches-py"
-    assert dict(reader.train_list + reader.test_list) == {
-        "data_batch_1": "c99cafc152244af753f735de768cd75f",
-        "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
-        "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
-        "data_batch_4": "634d18415352ddfa80567beed471001a",
-        "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
-        "test_batch": "40351d587109b95175f43aff81a1287e"}
-    assert list(classes) == CLASSES and pixels == (
-        (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), 32, 32)
-
-
 @pytest.fixture
 def made(folder, monkeypatch):
     """A CIFAR-10 of 5 x 8 + 12 images in the published layout: (its folder's parent, images, labels)."""
@@ -765,10 +603,8 @@ def made(folder, monkeypatch):
     images, labels = draw.integers(0, 256, (52, 3072), dtype=np.uint8), draw.permutation(np.arange(52) % 10)
     parts = {f"data_batch_{i + 1}": slice(8 * i, 8 * i + 8) for i in range(5)} | {"test_batch": slice(40, 52)}
     for name, part in parts.items():
-        sums[name] = write(root / name, {b"batch_label": name.encode(), b"labels": labels[part].tolist(),
-                                         b"data": images[part], b"filenames": [b"x.png"] * len(images[part])})
-    meta = write(root / "batches.meta", {b"num_cases_per_batch": 8, b"num_vis": 3072,
-                                         b"label_names": [name.encode() for name in CLASSES]})
+        sums[name] = write(root / name, {"labels": labels[part].tolist(), "data": images[part]})
+    meta = write(root / "batches.meta", {"label_names": CLASSES})
     published = [(CIFAR10, name, getattr(CIFAR10, name)) for name in ("train_list", "test_list", "meta")]
     monkeypatch.setattr(CIFAR10, "train_list", [[name, sums[name]] for name in parts if "data" in name])
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
@@ -776,23 +612,14 @@ def made(folder, monkeypatch):
     return root.parent, images.reshape(52, 3, 32, 32), labels, published
 
 
-class Python2(pickle._Pickler):
-    """As Python 2 pickled what is published: bytes are its strings (BINSTRING)."""
-
-    dispatch = pickle._Pickler.dispatch | {
-        bytes: lambda self, value: self.write(b"T" + len(value).to_bytes(4, "little") + value)}
-
-
 def write(path, content):
     """Pickles to a file; its MD5."""
-    with open(path, "wb") as file:
-        Python2(file, protocol=2).dump(content)
-    assert pickle.loads(path.read_bytes(), encoding="bytes").keys() == content.keys()
+    path.write_bytes(pickle.dumps(content, protocol=2))
     return hashlib.md5(path.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("way", ["folder", "the folder itself", "archive", "download"])
-def test_cifar10_is_read_to_the_pixel_from_wherever_it_lies(made, serve, monkeypatch, way):
+def test_cifar10_is_read_to_the_pixel_from_wherever_it_is(made, serve, monkeypatch, way):
     root, images, labels, _ = made
     packed = root / "cifar-10-python.tar.gz"
     with tarfile.open(packed, "w:gz") as file:
