@@ -66,14 +66,16 @@ class InferenceModel(torch.nn.Module):
         self.classes = classes
         self.float_input = float_input
         self.temperature = None
-        mean, std = (torch.tensor(x, dtype=torch.double).view(3, 1, 1) for x in preprocessing[:2])
+        mean = torch.tensor(preprocessing.mean, dtype=torch.double).view(3, 1, 1)
+        std = torch.tensor(preprocessing.std, dtype=torch.double).view(3, 1, 1)
         self.register_buffer("scale", (1 / (255 * std)).float())
         self.register_buffer("shift", (-mean / std).float())
 
     def forward(self, image):
         """(N, 3, H, W) uint8 or normalised float32 -> logits (N, K), or (logits, probabilities)."""
-        x = image if self.float_input else image.float() * self.scale + self.shift
-        logits = self.network(x)
+        if not self.float_input:
+            image = image.float() * self.scale + self.shift
+        logits = self.network(image)
         if self.temperature is None:
             return logits
         return logits, (logits / self.temperature).softmax(1)
@@ -103,7 +105,9 @@ def load_student(path, name=None, float_input=False, *, classes=None, mean=None,
     """
     network, metadata = open_checkpoint(path, name, size=size)
     usual = metadata["preprocessing"]
-    preprocessing = usual._replace(mean=mean or usual.mean, std=std or usual.std)
+    preprocessing = usual._replace(
+        mean=mean or usual.mean,
+        std=std or usual.std)
     if not (metadata["preprocessing_known"] or mean and std):
         click.echo(f"notice: {path} does not contain its images' mean and standard deviation; taken are "
                    f"{preprocessing.mean}, {preprocessing.std}, at {preprocessing.size} pixels "
@@ -150,17 +154,22 @@ def find_images(student, data_dir, count):
         return find_in_folders(student, root, count, kept)
     data = load_data(name, root, "cpu", download=False, **kept)
     order, _ = epoch_draws(0, 0, len(data.train.targets))
-    fit, source = data.eval, "held-out images"
-    if not kept["val_from_train"]:
-        fit = pick(data.train, order[undrawn(student.metadata, len(order))[order]][:MOST])
-        source = "training images that training never drew uncropped"
-    return Images(pick(data.train, order[:count]), fit, data.test, source, list(data.classes))
+    calibration = pick(data.train, order[:count])
+    classes = list(data.classes)
+    if kept["val_from_train"]:
+        return Images(calibration, data.eval, data.test, "held-out images", classes)
+    never = undrawn(student.metadata, len(order))
+    fit = pick(data.train, order[never[order]][:MOST])
+    source = "training images that training never drew uncropped"
+    return Images(calibration, fit, data.test, source, classes)
 
 
 def find_in_folders(student, root, count, kept):
     """`find_images` in train/ and val/, or one of them."""
     parts = [part for part in ("train", "val") if (root / part).is_dir()]
-    folders = load_folders(root, parts=parts, **(kept if "train" in parts else {}))
+    if "train" not in parts:
+        kept = {}
+    folders = load_folders(root, parts=parts, **kept)
     check_classes(student, root, folders.classes)
     order, _ = epoch_draws(0, 0, len(folders.train))
     calibration = [folders.train[i] for i in order[:count]]
@@ -169,8 +178,12 @@ def find_in_folders(student, root, count, kept):
         test = load_folders(root, parts=("val",)).eval
     if not test:
         fit, test = fit[::2], fit[1::2]
-    splits = [read_split(samples, student.preprocessing) for samples in (calibration, fit, test)]
-    return Images(*splits, f"{folders.eval_name} images", folders.classes)
+    return Images(
+        read_split(calibration, student.preprocessing),
+        read_split(fit, student.preprocessing),
+        read_split(test, student.preprocessing),
+        f"{folders.eval_name} images",
+        folders.classes)
 
 
 def data_set(student, root):
@@ -179,9 +192,11 @@ def data_set(student, root):
     folder = any((root / part).is_dir() for part in ("train", "val"))
     if name is None and not folder:     # a plain state_dict
         name = {100: "cifar100", 10: "cifar10"}.get(student.metadata["num_classes"])
-    if student.preprocessing.resize == 32:
-        if name == "synthetic" or name in CIFAR and cifar_folder(name, root).is_dir():
-            return name
+    small = student.preprocessing.resize == 32
+    if small and name == "synthetic":
+        return name
+    if small and name in CIFAR and cifar_folder(name, root).is_dir():
+        return name
     return "folder" if folder else None
 
 
@@ -195,17 +210,19 @@ def check_classes(student, root, classes):
 
 
 def pick(split, ids):
-    """Some images of a Split."""
+    """Some images of a Split; None for none."""
     return Split(split.images[ids], split.targets[ids]) if len(ids) else None
 
 
 def read_split(samples, preprocessing):
     """A Split of [(path, target)], at most MOST of them, spread evenly."""
-    some = samples[::max(1, math.ceil(len(samples) / MOST))]
-    if not some:
+    if not samples:
         return None
+    step = math.ceil(len(samples) / MOST)
+    some = samples[::step]
+    targets = [target for _, target in some]
     images = read_images(some, preprocessing.size, preprocessing.resize)
-    return Split(images, torch.tensor([target for _, target in some]))
+    return Split(images, torch.tensor(targets))
 
 
 def undrawn(metadata, n):
@@ -230,7 +247,8 @@ def fit_temperature(logits, targets):
     low, high = math.log(1e-3), math.log(1e3)           # of 1/T
     for _ in range(60):
         middle = (low + high) / 2
-        slope = ((logits * math.exp(middle)).softmax(1) * above).sum(1).mean()
+        p = (logits * math.exp(middle)).softmax(1)
+        slope = (p * above).sum(1).mean()
         if slope < 0:
             low = middle
         else:
@@ -245,7 +263,8 @@ def calibration_of(logits, targets, temperature, bins=15):
     gaps = (predicted == targets).double() - confidence
     indices = (confidence * bins).long().clamp(max=bins - 1)
     ece = torch.bincount(indices, gaps).abs().sum() / len(targets)
-    return {"nll": torch.nn.functional.nll_loss(log_p, targets).item(), "ece": ece.item()}
+    nll = torch.nn.functional.nll_loss(log_p, targets)
+    return {"nll": nll.item(), "ece": ece.item()}
 
 
 def fit(student, images, expected):
@@ -258,13 +277,14 @@ def fit(student, images, expected):
     found = {"temperature": temperature, "temperature_fitted_on": source}
     click.echo(f"temperature {temperature:.4g}, fitted on {source}")
     if images.test:
-        before, after = (calibration_of(expected, images.test.targets, t) for t in (1, temperature))
+        before = calibration_of(expected, images.test.targets, 1)
+        after = calibration_of(expected, images.test.targets, temperature)
         found["calibration"] = {"before": before, "after": after}
         click.echo(f"on {len(expected)} test images: expected calibration error {before['ece']:.4f} -> "
                    f"{after['ece']:.4f}, negative log-likelihood {before['nll']:.4f} -> {after['nll']:.4f}")
         if after["nll"] > before["nll"]:
-            click.echo("warning: the temperature makes it worse, as the network has memorised its training "
-                       "images: train with --val-from-train and export again")
+            click.echo("warning: the temperature makes it worse; it is better fitted on more images that "
+                       "training held out: train with --val-from-train")
     return found
 
 
@@ -275,13 +295,19 @@ def write_fp32(student, path, opset):
     """One ONNX file with the weights inside, for any number of images."""
     size = student.preprocessing.size
     kind = torch.float if student.float_input else torch.uint8
-    outputs = ["logits"] if student.temperature is None else ["logits", "probabilities"]
+    example = torch.zeros(2, 3, size, size, dtype=kind)
+    outputs = ["logits"]
+    if student.temperature is not None:
+        outputs.append("probabilities")
     torch.onnx.export(
-        student, (torch.zeros(2, 3, size, size, dtype=kind),), str(path),
-        input_names=["image"], output_names=outputs,
+        student, (example,), str(path),
+        input_names=["image"],
+        output_names=outputs,
         dynamic_axes={name: {0: "batch"} for name in ("image", *outputs)},
-        opset_version=opset, dynamo=opset >= 18,        # the new exporter gives no older one
-        external_data=False, verbose=False)
+        opset_version=opset,
+        dynamo=opset >= 18,         # the new exporter gives no older one
+        external_data=False,
+        verbose=False)
 
 
 def write_fp16(source, path):
@@ -311,14 +337,19 @@ def write_int8(source, path, student, images, symmetric, exclude_first_last):
         in_float.append(nodes[layers[-1]].name)
     batches = ({"image": student.feed(part)} for part in images.split(BATCH))
     quantization.quantize_static(
-        str(prepared), str(path), SimpleNamespace(get_next=lambda: next(batches, None)),
+        str(prepared), str(path),
+        SimpleNamespace(get_next=lambda: next(batches, None)),
         quant_format=quantization.QuantFormat.QDQ,
-        per_channel=True, reduce_range=not symmetric, nodes_to_exclude=in_float,
-        activation_type=kind.QInt8 if symmetric else kind.QUInt8, weight_type=kind.QInt8,
+        per_channel=True,
+        reduce_range=not symmetric,
+        nodes_to_exclude=in_float,
+        activation_type=kind.QInt8 if symmetric else kind.QUInt8,
+        weight_type=kind.QInt8,
         extra_options={"ActivationSymmetric": symmetric,        # and logits in float: 256 levels have ties
                        "OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]})
-    lost = student.logits(images, load(source)) - student.logits(images, load(path))
-    add_to_logits(path, lost.mean(0).float().numpy())
+    before = student.logits(images, load(source))
+    after = student.logits(images, load(path))
+    add_to_logits(path, (before - after).mean(0).float().numpy())
 
 
 def add_to_logits(path, lost):
@@ -327,7 +358,8 @@ def add_to_logits(path, lost):
     nodes = model.graph.node
     last = next(i for i, node in enumerate(nodes) if node.output[0] == "logits")
     nodes[last].output[0] = "quantized_logits"
-    nodes.insert(last + 1, onnx.helper.make_node("Add", ["quantized_logits", "correction"], ["logits"]))
+    add = onnx.helper.make_node("Add", ["quantized_logits", "correction"], ["logits"])
+    nodes.insert(last + 1, add)
     model.graph.initializer.append(onnx.numpy_helper.from_array(lost, "correction"))
     onnx.save(model, path)
 
@@ -343,7 +375,9 @@ def finish(path, metadata):
     del model.opset_import[:]       # the quantizer adds others, which it does not use
     model.opset_import.extend(standard)
     model.ir_version = onnx.helper.find_min_ir_version_for(standard)
-    texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
+    texts = {}
+    for key, value in metadata.items():
+        texts[key] = value if isinstance(value, str) else json.dumps(value)
     onnx.helper.set_model_props(model, texts)
     onnx.save(model, path)
 
@@ -375,12 +409,14 @@ def verify(path, student, images, expected, limit, wanted):
     call = load(path)
     errors = []
     for n in VERIFIED:
-        wrong = torch.from_numpy(call(student.feed(images[:n]))) - expected[:n]
-        errors.append(wrong.abs().max() / expected[:n].abs().max())
+        right = expected[:n]
+        logits = torch.from_numpy(call(student.feed(images[:n])))
+        errors.append((logits - right).abs().max() / right.abs().max())
     error = torch.stack(errors).max().item()
     if not error <= limit:      # NaN neither
         raise ValueError(f"relative error {error:.1e} against PyTorch, allowed {limit:.0e}")
-    same = (student.logits(images, call).argmax(1) == expected.argmax(1)).double().mean().item()
+    same = student.logits(images, call).argmax(1) == expected.argmax(1)
+    same = same.double().mean().item()
     if same < wanted:
         raise ValueError(f"only {100 * same:.1f} % of {len(images)} images in PyTorch's class, "
                          f"{100 * wanted:.0f} % wanted; {ADVICE}")
@@ -389,15 +425,17 @@ def verify(path, student, images, expected, limit, wanted):
 
 def accuracy(logits, targets):
     """Top-1 and top-5, %."""
-    hits = (logits.topk(min(5, logits.shape[1])).indices == targets[:, None]).double()
-    return {"top1": 100 * hits[:, 0].mean().item(), "top5": 100 * hits.sum(1).mean().item()}
+    best = logits.topk(min(5, logits.shape[1])).indices
+    shares = 100 * (best == targets[:, None]).double().mean(0)      # of the first class, the second, ...
+    return {"top1": shares[0].item(), "top5": shares.sum().item()}
 
 
 def seconds(call, inputs):
     """Times of single calls, after three to warm up."""
-    once = min(timeit.repeat(lambda: call(inputs), number=1, repeat=3))
+    timer = timeit.Timer(lambda: call(inputs))
+    once = min(timer.repeat(3, number=1))
     count = max(3, min(CALLS, int(SECONDS / once)))
-    return timeit.repeat(lambda: call(inputs), number=1, repeat=count)
+    return timer.repeat(count, number=1)
 
 
 def speeds(path, student, images):
@@ -469,8 +507,9 @@ def export(student, images, flags, folder, out):
     name = student.network.name
     test = images.test
     size = student.preprocessing.size
-    real = test or images.calibration
-    sample = real.images if real else torch.randint(256, (BATCH, 3, size, size), dtype=torch.uint8)
+    sample = torch.randint(256, (BATCH, 3, size, size), dtype=torch.uint8)
+    if test or images.calibration:
+        sample = (test or images.calibration).images
     expected = student.logits(sample)
     top = accuracy(expected, test.targets) if test else {}
     metadata = describe(student, images.classes) | fit(student, images, expected) | top
@@ -482,7 +521,9 @@ def export(student, images, flags, folder, out):
         path = source if precision == "fp32" else folder / f"{name}.{precision}.onnx"
         try:
             own = write(precision, path, source, student, images, flags)
-            row = accuracy(student.logits(sample, load(path)), test.targets) if test else {}
+            row = {}
+            if test:
+                row = accuracy(student.logits(sample, load(path)), test.targets)
             finish(path, metadata | own | row)
             wanted = flags["agreement"] if precision == "int8" else 0
             row |= verify(path, student, sample[:1024], expected[:1024], LIMITS[precision], wanted)
@@ -493,8 +534,10 @@ def export(student, images, flags, folder, out):
             continue
         if test and row["top1"] < metadata["top1"] - 1:
             click.echo(f"warning: {path.name} loses {metadata['top1'] - row['top1']:.2f} points; {ADVICE}")
-        rows[precision] = row | {
-            "file": path.name, "bytes": path.stat().st_size, "speed": speeds(path, student, sample)}
+        row["file"] = path.name
+        row["bytes"] = path.stat().st_size
+        row["speed"] = speeds(path, student, sample)
+        rows[precision] = row
     publish(rows, failures, metadata, folder, out)
     return failures
 
@@ -505,7 +548,8 @@ def publish(rows, failures, metadata, folder, out):
     facts = runs.collect_facts(torch.device("cpu"))
     facts |= {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
     report = {"files": rows, "failed": failures, "metadata": metadata, "facts": facts}
-    (folder / f"{name}.json").write_text(json.dumps(runs.rounded(report), indent=2))
+    text = json.dumps(runs.rounded(report), indent=2)
+    (folder / f"{name}.json").write_text(text)
     files = [row["file"] for row in rows.values()] + [f"{name}.json"]
     for file in files:
         os.replace(folder / file, out / file)
@@ -560,7 +604,7 @@ def main(**flags):
             flags["checkpoint"], flags["student"], flags["float_input"],
             classes=names, mean=flags["mean"], std=flags["std"], size=flags["size"])
         images = find_images(student, flags["data_dir"], flags["calibration"])
-    missing = [what for what, images in images._asdict().items() if images is None]
+    missing = [name for name, value in images._asdict().items() if value is None]
     if missing:
         click.echo(f"notice: no images for {', '.join(missing)}: --data-dir names their folder")
     flags["precisions"] = ["fp32"]

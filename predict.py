@@ -35,7 +35,8 @@ def to_rgb(image):
             raise ValueError("values are not in 0 to 1, 0 to 255 or 0 to 65535")
         image = Image.fromarray(values.astype(np.uint8))
     if "transparency" in image.info or "A" in image.getbands():
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
 
 
@@ -49,9 +50,11 @@ class Classifier:
         if "classes" not in metadata:
             raise ValueError("it was not written by export.py: no metadata")
         self.classes = json.loads(metadata["classes"])
-        self.size, self.resize = json.loads(metadata["size"]), int(metadata["resize"])
-        self.mean, self.std = (np.array(json.loads(metadata[k]), np.float32).reshape(3, 1, 1)
-                               for k in ("mean", "std"))
+        self.size = json.loads(metadata["size"])
+        self.resize = int(metadata["resize"])
+        self.mean, self.std = (
+            np.array(json.loads(metadata[key]), np.float32).reshape(3, 1, 1)
+            for key in ("mean", "std"))
         self.temperature = float(metadata["temperature"])
         self.takes_float = self.session.get_inputs()[0].type == "tensor(float)"
 
@@ -70,7 +73,8 @@ class Classifier:
         new = (self.resize, longer) if upright else (longer, self.resize)
         image = image.resize(new, Image.Resampling.BILINEAR)
         height, width = self.size
-        left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+        left = round((image.width - width) / 2)
+        top = round((image.height - height) / 2)
         image = image.crop((left, top, left + width, top + height))
         return np.asarray(image).transpose(2, 0, 1)
 
@@ -99,8 +103,9 @@ def show(path, classes, probabilities, top, as_json):
     """Prints the most probable classes of an image."""
     order = np.argsort(-probabilities, kind="stable")[:top]
     if as_json:
-        best = [{"class": classes[i], "index": int(i), "probability": round(float(probabilities[i]), 6)}
-                for i in order]
+        best = []
+        for i in order.tolist():
+            best.append({"class": classes[i], "index": i, "probability": round(float(probabilities[i]), 6)})
         print(json.dumps({"image": str(path), "top": best}), flush=True)
     else:
         best = [f"{classes[i]} {100 * probabilities[i]:.1f} %" for i in order]
@@ -135,7 +140,8 @@ def main():
             print(f"Error: {path} cannot be read as an image ({str(error) or type(error).__name__})",
                   file=sys.stderr)
             continue
-        show(path, classifier.classes, classifier(pixels[None])[0], flags.top, flags.json)
+        probabilities = classifier(pixels[None])[0]
+        show(path, classifier.classes, probabilities, flags.top, flags.json)
     sys.exit(1 if failed else 0)
 
 
@@ -144,4 +150,4 @@ if __name__ == "__main__":
         main()
     except OSError as error:    # `| head`, or a full disk: the interpreter would name it again at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(f"Error: cannot write ({error})")
+        sys.exit(1 if isinstance(error, BrokenPipeError) else f"Error: cannot write ({error})")
