@@ -27,7 +27,7 @@ import run
 import teacher
 import train_cifar
 from data import normalise, synthetic
-from models import MODELS, create_model, float32_head
+from models import create_model, float32_head
 
 CPU = torch.device("cpu")
 ALONE = types.SimpleNamespace(size=1, rank=0, device=CPU)
@@ -176,8 +176,8 @@ def test_evaluations_and_pictures_are_float32(tf32, tmp_path, monkeypatch):
 # ---------------------------------------------------------------- 4: logits in float32
 
 
-@pytest.mark.parametrize("name", [*MODELS, "torchvision.models:resnet18", "torchvision.models:squeezenet1_1",
-                                  "torchvision.models:vgg11_bn"])
+@pytest.mark.parametrize("name", ["resnet8x4", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2",
+                                  "torchvision.models:resnet18", "torchvision.models:squeezenet1_1"])
 def test_under_autocast_the_last_layer_computes_in_float32(name):
     """In bfloat16 Z is off by 1.6e-3, and the first class of one image in 200 is another."""
     torch.manual_seed(0)
@@ -334,7 +334,7 @@ def test_on_a_card_a_step_that_cannot_be_captured_goes_on_without(capsys):
 # ---------------------------------------------------------------- 6: deterministic kernels
 
 
-@pytest.mark.parametrize("method", ["kd", "dkd", "mlkd", "ctkd", "ttm", "wttm"])
+@pytest.mark.parametrize("method", ["dkd", "mlkd", "ctkd"])
 def test_no_step_scatters(method):
     """A scatter has no deterministic form on CUDA, and may stop the capture of a deterministic step."""
     _, step = step_of(method, student="resnet8")

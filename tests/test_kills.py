@@ -1,5 +1,6 @@
 """Kills, signals, a full disk, a second process: a run goes on and ends with an unbroken run's bits."""
 
+import itertools
 import json
 import os
 import random
@@ -133,8 +134,7 @@ def same(ours, theirs):
             and all(map(torch.equal, ours[0], theirs[0])))
 
 
-@pytest.mark.parametrize("n", [3, 11])
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point, n", [*zip(POINTS, itertools.cycle([3, 11]))])
 def test_a_kill_at_any_point_changes_nothing(start, whole, tmp_path, point, n):
     code, _ = start(tmp_path, point=point, n=n)
     assert code == -signal.SIGKILL

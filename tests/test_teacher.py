@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import data
-import teacher as rooms_teacher
+import teacher as teacher_module
 from conftest import forked
 from data import crop_and_flip, epoch_draws, normalise, synthetic
 from models import create_model
@@ -27,7 +27,7 @@ from test_checkpoints import repdistiller_teacher
 
 @pytest.fixture(autouse=True)
 def checkpoints(tmp_path, monkeypatch):
-    monkeypatch.setattr(rooms_teacher, "CHECKPOINTS", tmp_path / "checkpoints")
+    monkeypatch.setattr(teacher_module, "CHECKPOINTS", tmp_path / "checkpoints")
     return tmp_path / "checkpoints"
 
 
@@ -133,8 +133,8 @@ def models(serve, monkeypatch):
     digest = hashlib.sha256(buffer.getvalue()).hexdigest()[:8]
     file = folder / f"cifar100_resnet56-{digest}.pt"
     file.write_bytes(buffer.getvalue())
-    monkeypatch.setattr(rooms_teacher, "PYTORCH_CIFAR_MODELS_URL", f"{url}/")
-    monkeypatch.setitem(rooms_teacher.PYTORCH_CIFAR_MODELS, "resnet56", digest)
+    monkeypatch.setattr(teacher_module, "PYTORCH_CIFAR_MODELS_URL", f"{url}/")
+    monkeypatch.setitem(teacher_module.PYTORCH_CIFAR_MODELS, "resnet56", digest)
     return network, file
 
 
@@ -169,8 +169,7 @@ def trained(name):
     return network
 
 
-@pytest.mark.parametrize("name", ["resnet56", "resnet32x4", "wrn_40_2", "vgg13", "ResNet50", "MobileNetV2",
-                                  "ShuffleV1", "ShuffleV2"])
+@pytest.mark.parametrize("name", ["resnet32x4", "wrn_40_2", "vgg13", "ResNet50", "ShuffleV2"])
 def test_a_teachers_logits_are_the_frozen_networks(name):
     network, images = trained(name), normalise(synthetic(2, 1).images)
     before = weights_sha256(network)
@@ -255,7 +254,7 @@ def test_logits_without_a_cache_are_the_same_numbers(teacher, tmp_path):
 @pytest.mark.parametrize("room", [True, False])
 def test_a_gpu_caches_in_its_memory_or_without_room_in_a_file(room, tmp_path, monkeypatch):
     if not room:
-        monkeypatch.setattr(rooms_teacher, "SPARE", 2**50)
+        monkeypatch.setattr(teacher_module, "SPARE", 2**50)
     teacher, split = Teacher(trained("resnet8"), "cuda"), data.Split(*(x.cuda() for x in synthetic(40, 1)))
     teacher.cache_logits(split, tmp_path)
     indices, drawn = views()
@@ -391,7 +390,7 @@ def test_logits_that_float16_cannot_hold_are_an_error(tmp_path):
     assert asked(teacher, *views()).isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["resnet8", "wrn_16_1", "ShuffleV1", "MobileNetV2"])
+@pytest.mark.parametrize("name", ["resnet8", "ShuffleV1"])
 def test_logits_do_not_depend_on_what_else_is_computed(name):
     """So that a run that is resumed, or one that finds half of the logits cached, equals an unbroken one."""
     teacher = Teacher(trained(name), "cpu")
