@@ -248,14 +248,6 @@ def test_a_plain_state_dict_and_no_data(tmp_path):
     assert "top1" not in metadata("resnet8.onnx")
 
 
-def test_a_plain_state_dict_of_large_images(tmp_path):
-    torch.save(torchvision.models.squeezenet1_1(num_classes=7).state_dict(), "plain.pth")
-    call("--checkpoint", "plain.pth", "--student", "squeezenet1_1")
-    assert session("squeezenet1_1.onnx").get_inputs()[0].shape[1:] == [3, 224, 224]
-    facts = metadata("squeezenet1_1.onnx")
-    assert facts["resize"] == "256" and json.loads(facts["mean"]) == [0.485, 0.456, 0.406]
-
-
 # ---------------------------------------------------------------- int8 on every processor
 
 
