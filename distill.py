@@ -85,7 +85,9 @@ class Distiller(nn.Module):
         views: [weak], for MLKD [weak, strong], each (B, 3, H, W). target, index: (B,) classes, and positions
         in the data set. teacher_logits: one (B, K) a view, or [].
         """
-        recipe, v, z, parts = self.recipe, teacher_logits, [], []
+        recipe = self.recipe
+        v = teacher_logits
+        z, parts = [], []
         if self.feature:
             loss, logits = self.loss_and_logits(views[0], target, index)
             z.append(logits)
@@ -134,7 +136,8 @@ def make_step(distiller, optimizer, batch_size, world, micro_batch=None, compile
     parts = micro_batches(batch_size, world.size, micro_batch)
 
     def step(views, target, index, teacher_logits, seed=0):
-        n, sums = len(target), 0
+        n = len(target)
+        sums = 0
         whole = batch_size if world.size > 1 else n         # the last batch of an epoch may be smaller
         optimizer.zero_grad()
         bounds = (n * i // min(parts, n) for i in range(min(parts, n) + 1))
@@ -270,15 +273,22 @@ class Trainer:
     """A run that trains: its step, what the steps add up to, its rows and saves."""
 
     def __init__(self, recipe, data, distiller, run, state, world, stop, save_every, how):
-        self.recipe, self.data, self.distiller, self.run = recipe, data, distiller, run
-        self.world, self.stop, self.save_every = world, stop, save_every
+        self.recipe = recipe
+        self.data = data
+        self.distiller = distiller
+        self.run = run
+        self.world = world
+        self.stop = stop
+        self.save_every = save_every
         self.optimizer = make_optimizer(distiller, recipe)
         if world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(world.device)
         # of this process, in the epoch: the loss, its parts, top-1 and top-5 hits, undecodable images
         precise = torch.float32 if world.device.type == "mps" else torch.float64
         self.sums = torch.zeros(7 if distiller.feature else 6, dtype=precise, device=world.device)
-        self.epoch, self.first_step, self.row, self.best = 0, 0, {}, {"top1": -1.0}
+        self.epoch = self.first_step = 0
+        self.row = {}
+        self.best = {"top1": -1.0}
         self.saved = self.begun = time.monotonic()
         if state:
             self.resume(state)
@@ -298,14 +308,18 @@ class Trainer:
             held["momentum_buffer"].copy_(kept)
         if self.world.rank == 0:
             self.sums.copy_(state["sums"])
-        self.epoch, self.first_step = state["epoch"], state["step"]
-        self.row, self.best = state["row"], state["best"]
+        self.epoch = state["epoch"]
+        self.first_step = state["step"]
+        self.row = state["row"]
+        self.best = state["best"]
         self.begun -= state["seconds"]      # the time of earlier sessions counts
         self.world.print(f"resuming from epoch {self.epoch}, step {self.first_step} ({self.run.folder})")
 
     def train_epoch(self, epoch):
         """The steps of an epoch that are left."""
-        recipe, data, world = self.recipe, self.data, self.world
+        recipe = self.recipe
+        data = self.data
+        world = self.world
         batch = recipe["batch_size"]
         self.epoch_begun = time.monotonic()
         self.epoch_images = data.images - self.first_step * batch
@@ -326,12 +340,11 @@ class Trainer:
         """Sets learning rate and weights to those of an epoch of the full-length recipe."""
         if epoch == self.scheduled:
             return
-        lr, *weights = schedule(epoch, self.recipe)
+        lr, kd_weight, reversal, feature_weight = schedule(epoch, self.recipe)
         self.optimizer.param_groups[0]["lr"].fill_(lr)
-        distiller = self.distiller
-        buffers = distiller.kd_weight, distiller.reversal, distiller.feature_weight
-        for buffer, weight in zip(buffers, weights, strict=True):
-            buffer.fill_(weight)
+        self.distiller.kd_weight.fill_(kd_weight)
+        self.distiller.reversal.fill_(reversal)
+        self.distiller.feature_weight.fill_(feature_weight)
         self.scheduled = epoch
 
     def eval_epoch(self, epoch):
@@ -339,7 +352,9 @@ class Trainer:
 
         With MLKD ce is the sum over its two views, as it is in the loss, and the accuracy the weak view's.
         """
-        data, world, name = self.data, self.world, self.data.eval_name
+        data = self.data
+        world = self.world
+        name = data.eval_name
         speed = self.epoch_images / (time.monotonic() - self.epoch_begun)
         self.distiller.eval()
         world.broadcast(self.distiller.buffers())       # all evaluate what is saved
@@ -409,7 +424,9 @@ class Trainer:
 
     def finish(self):
         """Writes student.pt and result.json; returns the result."""
-        recipe, data, device = self.recipe, self.data, self.world.device
+        recipe = self.recipe
+        data = self.data
+        device = self.world.device
         minutes = (time.monotonic() - self.begun) / 60
         last = {k: self.row[f"{data.eval_name}_{k}"] for k in ("top1", "top5")}
         network = self.distiller.inference_model[0]
