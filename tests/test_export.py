@@ -45,7 +45,7 @@ def call(*arguments, code=0, command=export.main):
 
 
 def lively(name, num_classes=100):
-    """A network whose batch norms have seen images and whose logits differ from image to image."""
+    """A network with batch norms that have seen images, and logits that differ from image to image."""
     torch.manual_seed(0)
     network = create_model(name, num_classes).train()
     with torch.no_grad():
@@ -144,6 +144,14 @@ def test_a_file_computes_what_pytorch_computes_on_batches_of_any_size(distilled,
         odds = np.exp(z - z.max(1, keepdims=True))
         softmax = odds / odds.sum(1, keepdims=True)
         np.testing.assert_allclose(probabilities, softmax, atol=2e-3)
+
+
+def test_int8_keeps_the_mean_logits_of_the_calibration_images(distilled):
+    order, _ = data.epoch_draws(0, 0, 1000)
+    images = data.synthetic(1000, 1).images[order[:512]]
+    logits = [session(distilled[0] / f"resnet8{precision}.onnx").run(["logits"], {"image": images.numpy()})[0]
+              for precision in ("", ".int8")]
+    assert abs((logits[0] - logits[1]).mean(0)).max() < 1e-4 < abs(logits[0] - logits[1]).mean()
 
 
 def test_metadata_are_inside_and_source_paths_are_not(distilled, student):
