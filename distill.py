@@ -7,7 +7,6 @@
     run_experiment       one run in its folder, from its first line to its result
 """
 
-import itertools
 import math
 import time
 import warnings
@@ -95,7 +94,9 @@ class Distiller(nn.Module):
         for view in views[len(z):]:
             with self.autocast(view):
                 z.append(self.inference_model[0](view).float())                     # line 2: z_n, v_n
-        ce = sum(F.cross_entropy(logits, target) for logits in z)                   # line 5: L_CE
+        ce = 0
+        for logits in z:
+            ce = ce + F.cross_entropy(logits, target)                               # line 5: L_CE
         kd = torch.zeros_like(ce)
         if v:
             tau = self.temperature(self.reversal) if self.temperature else recipe["base_temp"]
@@ -140,8 +141,10 @@ def make_step(distiller, optimizer, batch_size, world, micro_batch=None, compile
         sums = 0
         whole = batch_size if world.size > 1 else n         # the last batch of an epoch may be smaller
         optimizer.zero_grad()
-        bounds = (n * i // min(parts, n) for i in range(min(parts, n) + 1))
-        for first, last in itertools.pairwise(bounds):
+        count = min(parts, n)
+        for i in range(count):
+            first = n * i // count
+            last = n * (i + 1) // count
             if first:
                 torch.manual_seed((seed + first) % 2**63)
             part = slice(first, last)
