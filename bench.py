@@ -120,7 +120,7 @@ def table(pair, rates):
               show_default=True, help="TEACHER-STUDENT.")
 @click.option("--rounds", type=cli.COUNT, default=7, show_default=True, help="Turns of each loop.")
 @click.option("--compile/--no-compile", default=False, help="torch.compile too; a minute more for each pair.")
-@click.option("--device", type=cli.Choice(["cuda", "mps", "cpu"]), help="[default: the best available]")
+@click.option("--device", type=click.Choice(["cuda", "mps", "cpu"]), help="[default: the best available]")
 def main(pairs, rounds, compile, device):
     world = World(device)
     cli.set_backends(deterministic=False)

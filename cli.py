@@ -2,7 +2,7 @@
 
 import ctypes
 import difflib
-import math
+import multiprocessing
 import os
 import re
 import sys
@@ -13,180 +13,52 @@ from pathlib import Path
 import click
 import torch
 
-from recipes import FEATURES, ceiling, suggested_temperature
 from run import RunError, first_line
 
+# ---------------------------------------------------------------- errors of one line
 
-def suggest(name, known):
-    """The known names, comma-separated, those most like `name` first."""
-    folded = {}
-    for k in known:
-        folded.setdefault(k.casefold(), []).append(k)
-    near = [k for f in difflib.get_close_matches(name.casefold(), folded, n=3, cutoff=0.4) for k in folded[f]]
-    return ", ".join(near + [k for k in known if k not in near])
-
-
-def check_name(flag, name, known):
-    """A usage error that lists the known names, the nearest first; a name of one's own has a colon."""
-    if ":" not in name and name not in known:
-        raise click.UsageError(f"{flag} {name}: no such network; known, the nearest first: "
-                               f"{suggest(name, known)}; one of your own is FILE.py:NAME")
-
-
-def check_method(flags, networks):
-    """Usage errors of the flags that say what is trained, which click cannot see by itself.
-
-    Takes the teacher from method none. networks: the names that --teacher and --student may have.
-    """
-    if flags["method"] == "none":
-        if flags["zscore"]:
-            raise click.UsageError("--zscore needs a method that distils: "
-                                   "--method none has no teacher's logits to standardize")
-        if not flags["feature"]:
-            flags["teacher"] = flags["teacher_checkpoint"] = None
-    if flags["feature_weight"] is not None and not flags["feature"]:
-        raise click.UsageError("--feature-weight is for --feature NAME, which is not given")
-    if flags["entropy_weight"] and flags["method"] in ("none", "dist"):
-        raise click.UsageError("--entropy-weight weights the losses of samples, which --method "
-                               f"{flags['method']} does not have")
-    for flag, *methods in (("alpha", "dkd", "rld"), ("beta", "dkd", "rld", "dist"),
-                           ("zscore_relations", "mlkd")):
-        if flags[flag] is not None and flags["method"] not in methods:
-            raise click.UsageError(f"--{flag.replace('_', '-')} is for --method {', '.join(methods)}, "
-                                   f"not {flags['method']}")
-    if flags["zscore_relations"] and not flags["zscore"]:
-        raise click.UsageError("--zscore-relations needs --zscore")
-    for flag in ("base_temp", "kd_weight"):
-        if flags[flag] is not None and flags["method"] == "none":
-            raise click.UsageError(f"--{flag.replace('_', '-')} is for a method that distils, "
-                                   "not for --method none")
-    for flag in ("teacher", "student"):
-        if flags[flag] is not None:
-            check_name(f"--{flag}", flags[flag], networks)
-    taught = flags["method"] != "none" or flags["feature"]
-    if flags["eval_file"] is None and flags["student"] is None:
-        raise click.UsageError("name a --student" + " and a --teacher" * bool(taught)
-                               + "; --list shows the pairs")
-    if flags["eval_file"] is None and taught and flags["teacher"] is None:
-        raise click.UsageError("name a --teacher" + " (or train the student alone: --method none)"
-                               * (not flags["feature"]))
-
-
-GIVEN = ("base_temp", "kd_weight", "ce_weight", "alpha", "beta", "zscore_relations", "feature_weight",
-         "epochs", "batch_size", "lr", "weight_decay")
-
-
-def resolve(flags, found, device):
-    """The recipe: the pair's numbers `found`, with the flags given. Returns (recipe, lines to print)."""
-    names = {k: flags[k] for k in ("teacher", "student", "method", "zscore")}
-    found, lines = dict(found), []
-    given = {k: flags[k] for k in GIVEN if flags[k] is not None}
-    if not found.pop("known"):
-        pair = (f"{names['teacher']} -> {names['student']}" if names["teacher"]
-                else f"{names['student']} alone")
-        taken = found | given
-        lines.append(f"no published recipe for {pair}: taking learning rate {taken['lr']:g}"
-                     + (f", base temperature {taken['base_temp']:g}, weight {taken['kd_weight']:g}"
-                        if found["base_temp"] else "")
-                     + (f", feature weight {taken['feature_weight']:g}" if flags["feature"] else ""))
-    usual, batch = found["batch_size"], given.get("batch_size", found["batch_size"])
-    if batch != usual and "lr" not in given:
-        lines.append(f"warning: the recipe's learning rate {found['lr']:g} is for batches of {usual}; "
-                     f"for {batch} give --lr too (linear rule: {found['lr'] * batch / usual:g})")
-    return names | found | {
-        "full_epochs": found["epochs"], **given, "precision": pick_precision(flags["precision"], device),
-        "deterministic": flags["deterministic"], "compile": flags["compile"],
-        "val_from_train": flags["val_from_train"], "seed": flags["seed"]}, lines
+FAILURES = {        # words of PyTorch's error: what to do
+    "does not have a deterministic implementation": "an operation has no --deterministic form, leave it out",
+    "DataLoader": "a loading process was lost: give fewer --workers, a container more --shm-size",
+    "Connection closed": "another process was lost, its own lines say why",
+    "Connection reset": "another process was lost, its own lines say why",
+}
 
 
 @contextmanager
 def friendly_errors():
-    """As one line: a ValueError of this project's modules, a full device, what has no deterministic form."""
+    """Turns into one line: a ValueError of this project's modules, full memory, and FAILURES."""
     try:
         yield
     except ValueError as error:
         raise RunError(str(error)) from None
-    except torch.OutOfMemoryError:
-        raise RunError(f"the device's memory is full{gpu_memory()}: take smaller batches (--batch-size, "
-                       "--at-once N where there is one), or see what else is on the device") from None
+    except torch.OutOfMemoryError as error:
+        raise RunError("the device's memory is full: take a smaller --batch-size, or --micro-batch where "
+                       f"there is one ({first_line(error)})") from None
     except RuntimeError as error:
-        if "does not have a deterministic implementation" not in str(error):
-            raise
-        raise RunError(f"--deterministic: {first_line(error).split(',')[0]}: leave the flag out, or take a "
-                       "network without that operation") from None
-
-
-def gpu_memory():
-    """What a full GPU's memory is used for, in brackets; "" where there is none."""
-    if not torch.cuda.is_available():
-        return ""
-    (free, total), ours = torch.cuda.mem_get_info(), torch.cuda.memory_reserved()
-    return (f" ({total / 2**30:.1f} GiB, of which this process holds {ours / 2**30:.1f} and others "
-            f"{(total - free - ours) / 2**30:.1f})")
-
-
-def check_classes(recipe, count):
-    """A usage error for a method that `count` classes do not allow."""
-    if recipe["zscore"] and count == 2:
-        raise click.UsageError("--zscore leaves nothing to teach of two classes (Z is +1 and -1 for every "
-                               "image, without a gradient): leave it out; KD's own temperature is 4")
-    if recipe["method"] == "dkd" and count == 2:
-        raise click.UsageError("--method dkd needs three classes: there is nothing beside the target's part")
-
-
-def check_batch(recipe, images, smallest):
-    """A usage error where an epoch has no whole batch, or a method compares images and one is alone.
-
-    smallest: the images that are computed together at least.
-    """
-    batch = recipe["batch_size"]
-    if batch > images:
-        raise click.UsageError(f"--batch-size {batch}: there are {images} training images; "
-                               "give a smaller one, and a --lr that is smaller in proportion")
-    method = (f"--feature {recipe['feature']}" if recipe.get("feature") in ("rkd", "reviewkd") else
-              "--method dist" if recipe["method"] == "dist" else None)
-    if method and smallest == 1:
-        raise click.UsageError(f"{method} compares images, and of {images} in batches of {batch} one is "
-                               "alone: give another --batch-size (or --at-once, where there is one)")
-
-
-def temperature_line(recipe, count):
-    """Which temperature the ceiling of Z (see zscore_kd.py) suggests for `count` classes, and why."""
-    tau, used = suggested_temperature(count), recipe["base_temp"]
-    if count >= 10_000:
-        return (f"for {count} classes, without a recipe, take base temperature {tau:g} or less (--base-temp "
-                f"{tau:g}), or no standardization: the second table in zscore_kd.py; this run has {used:g}")
-    return (f"for {count} classes, without a recipe, the table in zscore_kd.py suggests base temperature "
-            f"{tau:g}: the teacher's top probability can reach {ceiling(count, tau):.2f}"
-            + ("" if used == tau else f", at this run's {used:g} only {ceiling(count, used):.2f} "
-               f"(--base-temp {tau:g})"))
-
-
-class Choice(click.Choice):
-    """click's, with the nearest first in its message."""
-
-    def convert(self, value, param, ctx):
-        if value not in self.choices:
-            self.fail(f"{value!r} is not known; known, the nearest first: "
-                      f"{suggest(str(value), list(self.choices))}")
-        return super().convert(value, param, ctx)
-
-
-class Device(Choice):
-    """cuda, mps or cpu; a number is for the system to choose by."""
-
-    def convert(self, value, param, ctx):
-        if kind := re.fullmatch(r"cuda:(\d+)", str(value)):
-            self.fail(f"{value}: a command sees one GPU, cuda; CUDA_VISIBLE_DEVICES={kind[1]} before the "
-                      "command chooses which")
-        return super().convert(value, param, ctx)
+        for words, todo in FAILURES.items():
+            if words in str(error):
+                for child in multiprocessing.active_children():
+                    child.kill()        # the end of this process would wait for one that hangs
+                raise RunError(f"{todo} ({first_line(error)[:80]})") from None
+        raise
 
 
 class Command(click.Command):
-    """A click command whose errors are one line on stderr, usage errors (exit code 2) too."""
+    """A click command with headings in --help, and errors of one line on stderr."""
+
+    def format_options(self, ctx, formatter):
+        sections = {}
+        for option in self.get_params(ctx):
+            record = option.get_help_record(ctx)
+            if record:
+                sections.setdefault(getattr(option, "heading", "Options"), []).append(record)
+        for heading, records in sections.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
 
     def main(self, *args, standalone_mode=True, **more):
-        for stream in (sys.stdout, sys.stderr):     # a file's name may have what the encoding lacks
+        for stream in (sys.stdout, sys.stderr):     # names of files may have what the encoding lacks
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
         try:
@@ -210,6 +82,27 @@ def show(error):
     return getattr(error, "exit_code", 1)
 
 
+def suggest(name, known):
+    """The known names, comma-separated, those most like `name` first."""
+    folded = {}
+    for k in known:
+        folded.setdefault(k.casefold(), []).append(k)
+    near = []
+    for match in difflib.get_close_matches(name.casefold(), folded, n=3, cutoff=0.4):
+        near += folded[match]
+    return ", ".join(near + [k for k in known if k not in near])
+
+
+def check_name(flag, name, known):
+    """A usage error that lists the known networks, the nearest first; a custom network's name has a colon."""
+    if ":" not in name and name not in known:
+        raise click.UsageError(f"{flag} {name}: no such network; known, the nearest first: "
+                               f"{suggest(name, known)}; a custom one is FILE.py:NAME")
+
+
+# ---------------------------------------------------------------- flags
+
+
 class UserPath(click.Path):
     """A path in which ~ is the home folder: a shell leaves it in --out=~/runs."""
 
@@ -217,101 +110,123 @@ class UserPath(click.Path):
         return super().convert(os.path.expanduser(value), param, ctx)
 
 
-class Finite(click.FloatRange):
-    """A finite number in a range; click's own takes nan."""
-
-    def convert(self, value, param, ctx):
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value} is not a finite number.", param, ctx)
-        return number
+class Number(click.FloatRange):
+    name = "number"
 
 
-POSITIVE, WEIGHT, COUNT = Finite(min=0, min_open=True), Finite(min=0), click.IntRange(min=1)
+class Count(click.IntRange):
+    name = "number"
+
+
+POSITIVE, WEIGHT = Number(min=0, min_open=True), Number(min=0)
+COUNT, COUNT_OR_NONE = Count(min=1), Count(min=0)
 PATH = UserPath()
 
-SHARED = [
-    click.option("--teacher", type=PATH, metavar="NAME", help="Teacher network."),
-    click.option("--student", type=PATH, metavar="NAME",
-                 help="Student network, or the one to train alone with --method none. Both also "
-                      "FILE.py:NAME, package.module:NAME (called with num_classes) or timm:NAME."),
-    click.option("--zscore/--no-zscore", default=False,
-                 help="Standardize the logits of both sides.  [default: off]"),
-    click.option("--feature", type=Choice(FEATURES),
-                 help="Feature method beside --method; alone with --method none."),
-    click.option("--feature-weight", type=WEIGHT, metavar="W", help="Its weight.  [default: recipe]"),
-    click.option("--base-temp", type=POSITIVE, metavar="TAU",
-                 help="Temperature of the method.  [default: recipe]"),
-    click.option("--kd-weight", type=WEIGHT, metavar="W", help="lambda_KD.  [default: recipe]"),
-    click.option("--ce-weight", type=WEIGHT, metavar="W", help="lambda_CE.  [default: recipe]"),
-    click.option("--alpha", type=WEIGHT, help="DKD, RLD: weight of the target's part.  [default: recipe]"),
+
+def flags(**groups):
+    """Decorator: gives a click command lists of options, each under its heading in --help."""
+    def decorate(command):
+        for heading, options in reversed(groups.items()):
+            for option in reversed(options):
+                option(command)
+                command.__click_params__[-1].heading = heading.capitalize()
+        return command
+    return decorate
+
+
+def method_flags(methods, features):
+    """What is trained, and by which loss."""
+    return [
+        click.option("--teacher", type=PATH, metavar="NAME", help="Teacher network."),
+        click.option("--student", type=PATH, metavar="NAME",
+                     help="Student network. Both also FILE.py:NAME, package.module:NAME or timm:NAME."),
+        click.option("--method", type=click.Choice(methods), default="kd", show_default=True,
+                     help="Distillation loss; none trains the student without a teacher."),
+        click.option("--zscore/--no-zscore", default=False,
+                     help="Logit standardization: both sides' logits are z-scored.  [default: off]"),
+        click.option("--feature", type=click.Choice(features),
+                     help="Feature loss, added to --method's; with --method none it is the only one."),
+        click.option("--entropy-weight", is_flag=True,
+                     help="EA-KD: weight each image's loss by the entropies of both predictions."),
+        click.option("--zscore-relations/--no-zscore-relations", default=None,
+                     help="MLKD (KD between images and between classes too) with --zscore: z-score these "
+                          "relations too.  [default: recipe]"),
+    ]
+
+
+RECIPE = [
+    click.option("--base-temp", type=POSITIVE, help="Temperature of the method."),
+    click.option("--kd-weight", type=WEIGHT, help="lambda_KD: weight of the method's loss."),
+    click.option("--ce-weight", type=WEIGHT, help="lambda_CE: weight of the cross-entropy."),
+    click.option("--feature-weight", type=WEIGHT, help="Weight of the feature loss."),
+    click.option("--alpha", type=WEIGHT, help="DKD, RLD: weight of the target class."),
     click.option("--beta", type=WEIGHT,
-                 help="DKD, RLD: weight of the other classes' part; DIST: of the samples'.  "
-                      "[default: recipe]"),
-    click.option("--entropy-weight", is_flag=True, help="EA-KD: samples weighted by both sides' entropies."),
-    click.option("--zscore-relations/--no-zscore-relations", default=None,
-                 help="MLKD with --zscore: standardize the class and batch relations too.  "
-                      "[default: recipe]"),
-    click.option("--epochs", type=COUNT, help="Length; the schedule scales with it.  [default: recipe]"),
-    click.option("--batch-size", type=COUNT, help="Images per step.  [default: recipe]"),
-    click.option("--lr", type=POSITIVE, help="Learning rate at the start.  [default: recipe]"),
-    click.option("--weight-decay", type=WEIGHT, help="[default: recipe]"),
-    click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True,
-                 help="First seed."),
-    click.option("--seeds", type=COUNT, default=1, show_default=True,
-                 help="Number of seeds to run, one by one."),
-    click.option("--val-from-train", type=click.IntRange(min=0), default=0, metavar="N",
-                 help="Hold N training images out and evaluate the student on them alone, "
-                      "for choosing numbers."),
-    click.option("--teacher-checkpoint", type=PATH, metavar="FILE", help="The teacher's weights."),
-    click.option("--student-checkpoint", type=PATH, metavar="FILE",
-                 help="Weights that the student begins with: what fits of them."),
-    click.option("--out", type=PATH, metavar="DIR", default="runs", show_default=True,
-                 help="Folder for the runs' folders."),
-    click.option("--device", type=Device(["cuda", "mps", "cpu"]), help="[default: the best there is]"),
-    click.option("--precision", type=Choice(["fp32", "tf32", "bf16"]),
-                 help="bf16 is autocast, last layer and losses in float32; tf32 rounds convolutions, which "
-                      "is PyTorch's default on CUDA.  [default: bf16 on cuda, else fp32]"),
+                 help="DKD, RLD: weight of the other classes; DIST: of the relations within an image."),
+    click.option("--epochs", type=COUNT, help="Length; the schedule scales with it."),
+    click.option("--batch-size", type=COUNT, help="Images a step, of all processes."),
+    click.option("--lr", type=POSITIVE, help="Learning rate at the start."),
+    click.option("--weight-decay", type=WEIGHT, help="Of all parameters."),
+]
+HELD_OUT = click.option("--val-from-train", type=COUNT_OR_NONE, default=0,
+                        help="Hold out so many training images and evaluate on them: to choose values.")
+RUN = [
+    click.option("--teacher-checkpoint", type=PATH, help="The teacher's weights."),
+    click.option("--student-checkpoint", type=PATH,
+                 help="Weights that the student starts from; those that do not fit are left out."),
+    click.option("--out", type=PATH, default="runs", show_default=True,
+                 help="Holds the runs' folders."),
+    click.option("--seed", type=Count(0, 2**32 - 1), default=0, show_default=True,
+                 help="Of all random draws."),
+    click.option("--list", "list_recipes", is_flag=True, help="Print recipes and published accuracies."),
+    click.option("--dry-run", is_flag=True,
+                 help="The whole path in seconds: untrained teacher, synthetic data, temporary folder."),
+    click.option("--eval", "eval_file", type=PATH, help="Evaluate a checkpoint, and exit."),
+]
+MACHINE = [
+    click.option("--device", type=click.Choice(["cuda", "mps", "cpu"]),
+                 help="Which GPU: CUDA_VISIBLE_DEVICES.  [default: the best there is]"),
+    click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16"]),
+                 help="bf16: autocast, losses in float32; tf32: rounded convolutions, as PyTorch's default.  "
+                      "[default: bf16 on cuda, else fp32]"),
     click.option("--deterministic", is_flag=True, help="Deterministic CUDA kernels; slower."),
     click.option("--compile/--no-compile", default=False,
-                 help="torch.compile: faster steps after a minute of preparation.  [default: off]"),
-    click.option("--list", "list_recipes", is_flag=True,
-                 help="Print all recipes and published numbers, and exit."),
-    click.option("--dry-run", is_flag=True,
-                 help="Walk the whole path in seconds: made data, two batches, a temporary folder."),
-    click.option("--eval", "eval_file", type=PATH, metavar="FILE",
-                 help="Evaluate a checkpoint of any supported format, and exit."),
+                 help="torch.compile: faster steps after a minute.  [default: off]"),
 ]
 
 
-def shared_flags(command):
-    """Decorator: gives a click command the flags of SHARED, in that order."""
-    for option in reversed(SHARED):
-        command = option(command)
-    return command
+def save_every(seconds):
+    return click.option("--save-every", type=POSITIVE, default=seconds, show_default=True,
+                        help="Seconds between saves.")
 
 
 # ---------------------------------------------------------------- where and how
 
 
+def prepare(flags, device):
+    """What must be set before the first operation."""
+    set_backends(flags["deterministic"], flags["precision"])
+    tune_malloc()
+    if flags["compile"]:
+        check_compiler(device)
+
+
 def pick_device(name=None):
     """torch.device of "cuda", "mps" or "cpu", the best there is for None. RunError when it is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = name or next(k for k, v in there.items() if v)
-    if not there[name]:
-        have = " and ".join(k for k, v in there.items() if v)
-        raise RunError(f"--device {name}: PyTorch finds none here; leave the flag out, it finds {have}")
-    return torch.device(name)
+    found = [kind for kind, is_there in there.items() if is_there]
+    if name and name not in found:
+        raise RunError(f"--device {name}: PyTorch finds only {' and '.join(found)} here")
+    return torch.device(name or found[0])
 
 
 def pick_precision(name, device):
-    """"fp32", "tf32" or "bf16": what was asked for, else bf16 where a CUDA device has it in hardware."""
+    """"fp32", "tf32" or "bf16": the named one, else bf16 where a CUDA device has it in hardware."""
     if name == "tf32" and device.type != "cuda":
         raise click.UsageError("--precision tf32 is for CUDA: elsewhere give fp32 or bf16")
-    if name is None:
-        name = ("bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-                else "fp32")
-    return name
+    if name:
+        return name
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if has_bf16 else "fp32"
 
 
 def set_backends(deterministic, precision="fp32"):
@@ -328,7 +243,7 @@ def set_backends(deterministic, precision="fp32"):
 
 
 def tune_malloc(block=2**30):
-    """Lets the C library keep freed blocks up to a size: faulting them in again takes 10 % of a step."""
+    """Lets the C library keep freed blocks up to a size: to fault them in again takes 10 % of a step."""
     try:
         mallopt = ctypes.CDLL(None).mallopt         # glibc's; M_MMAP_THRESHOLD and M_TRIM_THRESHOLD
         if mallopt(-3, block) or mallopt(-3, 2**25):        # older ones take 32 MiB at most
@@ -344,23 +259,18 @@ def check_compiler(device):
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
     except Exception as error:      # torch raises its own types, by version
-        raise RunError(f"--compile does not work here ({first_line(error)}); it needs a C++ compiler on a "
-                       "CPU, Triton on a GPU. Leave the flag out") from None
+        raise RunError(f"--compile needs a C++ compiler on a CPU, Triton on a GPU ({first_line(error)})"
+                       ) from None
 
 
 def peak_memory(device):
     """Peak memory in MiB: of the allocator on CUDA, of the process elsewhere; None if it cannot be known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    try:                    # Linux; getrusage there counts the process that started this one too
+    try:                    # Linux
         return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
     except (OSError, TypeError):
-        pass
-    try:
-        import resource     # not on Windows
-    except ImportError:
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 # ---------------------------------------------------------------- progress
@@ -368,19 +278,22 @@ def peak_memory(device):
 
 def duration(seconds):
     """Seconds as people say them: 45 s, 12 min, 3.2 h, 4.1 days."""
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.{0 if unit == 'min' else 1}f} {unit}"
-    return f"{seconds:.0f} s"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 1.5 * 3600:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 1.5 * 86400:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86400:.1f} days"
 
 
 class Progress:
     """A line that moves on a terminal, a plain row an epoch elsewhere, and soon the projected time."""
 
-    def __init__(self, images, epochs, done, device, advice="", chunk=1):
+    def __init__(self, images, epochs, done, device, chunk=1):
         """chunk: images that are prepared at once; speed is judged over whole chunks."""
         self.chunk, self.chunks = chunk, 0
-        self.images, self.epochs, self.device, self.advice = images, epochs, device, advice
+        self.images, self.epochs, self.device = images, epochs, device
         self.left = images * epochs - done      # images still to be trained on
         self.seen, self.begun, self.printed, self.projected = 0, None, 0.0, False
 
@@ -393,18 +306,18 @@ class Progress:
         self.seen += images
         elapsed = now - self.begun
         before, self.chunks = self.chunks, self.seen // self.chunk
+        remaining = (self.left - self.seen) * elapsed / self.seen
         if not self.projected and elapsed >= 5 and self.chunks > before:
             self.projected = True
-            remaining = self.left * elapsed / self.seen
-            line = (f"about {duration(remaining)} for the {self.left:,} images to go "
-                    f"({self.seen / elapsed:,.0f} images/s on {self.device.type}), evaluation aside")
-            self.print(line + (f": {self.advice}" if self.advice and remaining > 86400 else ""))
+            self.print(f"about {duration(remaining)} for the {self.left - self.seen:,} images to go, without "
+                       f"evaluation ({self.seen / elapsed:,.0f} images/s on {self.device.type})")
+            if remaining > 86400 and self.device.type == "cpu":
+                self.print("a short run: --student resnet8 --epochs 12 --train-images 10000; or take a GPU")
         if sys.stdout.isatty() and now - self.printed >= 0.5:
             self.printed = now
             share = 1 - (self.left - self.seen) / (self.images * self.epochs)
             click.echo(f"\r\033[Kepoch {epoch + 1}/{self.epochs}  {share:.0%}  "
-                       f"{self.seen / max(elapsed, 1e-9):,.0f} images/s  "
-                       f"{duration((self.left - self.seen) * elapsed / self.seen)} left", nl=False)
+                       f"{self.seen / elapsed:,.0f} images/s  {duration(remaining)} left", nl=False)
 
     def print(self, line):
         click.echo(("\r\033[K" if sys.stdout.isatty() else "") + line)

@@ -4,7 +4,6 @@
     make_step            one update from a batch, on one device or many, as a CUDA graph where there is CUDA
     train                the epochs: resumed where a run was stopped, evaluated, logged, saved
     Trainer.train_epoch  line 1, the loop over batches
-    run_experiment       one run in its folder, from its first line to its result
 """
 
 import math
@@ -20,18 +19,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
-from cli import Progress, check_batch, duration, peak_memory
+from cli import Progress, peak_memory
 from logit_kd import distillation_loss
 from models import float32_head
-from networks import feature_method
-from recipes import method_name, recipe_epoch, schedule
-from run import Run, RunError, Stop, collect_facts, first_line
+from recipes import recipe_epoch, schedule
+from run import RunError, first_line
 from zscore_kd import CurriculumTemperature
 
-SHOWN = ("lr", "epochs", "batch_size", "weight_decay", "ce_weight", "kd_weight", "base_temp", "alpha", "beta",
-         "gamma", "entropy_temp", "span", "zscore_relations", "feature_weight", "feature_ramp", "resolution",
-         "normalize", "factor", "precision", "compile", "exact_teacher", "size", "images", "train_images",
-         "val_from_train")
 METHOD_OPTIONS = ("zscore", "alpha", "beta", "gamma", "entropy_temp", "zscore_relations")   # in a recipe
 METADATA = ("student", "teacher", "method", "zscore", "feature", "entropy_temp", "base_temp", "epochs",
             "seed", "data", "size", "train_images", "val_from_train")       # of the recipe, in student.pt
@@ -236,17 +230,15 @@ def top_k_hits(logits, target):
 def evaluate(predict, batches, world=None, between=lambda: None):
     """Mean cross-entropy, top-1 and top-5 (%) of `predict`, images -> logits, over all processes' batches.
 
-    batches: (images, target), as many in each process; (None, None) where one has fewer. between: called
-    before each.
+    batches: (images, target), as many in each process. between: called before each.
     """
     sums = torch.zeros(4, dtype=torch.double)
     for images, target in batches:
         between()
-        if images is not None:
-            logits = predict(images).float()
-            loss = F.cross_entropy(logits, target, reduction="sum")
-            sums[:3] += torch.cat([loss[None], top_k_hits(logits, target)]).cpu().double()
-            sums[3] += len(target)
+        logits = predict(images).float()
+        loss = F.cross_entropy(logits, target, reduction="sum")
+        sums[:3] += torch.cat([loss[None], top_k_hits(logits, target)]).cpu().double()
+        sums[3] += len(target)
     loss, top1, top5, n = (world.sum(sums) if world else sums).tolist()
     return {"loss": loss / n, "top1": 100 * top1 / n, "top5": 100 * top5 / n}
 
@@ -258,7 +250,7 @@ def train(recipe, data, distiller, run, state, world, stop, *, save_every=60, st
     """Trains `distiller` on `data`; returns the result, a dict.
 
     data: a script's Batches: steps, images (of an epoch), train_images, eval_name, metadata (for student.pt),
-    epoch, evaluation, long_evaluation, undecodable, check, advice and chunk (see cli.Progress). state: the
+    epoch, evaluation, long_evaluation, and chunk (see cli.Progress). state: the
     save to resume from, or None. save_every: seconds. stop_after: leave after so many epochs, as a kill
     would, and return None. how: see `make_step`.
     """
@@ -286,9 +278,9 @@ class Trainer:
         self.optimizer = make_optimizer(distiller, recipe)
         if world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(world.device)
-        # of this process, in the epoch: the loss, its parts, top-1 and top-5 hits, undecodable images
+        # of this process, in the epoch: the loss, its parts, top-1 and top-5 hits
         precise = torch.float32 if world.device.type == "mps" else torch.float64
-        self.sums = torch.zeros(7 if distiller.feature else 6, dtype=precise, device=world.device)
+        self.sums = torch.zeros(6 if distiller.feature else 5, dtype=precise, device=world.device)
         self.epoch = self.first_step = 0
         self.row = {}
         self.best = {"top1": -1.0}
@@ -297,7 +289,7 @@ class Trainer:
             self.resume(state)
         self.step = make_step(distiller, self.optimizer, recipe["batch_size"], world, **how)
         done = self.epoch * data.images + self.first_step * recipe["batch_size"]
-        self.progress = Progress(data.images, recipe["epochs"], done, world.device, data.advice, data.chunk)
+        self.progress = Progress(data.images, recipe["epochs"], done, world.device, data.chunk)
         self.scheduled = None       # the epoch of the schedule that the step has
 
     def resume(self, state):
@@ -333,7 +325,7 @@ class Trainer:
             offset = epoch * data.train_images + i * batch + batch * world.rank // world.size
             seed = recipe["seed"] * 2**40 + offset      # of dropout's masks
             torch.manual_seed(seed % 2**63)
-            self.sums[:-1] += self.step(views, target, index, teacher_logits, seed=seed)    # lines 2 to 6
+            self.sums += self.step(views, target, index, teacher_logits, seed=seed)    # lines 2 to 6
             if world.rank == 0:
                 self.progress.step(epoch, batch if world.size > 1 else len(target))
             self.save_if_due(epoch, i + 1, data.long_evaluation and i + 1 == data.steps)
@@ -366,7 +358,7 @@ class Trainer:
         between = self.exit_if_requested if data.long_evaluation else lambda: None
         scores = evaluate(self.distiller.predict, data.evaluation(), world, between)
         torch.backends.cudnn.allow_tf32 = allowed
-        loss, ce, kd, *feature, top1, top5, _ = (self.total() / data.images).tolist()
+        loss, ce, kd, *feature, top1, top5 = (self.total() / data.images).tolist()
         if not math.isfinite(loss + scores["loss"]):
             raise self.diverged(epoch, data.steps)
         lr, *_ = schedule(recipe_epoch((epoch + 1) * data.steps - 1, data.steps, self.recipe), self.recipe)
@@ -377,7 +369,7 @@ class Trainer:
         self.row |= {f"{name}_{k}": v for k, v in scores.items()}
         if self.distiller.temperature:
             self.row["temperature"] = self.distiller.temperature(0.0).item()
-        self.row |= {"img_s": speed, "seconds": time.monotonic() - self.epoch_begun, **self.noted}
+        self.row |= {"img_s": speed, "seconds": time.monotonic() - self.epoch_begun}
         if scores["top1"] > self.best["top1"]:
             self.best = {"top1": scores["top1"], "top5": scores["top5"], "epoch": epoch + 1}
         self.sums.zero_()
@@ -386,12 +378,8 @@ class Trainer:
             self.progress.print(epoch_line(self.row, self.best, name, self.recipe["epochs"]))
 
     def total(self):
-        """The sums of all processes; RunError where too many images could not be decoded."""
-        self.sums[-1] += self.data.undecodable
-        self.data.undecodable = 0
-        total = self.world.sum(self.sums.clone())
-        self.noted = self.data.check(int(total[-1]))
-        return total
+        """The sums of all processes."""
+        return self.world.sum(self.sums.clone())
 
     def save_if_due(self, epoch, step, now=False):
         """Saves after `save_every` seconds, at a stop, or now: so many epochs, and steps of the next one."""
@@ -464,62 +452,3 @@ def epoch_line(row, best, name, epochs):
             f"train {row['train_top1']:6.2f}  {name} top-1 {row[f'{name}_top1']:6.2f}  "
             f"top-5 {row[f'{name}_top5']:6.2f}  (best {best['top1']:.2f})  "
             f"{row['img_s']:,.0f} images/s  {row['seconds']:.0f} s")
-
-
-# ---------------------------------------------------------------- one run
-
-
-def run_experiment(recipe, data, student, folder, world, *, teacher=None, published=None, logged=None,
-           before=lambda: None, more=False, **how):
-    """One run in its folder: printed, trained or found finished. Returns its result; None at `stop_after`.
-
-    data: a script's Batches; student: a network on the device. teacher: the Teacher, for a feature method.
-    published, logged: top-1 (%) of the paper, and of the last epoch of the authors' log, to print beside the
-    result. before: called before a new run begins. more: other runs come after this one. how: see `train`.
-    """
-    run = Run(folder, recipe, collect_facts(world.device) | {"processes": world.size})
-    values = ", ".join(f"{k} {recipe[k]}" for k in SHOWN
-                       if recipe.get(k) not in (None, False) or k == "ce_weight"
-                       or k == "zscore_relations" and recipe["zscore"] and k in recipe)
-    world.print(f"{run.folder}: {method_name(recipe)}, {values}")
-    batch = recipe["batch_size"]
-    share = batch // world.size // micro_batches(batch, world.size, how.get("micro_batch"))
-    check_batch(recipe, data.train_images, min(share, data.images % batch or batch))
-    try:
-        # rank 0 alone touches the folder
-        state, result = world.on_main(lambda: (run.open(), run.finished()))
-        if result:
-            world.print("finished before")
-        elif not state:
-            before()
-        with Stop() as stop:
-            if not result:
-                feature = None
-                if recipe.get("feature"):
-                    size = data.metadata["size"]
-                    feature = feature_method(recipe, student, teacher.whole, data.targets, size)
-                    teacher.prepare(feature)
-                    if feature.notice:
-                        world.print(feature.notice)
-                distiller = Distiller(student, recipe, feature, teacher).to(world.device)
-                result = train(recipe, data, distiller, run, state, world, stop, **how)
-    finally:
-        run.close()
-    if result:
-        world.print(summary(run.folder.name, result, published, logged))
-        if recipe.get("feature") == "simkd":
-            world.print(f"deployed with the teacher's classifier: {result['parameters']:,} parameters, "
-                        f"{result['macs'] / 1e6:.1f} M multiply-accumulates")
-    if not result or more:
-        stop.exit_if_requested(run.folder)     # asked for in the last epoch: what would come next is left out
-    return result
-
-
-def summary(name, result, published, logged):
-    last, best = result["last"], result["best"]
-    line = (f"{name}: last epoch {last['top1']:.2f} top-1, {last['top5']:.2f} top-5; best {best['top1']:.2f} "
-            f"(epoch {best['epoch']}, chosen on {result['best_chosen_on']})")
-    if published:
-        line += (f"; published {published:.2f}"
-                 + (f", last epoch of the authors' log {logged:.2f}" if logged else ""))
-    return f"{line}; {duration(60 * result['minutes'])}"

@@ -223,7 +223,7 @@ NEEDS = {"toy": (), "curves": ("pair",), "logits": ("pair", "teacher_checkpoint"
 
 
 @click.command(cls=cli.Command, help=__doc__)
-@click.argument("names", nargs=-1, required=True, type=cli.Choice(list(NEEDS)),
+@click.argument("names", nargs=-1, required=True, type=click.Choice(list(NEEDS)),
                 metavar=f"[{'|'.join(NEEDS)}]...")
 @click.option("--pair", metavar="T-S", help="TEACHER-STUDENT.")
 @click.option("--methods", metavar="M,...", default="none,kd,kd-z,dkd,dkd-z", show_default=True,
@@ -235,7 +235,7 @@ NEEDS = {"toy": (), "curves": ("pair",), "logits": ("pair", "teacher_checkpoint"
 @click.option("--zscore", type=cli.PATH, metavar="FILE", help="student.pt of a run with --zscore.")
 @click.option("--data-dir", type=cli.PATH, metavar="DIR", default="data", show_default=True,
               help="logits, difference: folder of cifar-100-python.")
-@click.option("--device", type=cli.Choice(["cuda", "mps", "cpu"]), help="[default: the best there is]")
+@click.option("--device", type=click.Choice(["cuda", "mps", "cpu"]), help="[default: the best there is]")
 @click.option("--out", metavar="DIR", default=ROOT / "figures", type=cli.UserPath(path_type=Path),
               help="[default: figures/ here]")
 def main(names, **flags):

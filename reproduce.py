@@ -139,9 +139,9 @@ def done(row, records):
     return False
 
 
-def run_row(row, results, device, data_dir, shared):
+def run_row(row, results, device, data_dir):
     """Runs a row, or finds its run finished, and writes its result."""
-    recipe, result, folder, teacher = train_cifar.run([*row.arguments, *row.where], shared)
+    recipe, result, folder, teacher = train_cifar.run([*row.arguments, *row.where])
     config = json.loads((folder / "config.json").read_text())
     del config["facts"]["command"]
     record = {"teacher": recipe["teacher"], "student": recipe["student"], "method": row.method,
@@ -159,7 +159,7 @@ def run_row(row, results, device, data_dir, shared):
 
 def run_all(rows, results, readme, device, data_dir):
     """Every row that is not done. RunError at the end where some failed."""
-    problems, shared = [], {}
+    problems = []
     for row in rows:
         try:
             if done(row, load_records(results)):
@@ -167,7 +167,7 @@ def run_all(rows, results, readme, device, data_dir):
                 continue
             click.echo(f"\n{row.name}")
             with cli.friendly_errors():
-                run_row(row, results, device, data_dir, shared)
+                run_row(row, results, device, data_dir)
         except (RunError, click.UsageError) as error:
             click.echo(f"{row.name}: {runs.first_line(error.format_message())}", err=True)
             problems.append(row.name)

@@ -3,355 +3,238 @@
 \b
   python train_imagenet.py --data-dir imagenet --teacher resnet34 --student resnet18 --zscore
   torchrun --nproc-per-node 8 train_imagenet.py --teacher resnet50 --student MobileNetV1 --zscore
-  python train_imagenet.py --teacher resnet34 --student resnet18 --dry-run     the whole path, made images
-  python train_imagenet.py --list                                              recipes, published numbers
+  python train_imagenet.py --teacher resnet34 --student resnet18 --dry-run   the whole path, synthetic images
+  python train_imagenet.py --list                                            recipes, published numbers
 
 data-dir holds train/CLASS/ and val/CLASS/. Networks are torchvision's, by its names, those of models.py and
-your own, FILE.py:NAME. Flags left out take the pair's recipe; a stopped run goes on with the same command, on
-any number of processes.
+custom ones, FILE.py:NAME. A flag that is left out takes the pair's recipe. A stopped run resumes with the
+same command, on any number of processes.
 """
 
 import hashlib
-import itertools
-import multiprocessing
+import math
 import os
 import tempfile
 from pathlib import Path
 
 import click
+import numpy as np
 import torch
 from torchvision.transforms.functional import to_pil_image
 
 import cli
+import experiment
 import recipes
-from checkpoints import load_pretrained, open_checkpoint, weights_sha256
 from data import (IMAGENET_PREPROCESSING, FolderImages, epoch_draws, flip_images, folder_batches, folder_keys,
                   load_folders, printable)
-from distill import run_experiment, evaluate, micro_batches
 from distributed import World
-from logit_kd import METHODS
 from models import MODELS
-from networks import (TORCHVISION, check_feature, check_model, create, init_bn_stats, known_weights, label,
-                      layout, torchvision_network)
-from randaugment import StrongDraws, strong_draws, strong_operations
-from run import RunError, first_line
-from teacher import Teacher, check_names, check_teacher, load_teacher
+from networks import TORCHVISION, torchvision_network
+from randaugment import strong_draws, strong_operations
+from run import RunError
+from teacher import Teacher
 
-BAD = 0.001         # the share of training images that may be undecodable
+LARGEST_BAD_SHARE = 0.001       # of the training images, which cannot be decoded
+LIKE_IMAGENET = 1000            # classes, with torchvision's weights and published accuracies
 
 
 class Batches:
-    """Image folders as `distill.train` takes them: a process's share of every batch, among any number."""
+    """Image folders for `distill.train`: a process's share of every batch, among any number of processes."""
 
-    advice, chunk, long_evaluation = "", 1, True
+    chunk, long_evaluation = 1, True
 
-    def __init__(self, folders, recipe, teacher, world, workers, micro_batch):
-        self.recipe, self.teacher, self.world, self.eval_name = recipe, teacher, world, folders.eval_name
-        self.views = 2 if recipe["method"] == "mlkd" else 1
-        self.train_images, batch = len(folders.train), recipe["batch_size"]
+    def __init__(self, folders, recipe, teacher, flags, world):
+        self.folders, self.recipe, self.teacher, self.world = folders, recipe, teacher, world
+        batch, size = recipe["batch_size"], recipe["size"]
+        self.train_images = count = len(folders.train)
+        if not world.size <= batch <= count:
+            raise ValueError(f"--batch-size {batch}, the total, does not fit {count} images and {world.size} "
+                             "processes")
+        self.eval_name = folders.eval_name
         self.targets = torch.tensor([target for _, target in folders.train])
-        self.steps = self.train_images // batch                 # the last, incomplete batch is left out
+        self.steps = count // batch             # the last, incomplete batch is left out
         self.images = self.steps * batch
-        self.parts = micro_batches(batch, world.size, micro_batch)
-        pin = world.device.type == "cuda"
-        self.train, self.keys = FolderImages(folders.train, recipe["size"], self.views), []
-        self.loader = folder_batches(self.train, self.keys, workers, pin)
-        self.evaluated = Evaluation(folders, recipe["size"], world, workers,
-                                    micro_batch or min(256, -(-batch // world.size)))
+        self.preprocessing = IMAGENET_PREPROCESSING.at(size)
         self.metadata = {"num_classes": len(folders.classes), "classes": folders.classes,
-                         **IMAGENET_PREPROCESSING.at(recipe["size"])._asdict()}
-        self.undecodable, self.known = 0, set()       # since the last collection; indices that were named
-
-    def check(self, undecodable):
-        """What a log row says beside the usual; RunError: too many of an epoch's images cannot be decoded."""
-        if undecodable > max(BAD * self.train_images, 1):
-            name = f", for instance {printable(self.train.samples[min(self.known)][0])}" if self.known else ""
-            raise RunError(f"{undecodable} of {self.train_images} training images cannot be decoded{name}; "
-                           "mend or remove them")
-        return {"undecodable": undecodable}
+                         **self.preprocessing._asdict()}
+        self.keys, self.bad = [], set()
+        dataset = FolderImages(folders.train, size, 2 if recipe["method"] == "mlkd" else 1)
+        self.loader = folder_batches(dataset, self.keys, flags["workers"], world.device.type == "cuda")
+        self.evaluated = Evaluation(folders, self.preprocessing, flags, world)
 
     def epoch(self, epoch, first_step):
         """Yields (views, target, index, teacher_logits) of each step."""
         seed, n, world = self.recipe["seed"], self.train_images, self.world
-        self.keys[:], places = folder_keys(seed, epoch, n, self.recipe["batch_size"], first_step, world.rank,
-                                           world.size, self.parts)
-        order = torch.from_numpy(epoch_draws(seed, epoch, n)[0])
-        strong = strong_draws(seed, epoch, n) if self.views == 2 else None
-        loader = iter(self.loader)
-        for step in range(0, len(places), self.parts):
-            parts = [self._part(*next(loader), order, strong, place)
-                     for place in places[step:step + self.parts]]
-            views, target, index, teacher_logits = zip(*parts)
-            yield ([torch.cat(x) for x in zip(*views)], torch.cat(target), torch.cat(index),
-                   [torch.cat(v) for v in zip(*teacher_logits)])
+        self.keys[:], offsets = folder_keys(seed, epoch, n, self.recipe["batch_size"], first_step,
+                                            world.rank, world.size, 1)
+        permutation = torch.from_numpy(epoch_draws(seed, epoch, n)[0])
+        strong = strong_draws(seed, epoch, n) if self.recipe["method"] == "mlkd" else None
+        for offset, (images, flips, target, bad) in zip(offsets, self.loader):
+            self.report(bad)
+            part = slice(offset, offset + len(target))
+            images = [x.to(world.device, non_blocking=True) for x in images]
+            if strong:
+                images[1] = strong_operations(images[1], strong[part].to(world.device))
+            views = [self.preprocessing.normalise(flip_images(x, flip.to(world.device)))
+                     for x, flip in zip(images, flips)]
+            logits = [self.teacher.logits(x) for x in views] if self.teacher else []        # line 2: v_n
+            yield views, target.to(world.device), permutation[part].to(world.device), logits
 
-    def _part(self, images, flips, target, bad, order, strong, place):
-        device, index = self.world.device, order[place:place + len(target)]
-        self.undecodable += len(set(bad) & set(index.tolist()))     # each counts where its own turn is
-        for i in set(bad) - self.known:
-            click.echo(f"notice: {printable(self.train.samples[i][0])} cannot be decoded; another "
-                       "image takes its place")
-        self.known |= set(bad)
-        images, flips = ([x.to(device, non_blocking=True) for x in views] for views in (images, flips))
-        if strong:
-            images[1] = strong_operations(
-                images[1], StrongDraws(*(x.to(device) for x in strong[place:place + len(target)])))
-        views = [IMAGENET_PREPROCESSING.normalise(flip_images(x, flip)) for x, flip in zip(images, flips)]
-        teacher_logits = [self.teacher.logits(x) for x in views] if self.teacher else []        # line 2: v_n
-        return views, target.to(device, non_blocking=True), index.to(device), teacher_logits
+    def report(self, bad):
+        """Names the training images that cannot be decoded; RunError where they are too many."""
+        for i in set(bad) - self.bad:
+            path = printable(self.folders.train[i][0])
+            click.echo(f"notice: {path} cannot be decoded; another image takes its place")
+        self.bad |= set(bad)
+        if len(self.bad) > max(LARGEST_BAD_SHARE * self.train_images, 1):
+            raise RunError(f"{len(self.bad)} of {self.train_images} training images cannot be decoded; "
+                           "repair or remove them")
 
     def evaluation(self):
         return iter(self.evaluated)
 
 
 class Evaluation:
-    """One process's share of the evaluation images, `batch` at once, as `distill.evaluate` takes them."""
+    """One process's share of the evaluation images, as `distill.evaluate` takes them."""
 
-    def __init__(self, folders, size, world, workers, batch, resize=None):
-        mine = range(world.rank, len(folders.eval), world.size)
-        self.keys = [[(i, 0) for i in mine[first:first + batch]] for first in range(0, len(mine), batch)]
-        self.loader = folder_batches(FolderImages(folders.eval, size, 0, resize), self.keys, workers,
-                                     world.device.type == "cuda")
-        self.samples, self.world, self.rounds = (
-            folders.eval, world, -(-len(folders.eval) // (world.size * batch)))
+    def __init__(self, folders, preprocessing, flags, world):
+        self.samples, self.preprocessing, self.device = folders.eval, preprocessing, world.device
+        share = np.arange(world.rank, len(folders.eval), world.size)
+        rounds = math.ceil(len(folders.eval) / world.size / (flags["micro_batch"] or 64))   # in each process
+        keys = [[(i, 0) for i in part] for part in np.array_split(share, rounds)]
+        dataset = FolderImages(folders.eval, preprocessing.size, 0, preprocessing.resize)
+        self.loader = folder_batches(dataset, keys, flags["workers"], world.device.type == "cuda")
 
     def __iter__(self):
-        device, loader, bad = self.world.device, iter(self.loader), set()
-        for i in range(self.rounds):
-            if i >= len(self.keys):     # some processes have a batch more than others
-                yield None, None
-                continue
-            images, _, target, undecodable = next(loader)
-            bad |= set(undecodable)
-            yield IMAGENET_PREPROCESSING.normalise(images[0].to(device)), target.to(device)
-        count = int(self.world.sum(torch.tensor(len(bad))))
-        if count:
-            name = f", for instance {printable(self.samples[min(bad)][0])}" if bad else ""
-            raise RunError(f"{count} evaluation images cannot be decoded{name}; mend or remove them")
-
-
-# ---------------------------------------------------------------- the teacher
-
-
-def get_teacher(recipe, folders, flags, world):
-    """The Teacher, with the weights that were named, or torchvision's."""
-    name, classes, path = recipe["teacher"], folders.classes, flags["teacher_checkpoint"]
-    pixels, how = IMAGENET_PREPROCESSING.at(recipe["size"]), (recipe["precision"], flags["compile"])
-    if path:
-        network = create(name, len(classes), TORCHVISION)
-        teacher = load_teacher(network, path, world.device, path, *how, pixels, classes)
-    elif flags["dry_run"]:
-        network = create(name, len(classes), TORCHVISION)
-        generator = torch.Generator().manual_seed(0)
-        init_bn_stats(network, torch.randn(8, 3, recipe["size"], recipe["size"], generator=generator))
-        teacher = Teacher(network, world.device, *how[:1])
-    elif name not in TORCHVISION:
-        raise RunError(f"nobody publishes a {name} as a teacher: name its weights with --teacher-checkpoint")
-    elif len(classes) != 1000:
-        raise RunError(f"torchvision's {name} is for 1000 classes, {flags['data_dir']} has {len(classes)}: "
-                       f"train a teacher on it (--method none --student {name}) and name it with "
-                       "--teacher-checkpoint")
-    else:
-        weights = name, flags["teacher_weights"], "--teacher-weights"
-        # downloads for all on its machine
-        world.on_main(lambda: torchvision_network(*weights) and None)
-        teacher = Teacher(torchvision_network(*weights), world.device, how[0],
-                          f"torchvision's {flags['teacher_weights']}", how[1])
-    teacher.batch = None
-    return teacher
+        undecodable = []
+        for images, _, target, bad in self.loader:
+            undecodable += bad
+            yield self.preprocessing.normalise(images[0].to(self.device)), target.to(self.device)
+        if undecodable:
+            path = printable(self.samples[undecodable[0]][0])
+            raise RunError(f"{len(undecodable)} evaluation images cannot be decoded, for instance {path}; "
+                           "repair or remove them")
 
 
 # ---------------------------------------------------------------- one run
 
 
-def resolve(flags, world):
-    """The run's recipe: the pair's, with the flags that were given. Returns (recipe, lines to print)."""
-    names = [flags[k] for k in ("teacher", "student", "method", "zscore")]
-    data = {"data": "imagenet", "feature": flags["feature"], "entropy": flags["entropy_weight"]}
-    recipe, lines = cli.resolve(flags, recipes.recipe(*names, **data), world.device)
+def get_teacher(recipe, classes, flags, world):
+    """The Teacher, with the weights that were named, or torchvision's."""
+    name, path, weights = recipe["teacher"], flags["teacher_checkpoint"], flags["teacher_weights"]
+    if path or flags["dry_run"]:
+        teacher = experiment.make_teacher(recipe, path, path, classes, flags, world,
+                                          IMAGENET_PREPROCESSING.at(recipe["size"]), TORCHVISION)
+    elif name not in TORCHVISION or len(classes) != LIKE_IMAGENET:
+        raise RunError(f"no {name} for {len(classes)} classes is published: name its file with "
+                       "--teacher-checkpoint (to train one: --method none)")
+    else:
+        def download():
+            return torchvision_network(name, weights, "--teacher-weights")
+        world.on_main(lambda: download() and None)      # for all on its machine
+        teacher = Teacher(download(), world.device, recipe["precision"], f"torchvision's {weights}",
+                          flags["compile"])
+    teacher.batch = flags["micro_batch"]
+    return teacher
+
+
+def dataset_fingerprint(folders):
+    """The images in a line, with a hash of names and classes: they may be others when a run resumes."""
+    digest = hashlib.sha256()
+    for path, target in folders.train + folders.eval:
+        digest.update(os.fsencode(f"{'/'.join(Path(path).parts[-3:])} {target}\n"))
+    return (f"{len(folders.train)} and {len(folders.eval)} of {len(folders.classes)} classes, "
+            f"{digest.hexdigest()[:12]}")
+
+
+def execute(flags, world, folders=None, stop_after=None):
+    """The run of the flags. Returns (result, folder)."""
+    recipe, lines = experiment.resolve(flags, world.device, "imagenet")
     if flags["feature"] == "crd" and world.size > 1:
         raise click.UsageError("--feature crd has one memory bank of all images: it is for one process")
-    if recipe["batch_size"] < world.size:
-        raise click.UsageError(f"--batch-size {recipe['batch_size']} is the total: "
-                               f"too few images for {world.size} processes")
-    return recipe | {"data": Path(flags["data_dir"]).resolve().name, "size": flags["size"] or 224}, lines
-
-
-def run_name(recipe):
-    pair = [label(recipe["teacher"])] if recipe["teacher"] else []
-    name = recipes.method_name(recipe)
-    return "-".join([*pair, label(recipe["student"]), name, recipe["data"], f"seed{recipe['seed']}"])
-
-
-def digest(folders):
-    """Which images a run learns from and is evaluated on: how many, and a hash of their names and classes."""
-    names = hashlib.sha256()
-    for path, target in itertools.chain(folders.train, folders.eval):
-        names.update(os.fsencode(f"{'/'.join(Path(path).parts[-3:])} {target}\n"))
-    return (f"{len(folders.train)} and {len(folders.eval)} of {len(folders.classes)} classes, "
-            f"{names.hexdigest()[:12]}")
-
-
-def check_networks(recipe, classes, say):
-    """A usage error, or a ValueError, where the method or a network does not go with the images."""
-    cli.check_classes(recipe, classes)
-    for name in filter(None, (recipe["teacher"], recipe["student"])):
-        check_model(name, classes, recipe["size"], TORCHVISION, say, name == recipe["student"])
-    check_feature(recipe, classes, recipe["size"], TORCHVISION)
-
-
-def run_one(recipe, folders, teacher, flags, world, stop_after=None):
-    """One run in its folder: trained, resumed or found finished. Returns its result."""
-    recipe = recipe | {"images": digest(folders)} | ({"teacher_sha256": teacher.sha256} if teacher else {})
-    classes = len(folders.classes)
-    batches = Batches(folders, recipe, teacher if recipe["method"] != "none" else None, world,
-                      flags["workers"], flags["at_once"])
-    real = classes == 1000 and folders.eval_name == "val"       # these may be ImageNet itself
-    known = recipes.results_of(recipe, "imagenet") if real else {}
+    folders = folders or load_folders(flags["data_dir"], flags["val_from_train"], say=world.print)
+    classes, images = folders.classes, f"{folders.eval_name} images"
+    recipe |= {"data": Path(flags["data_dir"]).resolve().name, "size": flags["size"] or 224,
+               "images": dataset_fingerprint(folders)}
+    compare = len(classes) == LIKE_IMAGENET and folders.eval_name == "val"
+    lines.append(f"images: {recipe['images']}; processes: {world.size}")
+    experiment.check_run(recipe, lines, flags, len(classes), recipe["size"], compare, world, TORCHVISION)
+    teacher = get_teacher(recipe, classes, flags, world) if recipe["teacher"] else None
+    batches = Batches(folders, recipe, teacher if recipe["method"] != "none" else None, flags, world)
 
     def before():
-        if (recipe["zscore"] and flags["base_temp"] is None
-                and not (real and recipes.known(recipe, "imagenet"))):
-            world.print(cli.temperature_line(recipe, classes))
         if teacher:
-            published = None
-            if real:
-                published = recipes.published(recipe["teacher"], None, "teacher", data="imagenet")
-            top1 = evaluate(teacher.logits, batches.evaluation(), world)["top1"]
-            check_teacher(teacher, top1, f"{folders.eval_name} images", world.print, published)
+            published = recipes.published(teacher.name, None, "teacher", data="imagenet") if compare else None
+            experiment.evaluate_teacher(teacher, batches.evaluation(), images, published, world)
 
-    torch.manual_seed(recipe["seed"])
-    student = create(recipe["student"], classes, TORCHVISION)
-    if flags["student_checkpoint"]:
-        # downloads for all on its machine
-        world.on_main(lambda: load_pretrained(student, flags["student_checkpoint"]))
-        load_pretrained(student, flags["student_checkpoint"], lambda line: None)
-        recipe["student_sha256"] = weights_sha256(student)
-    student.to(world.device, memory_format=layout(student))
-    folder = Path(flags["out"]) / run_name(recipe)
-    return run_experiment(recipe, batches, student, folder, world, teacher=teacher,
-                  **known, before=before if not flags["dry_run"] else lambda: None,
-                  save_every=flags["save_every"], stop_after=stop_after, capture=False,
-                  micro_batch=flags["at_once"], compile=flags["compile"])
+    return experiment.run_experiment(recipe, batches, teacher, flags, world, data="imagenet", compare=compare,
+                                     before=before, stop_after=stop_after)
 
 
-def dry_run(recipe, flags, world):
-    """The whole path, made images: an epoch of two batches, save, leave, resume, evaluate, result, --eval."""
-    try:
-        size = 64
-        check_networks(recipe | {"size": size}, 3, lambda line: None)
-    except ValueError:      # for larger images only
-        size = recipe["size"]
-    batch = 8 * world.size
-    recipe |= {"batch_size": batch, "lr": recipe["lr"] * batch / recipe["batch_size"], "epochs": 2,
-               "size": size, "data": "made", "val_from_train": 0}
-    classes, generator = [f"class {i}" for i in range(3)], torch.Generator().manual_seed(0)
-    if flags["teacher_checkpoint"]:         # whose classes are the file's
-        _, facts = open_checkpoint(flags["teacher_checkpoint"], recipe["teacher"], prefer="teacher")
-        classes = facts.get("classes") or [f"class {i}" for i in range(facts["num_classes"])]
+def dry_run(flags, world):
+    """Trains an epoch of two batches of synthetic images, saves, leaves, resumes, evaluates."""
+    classes = experiment.dry_run_classes(flags, 3)
+    generator, batch = torch.Generator().manual_seed(0), 8 * world.size
     # each process's own folder, the same in all: nodes need not share a disk
     with tempfile.TemporaryDirectory() as folder:
-        for i, part in enumerate(["train"] * 2 * recipe["batch_size"] + ["val"] * 7):
-            path = Path(folder, part, f"{i % min(3, len(classes))}", f"{i}.jpg")
+        for i, part in enumerate(["train"] * 2 * batch + ["val"] * batch):
+            path = Path(folder, "images", part, f"{i % min(3, len(classes))}", f"{i}.jpg")
             path.parent.mkdir(parents=True, exist_ok=True)
-            to_pil_image(torch.randint(0, 256, (3, 80, 100), dtype=torch.uint8,
-                                       generator=generator)).save(path)
-        folders = load_folders(folder)._replace(classes=classes)
-        check_networks(recipe, len(classes), world.print)
-        flags = flags | {"out": str(Path(folder, "runs")), "workers": 0, "at_once": None, "data_dir": folder}
-        if flags["student_checkpoint"] in known_weights(recipe["student"]):
-            flags["student_checkpoint"] = None          # no download
-        teacher = get_teacher(recipe, folders, flags, world) if recipe["teacher"] else None
-        run_one(recipe, folders, teacher, flags, world, stop_after=1)
-        run_one(recipe, folders, teacher, flags, world)
-        if world.size == 1:      # the file is rank 0's
-            student = Path(folder, "runs", run_name(recipe), "student.pt")
-            evaluate_file(flags | {"eval_file": student, "size": None}, world, folders)
+            pixels = torch.randint(0, 256, (3, 80, 100), dtype=torch.uint8, generator=generator)
+            to_pil_image(pixels).save(path)
+        flags = flags | {"data_dir": f"{folder}/images", "out": folder, "val_from_train": 0, "epochs": 2,
+                         "batch_size": batch, "lr": flags["lr"] or 0.01, "size": flags["size"] or 64,
+                         "workers": 0, "micro_batch": None}
+        folders = load_folders(flags["data_dir"])._replace(classes=classes)
+        for stop_after in (1, None):
+            execute(flags, world, folders, stop_after)
         world.any(False)         # none removes its folder before the others are done
     world.print("dry run: all is well")
 
 
-def evaluate_file(flags, world, folders=None):
-    """--eval: loss, top-1 and top-5 of a checkpoint on evaluation images, by default those of the flags."""
-    folders = folders or load_folders(flags["data_dir"], flags["val_from_train"], ("val",), world.print)
-    network, facts = open_checkpoint(flags["eval_file"], flags["student"], size=flags["size"],
-                                     num_classes=len(folders.classes))
-    check_names(flags["eval_file"], facts, folders.classes)
-    name, pixels = facts["student"], facts["preprocessing"]
-    teacher = Teacher(network, world.device, flags["precision"] or "fp32", flags["eval_file"],
-                      pixels=IMAGENET_PREPROCESSING.at(pixels.size),
-                      own=pixels if facts["preprocessing_known"] else None)
-    teacher.batch = flags["at_once"] or 64
-    images = Evaluation(folders, pixels.size, world, flags["workers"], teacher.batch, pixels.resize)
-    scores = evaluate(teacher.logits, images, world)
-    world.print(f"{name}: {scores['top1']:.2f} top-1, {scores['top5']:.2f} top-5 (%), "
-                f"loss {scores['loss']:.4f} on the {len(folders.eval)} {folders.eval_name} images of "
-                f"{flags['data_dir']} ({flags['eval_file']})")
+def evaluate_file(flags, world):
+    """--eval: on the evaluation images of --data-dir."""
+    def images_of(metadata):
+        folders = load_folders(flags["data_dir"], flags["val_from_train"], ("val",), world.print)
+        batches = Evaluation(folders, metadata["preprocessing"], flags, world)
+        name = f"{folders.eval_name} images of {flags['data_dir']}"
+        return batches, len(folders.eval), name, folders.classes
+
+    experiment.evaluate_file(flags, world, images_of)
 
 
 @click.command(cls=cli.Command, help=__doc__)
-@click.option("--method", type=cli.Choice(["none", *METHODS]), default="kd", show_default=True,
-              help="Distillation method; none trains the student alone.")
-@cli.shared_flags
-@click.option("--data-dir", type=cli.PATH, default="imagenet", show_default=True, metavar="DIR",
-              help="Folder that holds train/ and val/.")
-@click.option("--teacher-weights", default="IMAGENET1K_V1", show_default=True, metavar="NAME",
-              help="torchvision's name of the teacher's weights.")
-@click.option("--size", type=click.IntRange(min=32), help="Preprocessing of an image's side.  [default: 224]")
-@click.option("--workers", type=click.IntRange(min=0), default=min(8, os.cpu_count() or 1),
-              show_default="8 or the cores", help="Loading processes, for each process.")
-@click.option("--at-once", type=cli.COUNT, metavar="N",
-              help="Images that a device takes at once (micro-batch); the rest of its share is accumulated.  "
-                   "[default: all]")
-@click.option("--save-every", type=cli.POSITIVE, default=300, show_default=True,
-              help="Seconds between saves.")
+@cli.flags(
+    data=[
+        click.option("--data-dir", type=cli.PATH, default="imagenet", show_default=True,
+                     help="Folder that holds train/ and val/."),
+        click.option("--size", type=cli.Count(min=32),
+                     help="Pixels of an image's side.  [default: 224]"),
+        click.option("--workers", type=cli.COUNT_OR_NONE, default=min(8, os.cpu_count() or 1),
+                     show_default="8 or the cores", help="Loading processes, for each process."),
+        cli.HELD_OUT,
+    ],
+    method=cli.method_flags(recipes.METHODS, ["at", "rkd", "crd", "simkd"]),
+    recipe=cli.RECIPE,
+    run=[
+        *cli.RUN, cli.save_every(300),
+        click.option("--teacher-weights", default="IMAGENET1K_V1", show_default=True,
+                     help="torchvision's name of the teacher's weights."),
+    ],
+    machine=[
+        *cli.MACHINE,
+        click.option("--micro-batch", "--at-once", "micro_batch", type=cli.COUNT,
+                     help="Images that a device takes at a time; their gradients are added.  [default: all]"),
+    ])
 def main(**flags):
     if flags["list_recipes"]:
         click.echo(recipes.table("imagenet"))
         return
-    if flags["feature"] in ("fitnet", "ofd", "reviewkd", "catkd"):
-        raise click.UsageError(f"--feature {flags['feature']} is for train_cifar.py: here there are at, rkd, "
-                               "crd and simkd")
-    cli.check_method(flags, [*TORCHVISION, *(name for name in MODELS if name not in TORCHVISION)])
-    if flags["seeds"] != 1:
-        raise click.UsageError("--seeds is for train_cifar.py; here, give one --seed at a time")
-    with World(flags["device"]) as world:
-        try:
-            with cli.friendly_errors():
-                execute(flags, world)
-        except RuntimeError as error:
-            if "DataLoader" in str(error):
-                for child in multiprocessing.active_children():
-                    child.kill()    # a hung one hears nothing else, and the end of this process waits for it
-                raise RunError(f"a loading process was lost ({first_line(error)}): memory is full, or the "
-                               "shared memory is small (in a container, --shm-size); give fewer --workers, "
-                               "or --workers 0") from None
-            if world.size == 1 or not any(words in str(error)
-                                          for words in ("Connection closed", "Connection reset")):
-                raise
-            raise RunError(f"process {world.rank} lost another one, whose own lines say why") from None
-
-
-def execute(flags, world):
-    cli.set_backends(flags["deterministic"], flags["precision"])
-    cli.tune_malloc()
-    if flags["compile"]:
-        cli.check_compiler(world.device)
-    if flags["eval_file"]:
-        evaluate_file(flags, world)
-        return
-    recipe, lines = resolve(flags, world)
-    for line in lines:
-        world.print(line)
-    if flags["dry_run"]:
-        dry_run(recipe, flags, world)
-        return
-    folders = load_folders(flags["data_dir"], flags["val_from_train"], say=world.print)
-    world.print(f"{len(folders.train)} training and {len(folders.eval)} {folders.eval_name} images of "
-                f"{len(folders.classes)} classes, {world.size} process{'es' * (world.size > 1)}")
-    check_networks(recipe, len(folders.classes), world.print)
-    teacher = get_teacher(recipe, folders, flags, world) if recipe["teacher"] else None
-    run_one(recipe, folders, teacher, flags, world)
+    experiment.check_flags(flags, [*TORCHVISION, *MODELS])
+    command = evaluate_file if flags["eval_file"] else dry_run if flags["dry_run"] else execute
+    with World(flags["device"]) as world, cli.friendly_errors():
+        cli.prepare(flags, world.device)
+        command(flags, world)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,12 @@ def forked():
     return multiprocessing.get_context("forkserver")
 
 
+def run_in(out="runs"):
+    """The folder of the only run in a folder of runs."""
+    found, = (path.parent for path in Path(out).glob("*/config.json"))
+    return found
+
+
 @pytest.fixture(scope="session")
 def shared():
     """The folder of reference material beside the project; tests that need it are skipped where it is not."""

@@ -308,7 +308,7 @@ def test_a_full_card_is_no_missing_graph_but_one_line(state, monkeypatch):
         monkeypatch.setattr(torch.cuda, name, value)
     with pytest.raises(run.RunError) as caught, cli.friendly_errors():
         step([torch.zeros(4)], torch.zeros(4))
-    assert "8.0 GiB, of which this process holds 3.0 and others 4.0" in str(caught.value.message)
+    assert "take a smaller --batch-size, or --micro-batch where there is one" in str(caught.value.message)
     assert "--batch-size" in caught.value.message and "\n" not in caught.value.message
 
 
@@ -356,7 +356,7 @@ def test_a_network_without_a_deterministic_form_is_one_line():
     """By an operation that has none on a CPU either."""
     cli.set_backends(True)
     try:
-        with pytest.raises(run.RunError, match="^--deterministic: put_ does not have a deterministic impl"):
+        with pytest.raises(run.RunError, match="no --deterministic form, leave it out .put_ does not have"):
             with cli.friendly_errors():
                 torch.zeros(3).put_(torch.tensor([0]), torch.tensor([1.0]))
     finally:
@@ -406,28 +406,6 @@ def test_launchers_may_show_each_process_its_own_gpu(monkeypatch, visible, there
         monkeypatch.setenv("LOCAL_RANK", "2")
         with pytest.raises(run.RunError, match="process 3 on this machine finds 2 GPUs"):
             distributed.World()
-
-
-def test_a_card_holds_one_teachers_logits_at_a_time(monkeypatch):
-    """Those of ten teachers are 16 GB, and the second pair of a table would go to the disk."""
-    frozen = [teacher.Teacher(create_model("resnet8"), "cpu") for _ in range(2)]
-    made = iter(frozen)
-    card = types.SimpleNamespace(device=torch.device("cuda"), print=print)
-    data = types.SimpleNamespace(num_classes=100, eval_name="test", test=None, pixels=None)
-    monkeypatch.setattr(train_cifar, "evaluate", lambda *rest: {"top1": 70.0})
-    monkeypatch.setattr(train_cifar, "evaluation", lambda *rest: [])
-    monkeypatch.setattr(train_cifar, "read_data", lambda *rest: data)
-    monkeypatch.setattr(train_cifar, "check_networks", lambda *rest: None)
-    monkeypatch.setattr(train_cifar, "get_teacher", lambda *rest: next(made))
-    monkeypatch.setattr(train_cifar, "run_one", lambda *rest: (None, None))
-    monkeypatch.setattr(cli, "pick_precision", lambda *rest: "bf16")
-    shared = {}
-    for student in ("resnet8", "resnet14"):
-        flags = train_cifar.parsed(["--teacher", "resnet56" if student == "resnet8" else "resnet110",
-                                    "--student", student, "--device", "cpu"])
-        train_cifar.execute(flags, card, shared)
-        kept = [v for v in shared.values() if isinstance(v, teacher.Teacher)]
-        assert kept == [frozen[student != "resnet8"]]
 
 
 # ---------------------------------------------------------------- 8: operations of a step

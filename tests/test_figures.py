@@ -137,7 +137,7 @@ def test_a_student_of_the_other_kind_is_refused(networks):
 @pytest.mark.parametrize("arguments, code, words", [
     (["curves"], 2, "curves needs --pair"),
     (["logits", "--pair", "resnet56-resnet8"], 2, "logits needs --teacher-checkpoint, --plain, --zscore"),
-    (["pie"], 2, "'pie' is not known"),
+    (["pie"], 2, "'pie' is not one of"),
     (["curves", "--pair", "resnet56"], 2, "give TEACHER-STUDENT"),
     (["difference", "--pair", "resnet56-resnet8", "--teacher-checkpoint", "none.pt", "--plain", "none.pt",
       "--zscore", "none.pt"], 1, "none.pt"),

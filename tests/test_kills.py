@@ -17,12 +17,16 @@ import distill
 import run
 import teacher
 import train_cifar
+from checkpoints import weights_sha256
 from conftest import forked
 from models import create_model
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL and resource limits are Unix's")
-NAME = "resnet14-resnet8-kd-z-synthetic-seed0"
 EPOCHS, STEPS, BATCH = 3, 8, 4
+with torch.random.fork_rng():
+    torch.manual_seed(5)
+    TEACHER = create_model("resnet14")
+NAME = f"resnet14@{weights_sha256(TEACHER)[:6]}-resnet8-kd-z-batch4-3epochs-synthetic-seed0"
 
 
 def after(module, name, count, call, before=False):
@@ -91,8 +95,7 @@ def child(arguments, output, point, n, file_size):
 def start(tmp_path_factory):
     """Runs the command in a fresh process, forked from a server that has imported torch already."""
     folder = tmp_path_factory.mktemp("kills")
-    torch.manual_seed(5)
-    torch.save(create_model("resnet14").state_dict(), folder / "teacher.pt")
+    torch.save(TEACHER.state_dict(), folder / "teacher.pt")
     flags = ["--teacher", "resnet14", "--teacher-checkpoint", folder / "teacher.pt", "--student", "resnet8",
              "--zscore", "--data", "synthetic", "--epochs", EPOCHS, "--batch-size", BATCH, "--lr", 0.05,
              "--device", "cpu"]

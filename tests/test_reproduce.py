@@ -97,7 +97,7 @@ def test_the_default_rows_are_the_posters():
 def small(tmp_path, monkeypatch):
     """An empty folder with a place for the tables, a teacher, and no network."""
     monkeypatch.chdir(tmp_path)
-    for module in (teacher, train_cifar, reproduce):
+    for module in (teacher, reproduce):
         monkeypatch.setattr(module, "CHECKPOINTS", tmp_path / "checkpoints", raising=False)
     monkeypatch.setattr(data, "SYNTHETIC_SIZES", (600, 200))
     monkeypatch.setitem(teacher.BATCH, "cpu", 48)
@@ -120,7 +120,7 @@ def made(small, monkeypatch):
     """train_cifar.run without its training: the list of the methods and seeds that were begun."""
     begun = []
 
-    def run(arguments, shared=None):
+    def run(arguments):
         def option(name):
             return arguments[arguments.index(name) + 1] if name in arguments else None
 
@@ -163,7 +163,7 @@ def call(*arguments, code=0, command=main):
 def test_rows_equal_their_commands_alone(small):
     """The one test here that trains."""
     output = call(*SMALL, "--methods", "kd-z", "--seed", 1)
-    assert output.count("top-1 on the test split") == 1
+    assert output.count("top-1 on the test images") == 1
     record, = load_records(Path("results"))
     digits = record["recipe"]["teacher_sha256"][:6]
     assert record["name"] == f"resnet14@{digits}-resnet8-kd-z-2epochs-128images-synthetic-seed1"
@@ -229,10 +229,10 @@ def test_a_row_of_another_teacher_than_the_local_file_is_not_done(made):
 def test_a_row_that_fails_or_is_stopped_costs_no_other(made, monkeypatch):
     real, before = train_cifar.run, Path("RESULTS.md").read_text()
 
-    def failing(arguments, shared):
+    def failing(arguments):
         if "dkd" in arguments:
             raise error
-        return real(arguments, shared)
+        return real(arguments)
 
     monkeypatch.setattr(train_cifar, "run", failing)
     error = ValueError("the loss became nan\nand more")

@@ -27,6 +27,7 @@ import train_cifar
 import train_imagenet
 from checkpoints import load_weights, open_checkpoint
 from feature_kd import METHODS
+from conftest import run_in
 from models import create_model
 from teacher import Teacher
 from test_export import predict
@@ -91,7 +92,7 @@ class Dropping(Net):
 def nowhere_else(tmp_path, monkeypatch):
     """Each test in an empty folder, with no kept teachers and no network."""
     monkeypatch.chdir(tmp_path)
-    for module in (teacher, train_cifar, reproduce):
+    for module in (teacher, reproduce):
         monkeypatch.setattr(module, "CHECKPOINTS", tmp_path / "checkpoints")
     monkeypatch.setattr(data, "SYNTHETIC_SIZES", (200, 60))
     monkeypatch.setitem(train_cifar.CHUNK, "cpu", 32)       # an epoch is prepared in several chunks
@@ -132,11 +133,10 @@ def whole(files, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
 
     def folder(feature):
-        found = out / f"resnet14-resnet8-{feature}-synthetic-seed0"
-        if not found.exists():
+        if not (out / feature).exists():
             call(*PAIR, "--teacher-checkpoint", files("resnet14"), *SMALL, "--method", "none", "--feature",
-                 feature, "--out", out)
-        return found
+                 feature, "--out", out / feature)
+        return run_in(out / feature)
 
     return folder
 
@@ -292,7 +292,7 @@ def test_a_row_of_crds_banks_is_one_image(files, tmp_path, monkeypatch):
     monkeypatch.setattr(feature_kd.CRD, "forward", forward)
     call(*flags("crd", files), "--epochs", "1")
     assert sorted(torch.cat(seen).tolist()) == list(range(48))
-    state = torch.load(tmp_path / "runs" / "resnet14-resnet8-crd-synthetic-seed0" / "last.pt")["model"]
+    state = torch.load(run_in() / "last.pt")["model"]
     for bank in ("feature.bank_s", "feature.bank_t"):       # all were visited: rows of norm 1
         torch.testing.assert_close(state[bank].norm(dim=1), torch.ones(48))
 
@@ -307,16 +307,15 @@ def test_a_killed_run_goes_on_with_the_bits_of_an_unbroken_one(whole, files, tmp
         call(*flags(feature, files), "--save-every", "1e-9")
     output = call(*flags(feature, files))
     assert "resuming from epoch 1, step 2" in output
-    name = f"resnet14-resnet8-{feature}-synthetic-seed0"
-    ours, theirs = (torch.load(folder / "last.pt") for folder in (tmp_path / "runs" / name, whole(feature)))
+    ours, theirs = (torch.load(folder / "last.pt") for folder in (run_in(), whole(feature)))
     assert equal(ours["model"], theirs["model"])
     assert len(ours["momentum"]) == len(theirs["momentum"])
     assert all(map(torch.equal, ours["momentum"], theirs["momentum"]))
     ours, theirs = (torch.load(folder / "student.pt")
-                    for folder in (tmp_path / "runs" / name, whole(feature)))
+                    for folder in (run_in(), whole(feature)))
     assert equal(ours["model"], theirs["model"]) and ours["top1"] == theirs["top1"]
     ours, theirs = ([{k: v for k, v in row.items() if k not in ("img_s", "seconds")} for row in rows(folder)]
-                    for folder in (tmp_path / "runs" / name, whole(feature)))
+                    for folder in (run_in(), whole(feature)))
     assert ours == theirs
 
 
@@ -394,7 +393,7 @@ def test_folders_of_images_with_simkd_and_crd(tmp_path, monkeypatch):
              "--student", "MobileNetV1", "--size", "32", "--batch-size", "4", "--lr", "0.001",
              "--epochs", "1", "--device", "cpu", "--workers", "0", "--method", "none", "--feature"]
     call(*words, "simkd", command=train_imagenet.main)
-    folder = tmp_path / "runs" / "resnet18-MobileNetV1-simkd-images-seed0"
+    folder = run_in()
     last = json.loads((folder / "result.json").read_text())["last"]
     output = call("--data-dir", "images", "--eval", folder / "student.pt", "--device", "cpu",
                   "--workers", "0", command=train_imagenet.main)
@@ -626,8 +625,7 @@ def test_a_wrns_batch_norms_see_each_batch_once(files, tmp_path, feature):
     counters = [v for k, v in network.state_dict().items() if k.endswith("num_batches_tracked")]
     assert counters and all(v == 1 for v in counters)
     call(*flags(feature, files, ("wrn_16_2", "wrn_16_1")))
-    name = f"wrn_16_2-wrn_16_1-{feature}-synthetic-seed0"
-    state = torch.load(tmp_path / "runs" / name / "last.pt")["model"]
+    state = torch.load(run_in() / "last.pt")["model"]
     counters = {k: v.item() for k, v in state.items() if k.endswith("num_batches_tracked")}
     assert set(counters.values()) == {2 * 3} and any(k.startswith("feature.") for k in counters)
 
@@ -635,7 +633,7 @@ def test_a_wrns_batch_norms_see_each_batch_once(files, tmp_path, feature):
 def test_a_second_view_is_counted_and_not_compared(files, modes, tmp_path):
     """MLKD's strong view is the student's alone: a feature method sees the weak one."""
     call(*flags("fitnet", files, method="mlkd"))
-    folder = tmp_path / "runs" / "resnet14-resnet8-mlkd-fitnet-synthetic-seed0"
+    folder = run_in()
     state = torch.load(folder / "last.pt")["model"]
     assert state["student.bn1.num_batches_tracked"] == 12
     assert state["feature.regressor.1.num_batches_tracked"] == 6
@@ -670,7 +668,7 @@ def test_reviewkds_weight_grows_over_twenty_epochs_whatever_the_length(files, tm
     """8 epochs of 2 steps for 240: the steps are those of epochs 1, 16, 31, ... of the recipe."""
     call(*flags("reviewkd", files), "--epochs", 8, "--train-images", 32)
     assert [weight for weight, *_ in steps] == pytest.approx([0.6 / 20, 0.6 * 16 / 20, *[0.6] * 14])
-    folder = tmp_path / "runs" / "resnet14-resnet8-reviewkd-synthetic-seed0"
+    folder = run_in()
     row = rows(folder)[-1]
     assert row["loss"] == pytest.approx(row["ce"] + 0.6 * row["feature"], rel=1e-3)
     recipe = recipe_of(folder) | {"epochs": 240}
@@ -745,7 +743,7 @@ def test_catkds_student_begins_with_a_new_head_or_its_files(files, tmp_path, mon
 
 def test_the_given_weight_wins_and_is_kept(files, tmp_path):
     call(*flags("fitnet", files), "--feature-weight", "3")
-    folder = tmp_path / "runs" / "resnet14-resnet8-fitnet-synthetic-seed0"
+    folder = run_in()
     assert recipe_of(folder)["feature_weight"] == 3
     for row in rows(folder):
         assert row["loss"] == pytest.approx(row["ce"] + 3 * row["feature"], rel=1e-3)
@@ -848,7 +846,7 @@ def test_ones_own_network_that_gives_features_works_on_both_sides(tmp_path, feat
     (tmp_path / "nets.py").write_text(OWN)
     call("--teacher", "nets.py:Net", "--student", "nets.py:Net", "--method", "none", "--feature", feature,
          *SMALL, "--epochs", 1)
-    folder = tmp_path / "runs" / f"nets-Net-nets-Net-{feature}-synthetic-seed0"
+    folder = run_in()
     last = json.loads((folder / "result.json").read_text())["last"]
     assert math.isfinite(rows(folder)[0]["feature"])
     assert f"{last['top1']:.2f} top-1" in call("--eval", folder / "student.pt", "--device", "cpu")
@@ -860,7 +858,7 @@ def test_simkd_with_ones_own_network_that_drops_out(tmp_path):
     torch.save(lively("resnet14").state_dict(), "teacher.pt")
     call("--teacher", "resnet14", "--teacher-checkpoint", "teacher.pt", "--student", "nets.py:Dropping",
          "--method", "none", "--feature", "simkd", *SMALL, "--epochs", 1)
-    folder = tmp_path / "runs" / "resnet14-nets-Dropping-simkd-synthetic-seed0"
+    folder = run_in()
     network, _ = open_checkpoint(folder / "student.pt")
     images, _ = images_of(16, 2)
     with torch.no_grad():
