@@ -79,10 +79,11 @@ def resolve(flags, device, data="cifar100"):
     return recipe, lines
 
 
-def check_run(recipe, lines, flags, num_classes, size, from_paper, world, source):
+def check_run(recipe, lines, flags, num_classes, size, from_paper, world, source, smallest):
     """Prints lines about a recipe; ValueError where its networks do not take images of size x size.
 
     from_paper: the images are those of the recipe. source: MODELS or TORCHVISION, whose names go first.
+    smallest: the fewest images that will be computed at once.
     """
     suggested = recipes.suggested_temperature(num_classes)
     if recipe["zscore"] and not flags["base_temp"] and not from_paper and suggested != recipe["base_temp"]:
@@ -91,8 +92,8 @@ def check_run(recipe, lines, flags, num_classes, size, from_paper, world, source
     for line in lines:
         world.print(line)
     for name in filter(None, (recipe["teacher"], recipe["student"])):
-        check_model(name, num_classes, size, source, world.print, name == recipe["student"])
-    check_feature(recipe, num_classes, size, source)
+        check_model(name, num_classes, size, source, world.print, name == recipe["student"], smallest)
+    check_feature(recipe, num_classes, size, source, smallest)
 
 
 # ---------------------------------------------------------------- networks

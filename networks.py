@@ -126,10 +126,10 @@ def _reason(error):
     return f"{type(error).__name__}: {first_line(error)}"
 
 
-def check_model(name, num_classes, size, first=MODELS, say=print, learns=False):
+def check_model(name, num_classes, size, first=MODELS, say=print, learns=False, smallest=2):
     """ValueError, one line, where a network does not make logits of images of size x size, in either mode.
 
-    learns: it needs something to learn.
+    learns: it needs something to learn. smallest: the fewest images that it will learn from at once.
     """
     with torch.random.fork_rng(devices=[]):
         model = _custom(name, num_classes) if ":" in name else create(name, num_classes, first)
@@ -138,6 +138,12 @@ def check_model(name, num_classes, size, first=MODELS, say=print, learns=False):
         output = check_logits(model.train(), name, num_classes, size)
         if isinstance(output, (tuple, list)):
             say(f"notice: {name} returns {len(output)} values; the first is taken as its logits")
+        if learns and smallest == 1:
+            try:
+                model(torch.zeros(1, 3, size, size))
+            except Exception as error:      # of any network, any
+                raise ValueError(f"{name} cannot learn from one image, and one is left over: give another "
+                                 f"--batch-size ({_reason(error)})") from None
         check_logits(model.eval(), name, num_classes, size)
 
 
@@ -165,32 +171,40 @@ def feature_method(recipe, student, teacher, labels, size):
     options = {k: recipe[k] for k in ("resolution", "normalize", "factor") if k in recipe}
     if recipe["feature"] == "catkd":
         options["fresh"] = "student_sha256" not in recipe       # else the student begins with given weights
-    _, student_features = _two_images(student, size)
-    _, teacher_features = _two_images(teacher, size)
+    z, student_features = _trial(student, size)
+    v, teacher_features = _trial(teacher, size)
     build = feature_kd.METHODS[recipe["feature"]]
-    return build(student, teacher, student_features, teacher_features, labels, **options)
+    return build(student, teacher, student_features, teacher_features, labels, logits=(z, v), **options)
 
 
 @torch.no_grad()
-def _two_images(network, size):
-    """(logits, Features) of two images; the network is in evaluation mode afterwards."""
-    device = next(network.parameters()).device
-    return with_features(network).eval()(torch.zeros(2, 3, size, size, device=device), features=True)
+def _trial(network, size, batch=2):
+    """(logits, Features) of random images; the network is in evaluation mode afterwards."""
+    images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = images.to(next(network.parameters()).device)
+    return with_features(network).eval()(images, features=True)
 
 
-def check_feature(recipe, num_classes, size, first=MODELS):
-    """ValueError, one line, where a recipe's feature method does not take its two networks."""
+def check_feature(recipe, num_classes, size, first=MODELS, smallest=2):
+    """ValueError, one line, where a recipe's feature method does not take its two networks, or their images.
+
+    smallest: the fewest images that will be computed at once.
+    """
     if not recipe.get("feature"):
         return
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         student, teacher = (create(recipe[k], num_classes, first) for k in ("student", "teacher"))
+        batch = min(smallest, 2)
         try:
-            method = feature_method(recipe, student, teacher, torch.arange(2), size).eval()
-            logits, student_features = _two_images(student, size)
-            _, teacher_features = _two_images(teacher, size)
-            indices = torch.arange(2)
+            method = feature_method(recipe, student, teacher, torch.arange(2), size)
+            logits, student_features = _trial(student, size, batch)
+            _, teacher_features = _trial(teacher, size, batch)
+            indices = torch.arange(batch)
             method.loss_and_logits(logits, student_features, teacher_features, indices, indices)
-        except ValueError:
+        except ValueError as error:
+            if batch == 1:
+                raise ValueError(f"--feature {recipe['feature']} fails on one image, and one is left over: give "
+                                 f"another --batch-size ({error})") from None
             raise
         except Exception as error:      # of any networks, any
             raise ValueError(f"--feature {recipe['feature']} fails between {teacher.name} and {student.name} "

@@ -125,8 +125,9 @@ def set_up(flags, world, data=None):
                              train_images=flags["train_images"], val_from_train=flags["val_from_train"])
     if recipe["data"] == "folder":
         recipe["images"] = dataset_fingerprint(data)
+    last_batch = len(data.train.targets) % recipe["batch_size"] or recipe["batch_size"]
     experiment.check_run(recipe, lines, flags, data.num_classes, data.pixels.size,
-                         recipe["data"] in ("cifar100", "synthetic"), world, MODELS)
+                         recipe["data"] in ("cifar100", "synthetic"), world, MODELS, last_batch)
     return recipe, data, get_teacher(recipe, data, flags, world) if recipe["teacher"] else None
 
 

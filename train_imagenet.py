@@ -158,7 +158,10 @@ def execute(flags, world, folders=None, stop_after=None):
                "images": dataset_fingerprint(folders)}
     compare = len(classes) == LIKE_IMAGENET and folders.eval_name == "val"
     lines.append(f"images: {recipe['images']}; processes: {world.size}")
-    experiment.check_run(recipe, lines, flags, len(classes), recipe["size"], compare, world, TORCHVISION)
+    share = max(1, recipe["batch_size"] // world.size)
+    smallest = share // -(-share // (flags["micro_batch"] or share))        # of the micro-batches
+    experiment.check_run(recipe, lines, flags, len(classes), recipe["size"], compare, world, TORCHVISION,
+                         smallest)
     teacher = get_teacher(recipe, classes, flags, world) if recipe["teacher"] else None
     batches = Batches(folders, recipe, teacher if recipe["method"] != "none" else None, flags, world)
 
