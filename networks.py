@@ -9,6 +9,7 @@
 
 import functools
 import hashlib
+import http.client
 import importlib
 import inspect
 import re
@@ -203,8 +204,8 @@ def check_feature(recipe, num_classes, size, first=MODELS, smallest=2):
             method.loss_and_logits(logits, student_features, teacher_features, indices, indices)
         except ValueError as error:
             if batch == 1:
-                raise ValueError(f"--feature {recipe['feature']} fails on one image, and one is left over: give "
-                                 f"another --batch-size ({error})") from None
+                raise ValueError(f"--feature {recipe['feature']} fails on one image, and one is left over: "
+                                 f"give another --batch-size ({error})") from None
             raise
         except Exception as error:      # of any networks, any
             raise ValueError(f"--feature {recipe['feature']} fails between {teacher.name} and {student.name} "
@@ -307,7 +308,7 @@ def torchvision_network(name, weights, flag):
         raise ValueError(f"{flag} {weights}: torchvision's {name} has {', '.join(known)}")
     try:
         model = torchvision.models.get_model(name, weights=weights)
-    except (OSError, RuntimeError) as error:        # no network, a bad download
+    except (OSError, RuntimeError, http.client.HTTPException) as error:     # no network, a bad download
         raise ValueError(f"{flag} {weights}: the download failed ({first_line(error)}); try again, or name a "
                          "checkpoint file") from None
     model.name, model.own = name, False

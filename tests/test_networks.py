@@ -409,14 +409,6 @@ def test_suggestions_compare_without_case(script, name, first):
         assert "a custom one is FILE.py:NAME" in line
 
 
-@pytest.mark.parametrize("script", ["cifar"])
-def test_a_numbered_gpu_says_how_it_is_chosen(script):
-    line = last_line(script, "--method", "none", "--student", "resnet8", "--device", "cuda:1", code=2)
-    assert "CUDA_VISIBLE_DEVICES=1 before the command" in line
-    line = last_line(script, "--method", "none", "--student", "resnet8", "--device", "cuda:", code=2)
-    assert "CUDA_VISIBLE_DEVICES" not in line
-
-
 def test_nearest_first_keeps_every_name_once():
     known = ["ResNet18", "resnet18", "vgg8", "wrn_16_2"]
     assert sorted(cli.suggest("RESNET18", known).split(", ")) == sorted(known)

@@ -750,8 +750,8 @@ def test_a_folders_name_and_recipe_say_the_feature(files, tmp_path, monkeypatch)
     begins = ["--teacher", "resnet20", "--student", "resnet8"]
     for words, name in (("--method none --feature crd", "crd"), ("--zscore --feature crd", "kd-z-crd"),
                         ("--feature simkd", "kd-simkd"), ("--method kd --zscore", "kd-z")):
-        assert recipes.run_name(train_cifar.resolve_arguments([*begins, *words.split(), "--device", "cpu"])[0]) == (
-            f"resnet20-resnet8-{name}-seed0")
+        recipe, _ = train_cifar.resolve_arguments([*begins, *words.split(), "--device", "cpu"])
+        assert recipes.run_name(recipe) == f"resnet20-resnet8-{name}-seed0"
 
 
 @pytest.mark.parametrize("code, words, said", [
