@@ -159,6 +159,8 @@ def run_experiment(recipe, batches, teacher, flags, world, *, data="cifar100", c
     """
     if teacher:
         recipe["teacher_sha256"] = teacher.sha256
+    if flags["compile"]:
+        torch._dynamo.reset()       # its limit of variants counts those of all runs of a process
     source = TORCHVISION if data == "imagenet" else MODELS
     student = make_student(recipe, flags, batches.metadata["num_classes"], world, source)
     folder = Path(flags["out"]) / recipes.run_name(recipe, data, pick_precision(None, world.device),
