@@ -197,7 +197,7 @@ def check_feature(recipe, num_classes, size, first=MODELS, smallest=2):
         student, teacher = (create(recipe[k], num_classes, first) for k in ("student", "teacher"))
         batch = min(smallest, 2)
         try:
-            method = feature_method(recipe, student, teacher, torch.arange(2), size)
+            method = feature_method(recipe, student, teacher, torch.arange(2), size).train(batch == 1)
             logits, student_features = _trial(student, size, batch)
             _, teacher_features = _trial(teacher, size, batch)
             indices = torch.arange(batch)

@@ -19,6 +19,7 @@ from PIL import Image
 
 import data
 import export
+from conftest import run_in
 from models import MODELS, create_model
 from train_cifar import main as train
 
@@ -77,7 +78,7 @@ def student(tmp_path_factory):
         patch.setattr(data, "SYNTHETIC_SIZES", (1000, 500))
         call("--method", "none", "--student", "resnet8", "--data", "synthetic", "--epochs", 5, "--batch-size",
              16, "--lr", 0.05, "--device", "cpu", command=train)
-    return folder / "runs" / "resnet8-none-synthetic-seed0" / "student.pt"
+    return run_in(folder / "runs") / "student.pt"
 
 
 @pytest.fixture(scope="module")
