@@ -164,8 +164,8 @@ class Teacher:
                 self.known = torch.zeros(n, dtype=torch.bool)
                 return
         path = self._cache_path()
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "ab") as file:      # a write to a mapped page that has no room is a SIGBUS
                 os.posix_fallocate(file.fileno(), 0, size + n)
         except (OSError, AttributeError) as error:      # macOS and Windows have no posix_fallocate
