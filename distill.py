@@ -296,13 +296,13 @@ class Trainer:
         """Takes over a save, in place: a captured step reads it there."""
         try:
             self.distiller.load_state_dict(state["model"])
-        except RuntimeError as error:       # a file of the user's own was edited
-            raise RunError(f"the save in {self.run.folder} is of another {self.recipe['student']} "
+            if self.world.rank == 0:
+                self.sums.copy_(state["sums"])
+        except RuntimeError as error:       # a custom model's file was edited, or an older version saved
+            raise RunError(f"the save in {self.run.folder} is of another {self.recipe['student']} or version "
                            f"({first_line(error).rstrip(':')}); choose another --out") from None
         for held, kept in zip(self.optimizer.state.values(), state["momentum"]):
             held["momentum_buffer"].copy_(kept)
-        if self.world.rank == 0:
-            self.sums.copy_(state["sums"])
         self.epoch = state["epoch"]
         self.first_step = state["step"]
         self.row = state["row"]

@@ -25,7 +25,7 @@ import click
 import torch
 from filelock import FileLock, Timeout
 
-VERSION = "0.6"         # of the project, kept in every run and every exported file
+VERSION = "0.7"         # of the project, kept in every run and every exported file
 
 
 class RunError(click.ClickException):
