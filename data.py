@@ -9,7 +9,6 @@ are read from their files at every step: `load_folders`, `FolderImages`, `folder
 """
 
 import functools
-import itertools
 import math
 import os
 import random
@@ -465,8 +464,8 @@ def random_box(width, height, draw):
 class FolderImages(Dataset):
     """Decoded images by key (index, seed): `views` random crops in training, the centre in evaluation (0).
 
-    An item is ([uint8 (3, size, size)], [flip], target, bad): bad lists the indices of images that could not
-    be decoded; in training the next image takes their place, in evaluation black does.
+    An item is (uint8 (V, 3, size, size), flips (V,), target, whether the image could be decoded); if not, in
+    training the next image takes its place, in evaluation black does.
     """
 
     def __init__(self, samples, size, views=0, resize=None):
@@ -474,35 +473,27 @@ class FolderImages(Dataset):
         self.resize = resize or IMAGENET_PREPROCESSING.at(size).resize
 
     def __getitem__(self, key):
-        (index, seed), bad = key, []
-        for _ in range(100 if self.views else 1):       # so many in a row are an error for the caller
-            path, target = self.samples[index]
+        index, seed = key
+        for i in range(100 if self.views else 1):       # so many in a row are an error for the caller
+            path, target = self.samples[(index + i) % len(self.samples)]
             try:
-                return *self._view(read_image(path), seed), target, bad
+                return *self._views(read_image(path), seed), target, i == 0
             except Exception:       # Pillow raises a dozen types for damaged files
-                bad.append(index)
-                index = (index + 1) % len(self.samples)
+                continue
         black = Image.new("RGB", (self.size, self.size))
-        return *self._view(black, seed), target, bad
+        return *self._views(black, seed), target, False
 
-    def _view(self, image, seed):
-        """(images, flips) of a Pillow image."""
+    def _views(self, image, seed):
+        """(uint8 (V, 3, size, size), flips (V,)) of a Pillow image."""
         if not self.views:
-            return [centre(image, self.size, self.resize)], [False]
+            return centre(image, self.size, self.resize)[None], torch.tensor([False])
         draw, images, flips = random.Random(seed), [], []
         for _ in range(self.views):
             left, top, width, height = random_box(*image.size, draw)
             crop = pil.resized_crop(image, top, left, height, width, [self.size, self.size])
             images.append(pil.pil_to_tensor(crop))
             flips.append(draw.random() < 0.5)
-        return images, flips
-
-
-def collate(items):
-    """([uint8 (B, 3, S, S) of each view], [flips (B,) of each view], targets (B,), bad indices)."""
-    images, flips, targets, bad = zip(*items)
-    return ([torch.stack(view) for view in zip(*images)], [torch.tensor(view) for view in zip(*flips)],
-            torch.tensor(targets), [i for some in bad for i in some])
+        return torch.stack(images), torch.tensor(flips)
 
 
 def folder_batches(dataset, keys, workers, pin=False):
@@ -511,7 +502,7 @@ def folder_batches(dataset, keys, workers, pin=False):
     Its processes are forked once: a fork while threads run can leave one that hangs (CPython 3.11, after a
     collective). One that gives nothing for WAIT seconds is a RuntimeError.
     """
-    return DataLoader(dataset, batch_sampler=keys, num_workers=workers, collate_fn=collate, pin_memory=pin,
+    return DataLoader(dataset, batch_sampler=keys, num_workers=workers, pin_memory=pin,
                       worker_init_fn=ignore_signals, persistent_workers=workers > 0,
                       timeout=WAIT if workers else 0)
 
@@ -522,18 +513,15 @@ def ignore_signals(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
-def folder_keys(seed, epoch, n, batch, first_step, rank, world, parts):
-    """A rank's share of an epoch's batches: keys, `parts` lists a batch, and where in the epoch each begins.
+def folder_keys(seed, epoch, n, batch, first_step, rank, world):
+    """A rank's share of each batch of an epoch: (lists of keys, where in the epoch each begins).
 
-    Batches are the same whatever the number of processes: each takes its part of every one. Parts and lists
-    are of equal length, or one apart. The last, incomplete batch is left out.
+    Batches are the same whatever the number of processes; the last, incomplete one is left out.
     """
-    order, _ = epoch_draws(seed, epoch, n)
-    seeds = np.random.Philox(key=np.array([seed, epoch + 2**33], dtype=np.uint64)).random_raw(n)
-    keys, places, begin, end = [], [], batch * rank // world, batch * (rank + 1) // world
-    for step in range(first_step, n // batch):
-        bounds = [step * batch + begin + (end - begin) * i // parts for i in range(parts + 1)]
-        for first, last in itertools.pairwise(bounds):
-            keys.append(list(zip(order[first:last].tolist(), seeds[first:last].tolist())))
-            places.append(first)
-    return keys, places
+    permutation, _ = epoch_draws(seed, epoch, n)
+    generator = np.random.Philox(key=np.array([seed, epoch + 2**33], dtype=np.uint64))
+    keys = np.stack([permutation.astype(np.uint64), generator.random_raw(n)], 1)
+    begin = batch * rank // world
+    end = batch * (rank + 1) // world
+    offsets = [step * batch + begin for step in range(first_step, n // batch)]
+    return [keys[i:i + end - begin].tolist() for i in offsets], offsets

@@ -7,8 +7,6 @@ Each image has its own draws. The pixels are those of Pillow, which does one ima
 takes images (B, 3, H, W) uint8 and magnitudes (B, 1, 1, 1) in [0, 1), the positions in its range.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 
@@ -17,39 +15,32 @@ from data import VIEWS, crop_and_flip
 GREY = 125, 123, 114        # of the cutout
 
 
-class StrongDraws(NamedTuple):
-    crop_ids: torch.Tensor      # (N,) int64, the crop and flip
-    operations: torch.Tensor    # (N, 2) int64 in [0, 14): two, with replacement, one after the other
-    magnitudes: torch.Tensor    # (N, 2) float in [0, 1)
-    cutout: torch.Tensor        # (N, 3) float in [0, 1): side / 16 pixels, centre x / 32, centre y / 32
-
-    def __getitem__(self, part):
-        return StrongDraws(*(draws[part] for draws in tuple(self)))
-
-    def to(self, device):
-        return StrongDraws(*(draws.to(device) for draws in tuple(self)))
-
-
 def strong_draws(seed, epoch, n):
-    """An epoch's n strong views, independent of `epoch_draws`; a pure function of (seed, epoch)."""
+    """An epoch's n strong views, independent of `epoch_draws`: float32 (n, 8), from (seed, epoch) alone.
+
+    The columns are the crop's id, the indices of two operations (with replacement), their two magnitudes in
+    [0, 1), and of the cutout the side, the centre's x and the centre's y in [0, 1).
+    """
     generator = np.random.Philox(key=np.array([seed, epoch + 2**32], dtype=np.uint64))
     words = generator.random_raw(8 * n).reshape(n, 8).view(np.int64)
     words = torch.from_numpy(words >> 11 & 2**53 - 1)
-    uniform = (words.double() * 2**-53).float().clamp_(max=1 - 2**-24)
-    operations = words[:, 1:3] % len(OPERATIONS)
-    return StrongDraws(words[:, 0] % VIEWS, operations, uniform[:, 3:5], uniform[:, 5:8])
+    draws = (words.double() * 2**-53).float().clamp_(max=1 - 2**-24)
+    draws[:, 0] = words[:, 0] % VIEWS
+    draws[:, 1:3] = words[:, 1:3] % len(OPERATIONS)
+    return draws
 
 
 def strong_view(images, draws):
     """Crop, flip, two of OPERATIONS and a cutout, by each image's own draws; (B, 3, H, W) uint8."""
-    return strong_operations(crop_and_flip(images, draws.crop_ids), draws)
+    return strong_operations(crop_and_flip(images, draws[:, 0].long()), draws)
 
 
 def strong_operations(images, draws):
     """`strong_view` after its crop and flip; images of any size."""
-    for operation, magnitude in zip(draws.operations.unbind(1), draws.magnitudes.unbind(1)):
-        images = operate(images, operation, magnitude)
-    return cutout(images, *draws.cutout.unbind(1))
+    _, first, second, magnitude, magnitude_2, side, x, y = draws.unbind(1)
+    images = operate(images, first, magnitude)
+    images = operate(images, second, magnitude_2)
+    return cutout(images, side, x, y)
 
 
 def operate(images, operation, magnitude):

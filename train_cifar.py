@@ -68,7 +68,7 @@ class Batches:
         for start in range(first_step * batch, self.images, self.chunk):
             part = slice(start, start + self.chunk)
             views, target, index, logits = self.prepare(permutation[part], crop_ids[part],
-                                                        strong and strong[part])
+                                                        None if strong is None else strong[part])
             for first in range(0, len(target), batch):
                 now = slice(first, first + batch)
                 yield [x[now] for x in views], target[now], index[now], [v[now] for v in logits]
@@ -78,7 +78,7 @@ class Batches:
         index, normalise, logits = order.to(self.device), self.data.pixels.normalise, []
         images, target = self.data.train.images[index], self.data.train.targets[index]
         views = [normalise(crop_and_flip(images, crop_ids.to(self.device)))]
-        if strong:
+        if strong is not None:
             views.append(normalise(strong_view(images, strong.to(self.device))))
         if self.teacher:                                            # line 2: v_n
             logits = [self.teacher.cached_logits(order, crop_ids, views[0]),

@@ -66,17 +66,17 @@ class Batches:
         """Yields (views, target, index, teacher_logits) of each step."""
         seed, n, world = self.recipe["seed"], self.train_images, self.world
         self.keys[:], offsets = folder_keys(seed, epoch, n, self.recipe["batch_size"], first_step,
-                                            world.rank, world.size, 1)
+                                            world.rank, world.size)
         permutation = torch.from_numpy(epoch_draws(seed, epoch, n)[0])
         strong = strong_draws(seed, epoch, n) if self.recipe["method"] == "mlkd" else None
-        for offset, (images, flips, target, bad) in zip(offsets, self.loader):
-            self.report(bad)
+        for offset, (images, flips, target, decoded) in zip(offsets, self.loader):
             part = slice(offset, offset + len(target))
-            images = [x.to(world.device, non_blocking=True) for x in images]
-            if strong:
+            self.report(permutation[part][~decoded].tolist())
+            images = list(images.to(world.device, non_blocking=True).unbind(1))
+            if strong is not None:
                 images[1] = strong_operations(images[1], strong[part].to(world.device))
-            views = [self.preprocessing.normalise(flip_images(x, flip.to(world.device)))
-                     for x, flip in zip(images, flips)]
+            views = [self.preprocessing.normalise(flip_images(x, flip))
+                     for x, flip in zip(images, flips.to(world.device).unbind(1))]
             logits = [self.teacher.logits(x) for x in views] if self.teacher else []        # line 2: v_n
             yield views, target.to(world.device), permutation[part].to(world.device), logits
 
@@ -101,15 +101,15 @@ class Evaluation:
         self.samples, self.preprocessing, self.device = folders.eval, preprocessing, world.device
         share = np.arange(world.rank, len(folders.eval), world.size)
         rounds = math.ceil(len(folders.eval) / world.size / (flags["micro_batch"] or 64))   # in each process
-        keys = [[(i, 0) for i in part] for part in np.array_split(share, rounds)]
+        self.keys = [[(i, 0) for i in part] for part in np.array_split(share, rounds)]
         dataset = FolderImages(folders.eval, preprocessing.size, 0, preprocessing.resize)
-        self.loader = folder_batches(dataset, keys, flags["workers"], world.device.type == "cuda")
+        self.loader = folder_batches(dataset, self.keys, flags["workers"], world.device.type == "cuda")
 
     def __iter__(self):
         undecodable = []
-        for images, _, target, bad in self.loader:
-            undecodable += bad
-            yield self.preprocessing.normalise(images[0].to(self.device)), target.to(self.device)
+        for keys, (images, _, target, decoded) in zip(self.keys, self.loader):
+            undecodable += [index for (index, _), good in zip(keys, decoded) if not good]
+            yield self.preprocessing.normalise(images[:, 0].to(self.device)), target.to(self.device)
         if undecodable:
             path = printable(self.samples[undecodable[0]][0])
             raise RunError(f"{len(undecodable)} evaluation images cannot be decoded, for instance {path}; "

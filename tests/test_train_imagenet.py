@@ -167,7 +167,7 @@ class Views:
     """The images of a run's first epoch, by plain torchvision from the crops that FolderImages drew."""
 
     def __init__(self, views):
-        self.keys, self.places = data.folder_keys(0, 0, 30, 8, 0, 0, 1, 1)
+        self.keys, self.places = data.folder_keys(0, 0, 30, 8, 0, 0, 1)
         self.images = data.FolderImages(data.load_folders("images").train, 32, views)
         self.strong = randaugment.strong_draws(0, 0, 30)
 
@@ -413,18 +413,13 @@ def test_torchvisions_weights_missing_or_unknown_are_one_line(error, monkeypatch
 
 
 def test_batches_do_not_depend_on_the_number_of_processes():
-    whole, places = data.folder_keys(3, 1, 100, 24, 1, 0, 1, 1)
+    whole, places = data.folder_keys(3, 1, 100, 24, 1, 0, 1)
     assert places == [24, 48, 72] and all(len(k) == 24 for k in whole)      # the incomplete batch is left out
-    for world, parts in ((2, 1), (3, 2), (2, 5), (4, 6), (5, 2), (7, 1)):
-        keys = [data.folder_keys(3, 1, 100, 24, 1, rank, world, parts) for rank in range(world)]
-        assert {len(k) for k, _ in keys} == {3 * parts}
-        sizes = [len(k) for k in keys[0][0]]
-        assert max(sizes) - min(sizes) <= 1         # no part of one image, which batch norm does not take
-        shares = [sum(k, []) for k, _ in keys]
-        sizes = [len(share) // 3 for share in shares]
+    for world in (2, 3, 5, 7):
+        keys = [data.folder_keys(3, 1, 100, 24, 1, rank, world)[0] for rank in range(world)]
+        sizes = [len(share[0]) for share in keys]
         assert max(sizes) - min(sizes) <= 1
-        assert sum((share[step * size:(step + 1) * size]
-                    for step in range(3) for share, size in zip(shares, sizes)), []) == sum(whole, [])
+        assert [sum(step, []) for step in zip(*keys)] == whole
 
 
 def test_random_crops_have_torchvisions_distribution():
@@ -521,10 +516,10 @@ def test_loading_processes_live_on_and_each_epoch_has_its_own_images(workers):
     dataset, keys = data.FolderImages(data.load_folders("images").train, 32, 1), []
     loader, alive = data.folder_batches(dataset, keys, workers), set()
     for epoch in range(3):
-        keys[:], _ = data.folder_keys(0, epoch, 30, 8, epoch, 0, 1, 1)
+        keys[:], _ = data.folder_keys(0, epoch, 30, 8, epoch, 0, 1)
         for batch, (images, _, target, _) in zip(keys, loader, strict=True):
             expected = [dataset[key] for key in batch]
-            assert (torch.equal(images[0], torch.stack([x[0][0] for x in expected]))
+            assert (torch.equal(images, torch.stack([x[0] for x in expected]))
                     and target.tolist() == [x[2] for x in expected])
         alive |= {child.pid for child in multiprocessing.active_children()}
     assert len(alive) == workers
