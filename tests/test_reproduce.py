@@ -314,6 +314,7 @@ def test_a_table_has_no_row_and_no_column_that_says_nothing():
     ([1.0], ""), ([1.0, 1.1], ""),
     ([1.0, 1.2, 0.8], ", better"),          # 0.2 / sqrt(3) * 4.303 = 0.50
     ([-1.0, -1.2, -0.8], ", worse"),
+    ([0.6, 1.0, 1.45], ", within noise"),   # t = 4.14: between 3.182, three degrees of freedom, and 4.303
     ([1.0, 1.8, 0.2], ", within noise"),    # 1.99
     ([0.1] * 11 + [0.1001], ", better"),    # more seeds than the table has
 ])

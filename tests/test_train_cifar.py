@@ -22,6 +22,7 @@ import teacher
 import train_cifar
 from checkpoints import load_weights
 from conftest import run_in
+from distributed import World
 from models import create_model
 from recipes import kd_weight, learning_rate, recipe_epoch, reversal
 from teacher import Teacher
@@ -493,3 +494,21 @@ def test_projected_days_say_what_to_do_instead(monkeypatch, capsys):
 def test_another_batch_without_a_learning_rate_is_a_warning(pair):
     assert "warning: lr 0.05 is for batches of 64" in call(*pair, *SMALL, "--batch-size", "32")
     assert "warning" not in call(*pair, *SMALL, "--batch-size", "32", "--lr", "0.025")
+
+
+def test_micro_batches_of_unequal_size_weigh_by_their_images():
+    """Five images in three micro-batches, of 1, 2 and 2: the step is that of the whole batch."""
+    recipe = recipes.recipe(None, "resnet8", "none") | {"method": "none", "precision": "fp32"}
+    images, target = torch.randn(5, 3, 2, 2), torch.arange(5) % 3
+    weights = []
+    for micro_batch in (None, 2):
+        torch.manual_seed(0)
+        student = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+        distiller = distill.Distiller(student, recipe)
+        optimizer = distill.make_optimizer(distiller, recipe)
+        optimizer.param_groups[0]["lr"].fill_(0.1)
+        step = distill.make_step(distiller, optimizer, 5, World("cpu"), micro_batch)
+        sums = step([images], target, torch.arange(5), [])
+        weights.append([*student.parameters(), sums])
+    for whole, parts in zip(*weights):
+        torch.testing.assert_close(parts, whole)
