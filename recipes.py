@@ -9,6 +9,7 @@ has the reasons. `data` is "cifar100" or "imagenet"; any other data set takes CI
 import hashlib
 import math
 import re
+from bisect import bisect_left
 from pathlib import Path
 
 METHODS = ("none", "kd", "dkd", "mlkd", "ctkd", "ttm", "wttm", "dist", "rld")
@@ -388,7 +389,7 @@ def recipe_epoch(step, steps_per_epoch, recipe):
 
 def learning_rate(epoch, recipe):
     """x 0.1 after each of the recipe's stages."""
-    return recipe["lr"] * 0.1 ** sum(epoch > stage for stage in recipe["stages"])
+    return recipe["lr"] * 0.1 ** bisect_left(recipe["stages"], epoch)
 
 
 def kd_weight(epoch, recipe):
@@ -408,7 +409,8 @@ def feature_weight(epoch, recipe):
 
 def schedule(epoch, recipe):
     """(learning rate, KD weight, reversal, feature weight) in an epoch of the recipe at full length."""
-    return tuple(part(epoch, recipe) for part in (learning_rate, kd_weight, reversal, feature_weight))
+    return (learning_rate(epoch, recipe), kd_weight(epoch, recipe), reversal(epoch, recipe),
+            feature_weight(epoch, recipe))
 
 
 def ceiling(classes, base_temp):
