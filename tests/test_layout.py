@@ -21,7 +21,7 @@ ONLY = {        # of our own modules and of packages, where it is binding
     "predict": {"onnxruntime", "numpy", "PIL"},
 }
 NEVER = {name: {"recipes", "train_cifar", "train_imagenet", "experiment", "distill"}
-         for name in ("run", "distributed")}
+         for name in ("run", "distributed", "cli")}
 PACKAGES = {"torch", "torchvision", "numpy", "click", "onnx", "onnxruntime", "filelock", "PIL", "matplotlib",
             "safetensors"}
 FILES = [p for p in sorted(ROOT.glob("*.py")) if not p.stem.startswith(("test_", "conftest"))]
