@@ -85,6 +85,9 @@ def check_run(recipe, lines, flags, num_classes, size, from_paper, world, source
     from_paper: the images are those of the recipe. source: MODELS or TORCHVISION, whose names go first.
     smallest: the fewest images that will be computed at once.
     """
+    if num_classes < 3 and (recipe["zscore"] or recipe["method"] == "dkd"):
+        raise ValueError(f"--zscore and --method dkd need three classes, these images have {num_classes}: "
+                         "with two the standardized logits are always the same")
     suggested = recipes.suggested_temperature(num_classes)
     if recipe["zscore"] and not flags["base_temp"] and not from_paper and suggested != recipe["base_temp"]:
         lines.append(f"notice: for {num_classes} classes zscore_kd.py's table suggests --base-temp "

@@ -135,7 +135,7 @@ class Teacher:
         beyond float16's range.
         """
         if self.rows is None and self.folder is not None:
-            self._open_cache(self.logits(images[:1]).shape[1])
+            self._open_cache(self.whole(images[:1]).shape[1])       # `logits` would fill a batch
         if self.rows is None:
             return self._rounded(images).float()
         slots = indices * VIEWS + views
