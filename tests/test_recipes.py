@@ -6,8 +6,10 @@ import json
 import pytest
 
 import recipes
-from recipes import (FEATURE_NAMES, FEATURES, IMAGENET, PAIRS, PUBLISHED, logged, parse_method, published,
-                     recipe, recipe_epoch, schedule, table)
+from recipes import (FEATURE_NAMES, FEATURES, TABLES, logged, parse_method, published, recipe, recipe_epoch,
+                     schedule, table)
+
+PAIRS, IMAGENET = (TABLES[data]["published"] for data in ("cifar100", "imagenet"))
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +81,7 @@ def test_published_accuracies_are_the_tables(tables):
         method, zscore = row["method"].removesuffix("+Z").lower(), row["method"].endswith("+Z")
         assert published(row["teacher"], row["student"], method, zscore) == row["top1"], row
     for row in tables["cifar100_ttm_readme"]:
-        if row["method"] in ("TTM", "WTTM") and f"{row['teacher']}-{row['student']}" in PUBLISHED:
+        if row["method"] in ("TTM", "WTTM") and f"{row['teacher']}-{row['student']}" in PAIRS:
             assert published(row["teacher"], row["student"], row["method"].lower()) == row["top1"], row
     for row in tables["vanilla_accuracies"]:
         assert published(None, row["student"], "none") == row["student_top1"]
@@ -162,14 +164,13 @@ def test_published_imagenet_accuracies_are_the_tables(tables):
     pairs = dict(zip(("ResNet34_ResNet18", "ResNet50_MobileNetV1"), IMAGENET))
     methods = {"Teacher": "teacher", "Student": "none", "KD": "kd", "KD+CTKD": "ctkd", "DKD": "dkd",
                "MLKD": "mlkd"}
-    order = ["teacher", "none", *recipes.COLUMNS]
     checked = 0
     for row in tables["seed_poster_imagenet"]:
         method, zscore = methods.get(row["method"].removesuffix("+Z")), row["method"].endswith("+Z")
         for column, pair in pairs.items() if method else ():
             name = recipes.method_name({"method": method, "zscore": zscore})
             assert published(*split(pair), method, zscore, "imagenet") == row[column]["top1"], row
-            assert recipes.IMAGENET_TOP5[pair][order.index(name)] == row[column]["top5"], row
+            assert TABLES["imagenet"]["top5"][pair][name] == row[column]["top5"], row
             checked += 1
     assert checked == 2 * 10
     transformed = tables["imagenet_ttm_readme"]
@@ -209,8 +210,9 @@ def test_weights_per_pair():
         assert recipe(*pair, "none", feature="reviewkd")["feature_weight"] == review, names
         r = recipe(*pair, "none", feature="catkd")
         assert (r["feature_weight"], r["resolution"], r["normalize"]) == cat, names
-        for feature, weight in recipes.FEATURE_WEIGHTS.items():
-            assert recipe(*pair, "kd", feature=feature)["feature_weight"] == weight
+        for feature, numbers in TABLES["cifar100"]["features"].items():
+            if "feature_weight" in numbers:
+                assert recipe(*pair, "kd", feature=feature)["feature_weight"] == numbers["feature_weight"]
 
 
 def test_a_feature_alone_is_the_published_baseline():
@@ -268,14 +270,15 @@ def test_the_schedule_and_reviewkds_ramp_which_begins_at_a_twentieth_and_scales_
 
 def test_published_features_are_the_posters(tables):
     poster, checked = tables["seed_poster_cifar100"], 0
+    ours = TABLES["cifar100"]["published_features"]
     for feature, name in FEATURE_NAMES.items():
         for pair, top1 in zip(poster["pairs"], poster["rows"][name], strict=True):
             assert published(*pair, "none", feature=feature) == top1, (pair, name)
             checked += 1
-    assert checked == 8 * 7 and [*recipes.FEATURE_PUBLISHED] == ["-".join(pair) for pair in poster["pairs"]]
+    assert checked == 8 * 7 and [*ours] == ["-".join(pair) for pair in poster["pairs"]]
     last = {(row["method"], row["teacher"], row["student"]): row["top1"]
             for row in tables["cifar100_repdistiller_readme"]}
-    differ = {(name, *pair, last[name, *pair]) for pair in map(split, recipes.FEATURE_PUBLISHED)
+    differ = {(name, *pair, last[name, *pair]) for pair in map(split, ours)
               for feature, name in FEATURE_NAMES.items() if (name, *pair) in last
               and last[name, *pair] != published(*pair, "none", feature=feature)}
     assert differ == {("AT", "resnet110", "resnet20", 70.22)}       # as the table's comment says
@@ -335,13 +338,26 @@ def test_names_of_methods():
     assert len({*recipes.NAMES}) == len(recipes.NAMES)
 
 
+def test_the_logs_losses_are_the_logs(shared):
+    """What a first epoch is compared with."""
+    short = {"res110": "resnet110", "res20": "resnet20", "res32": "resnet32", "res50": "ResNet50",
+             "mv2": "MobileNetV2"}
+    logs = json.loads((shared / "reference" / "log_milestones.json").read_text())
+    for key, log in logs.items():
+        method, teacher, student, *_ = (short.get(word, word) for word in key.split(","))
+        row = TABLES["cifar100"]["logs"][f"{teacher}-{student}-{method}-z"]
+        assert [row[f"loss_{i}"] for i in "123"] == [log["train_loss"][i] for i in "123"], key
+        assert row["mean_20"] == pytest.approx(log["test_acc"]["last 20, mean"], abs=0.0051), key
+    assert len(logs) == 40
+
+
 def test_the_list_is_this_files_tables():
     text, large = table(), table("imagenet")
-    assert '"resnet32x4-ShuffleV2": ((2, 9),  8,' in text and "(76.31, 76.64, 75.46" in text
-    assert "AT of resnet110 -> resnet20 is 70.22" in text and "IMAGENET" not in text
-    assert "(71.03, 71.42" in large and "72.07, 71.91" in large and "resnet56-resnet20" not in large
+    assert "resnet32x4-ShuffleV2-mlkd  -     0.01   960" in text and "76.31  76.64  75.46" in text
+    assert "AT of resnet110 -> resnet20 is" in text and "resnet34" not in text
+    assert "71.03  71.42" in large and "72.07  71.91" in large and "resnet56-resnet20" not in large
     for listed in (text, large):
-        assert "see NOTES.md" in listed and "    # ?" in listed and "def " not in listed
+        assert "NOTES.md" in listed and "# ?" in listed and "def " not in listed
 
 
 def resolved(teacher="resnet32x4", student="resnet8x4", method="kd", zscore=True, **values):
