@@ -14,11 +14,10 @@ import zscore_kd
 from zscore_kd import (CurriculumTemperature, dkd_loss, kd_loss, mlkd_loss, ttm_loss, weighted_zscore,
                        wttm_loss)
 
-# Each pair of a number of classes, a temperature, a correction and zscore or not is in one of these.
+# A sample of the numbers of classes, temperatures, corrections and zscore or not.
 SAMPLE = pytest.mark.parametrize("k, tau, correction, zscore", [
-    (3, 1.0, 0, True), (3, 4.0, 1, True), (3, 2.0, 0, False), (10, 2.0, 1, True), (10, 4.0, 0, False),
-    (10, 1.0, 0, True), (100, 2.0, 0, True), (100, 1.0, 1, True), (100, 4.0, 0, False), (1000, 4.0, 0, True),
-    (1000, 2.0, 1, True), (1000, 1.0, 0, False)])
+    (3, 1.0, 0, True), (3, 4.0, 1, True), (10, 2.0, 1, True), (10, 4.0, 0, False), (100, 2.0, 0, True),
+    (100, 1.0, 0, False), (1000, 4.0, 0, True), (1000, 1.0, 1, True)])
 NAN, INF = float("nan"), float("inf")
 
 
@@ -191,30 +190,6 @@ def test_kd_loss_and_gradient_are_algorithm_2(k, tau, correction, zscore):
           lambda x: kd_reference(x, v.numpy(), tau, zscore, correction), z)
 
 
-def test_correction_1_is_another_temperature():
-    """The released code's K - 1: tau there is tau sqrt(K / (K - 1)) here, the loss scaled by the square."""
-    k, tau = 10, 2.0
-    z, v = logits(4, k, seed=10), logits(4, k, seed=11)
-    other = tau * (k / (k - 1)) ** 0.5
-    torch.testing.assert_close(kd_loss(z, v, tau, correction=1), kd_loss(z, v, other) * (tau / other) ** 2)
-
-
-def test_kd_loss_does_not_see_shift_and_scale_of_either_side():
-    z, v = logits(4, 10, seed=12), logits(4, 10, seed=13)
-    loss = kd_loss(z, v)
-    torch.testing.assert_close(kd_loss(3 * z + 5, v), loss)
-    torch.testing.assert_close(kd_loss(z, 0.1 * v - 7), loss)
-    assert not torch.isclose(kd_loss(3 * z, v, zscore=False), kd_loss(z, v, zscore=False), rtol=0.01)
-
-
-def test_gradient_rows_sum_to_zero_and_leave_the_scale_alone():
-    z, v = logits(4, 10, seed=14).requires_grad_(), logits(4, 10, seed=15)
-    kd_loss(z, v).backward()
-    centred = (z - z.mean(-1, keepdim=True)).detach()
-    torch.testing.assert_close(z.grad.sum(-1), torch.zeros(4, dtype=torch.float64))
-    torch.testing.assert_close((z.grad * centred).sum(-1), torch.zeros(4, dtype=torch.float64))
-
-
 def test_the_papers_toy_case():
     """With a shared temperature the student that is wrong has the lower KL; with Z the one that is right."""
     teacher = torch.tensor([[1.0, 2.0, 3.0]])
@@ -277,16 +252,6 @@ def test_ttm_and_wttm_are_the_second_papers(k, tau, correction, zscore):
               lambda x: ttm_reference(x, v.numpy(), tau, zscore, weighted, correction), z)
 
 
-def test_raw_relations_are_a_fifth_of_the_loss_of_a_student_near_its_teacher():
-    """What NOTES.md says of the released MLKD+Z, for a certain teacher and a student of less range."""
-    v, y = logits(64, 100, seed=170, scale=1.5), torch.arange(64)
-    v[y, y] += 12
-    z = 0.6 * v + logits(64, 100, seed=171, scale=0.8)
-    standard, raw = (mlkd_loss(z, v, z, v, zscore_relations=relations).item() for relations in (True, False))
-    rest = 1.5 * sum(kd_reference(z.numpy(), v.numpy(), t, True) for t in (2, 3, 5, 2, 6))
-    assert 0 < (standard - rest) / standard < 1e-3 and 0.15 < (raw - rest) / raw < 0.35
-
-
 def test_every_default_argument():
     z, v, z2, v2 = (logits(4, 10, seed=s) for s in (38, 39, 40, 41))
     n, y = [x.numpy() for x in (z, v, z2, v2)], torch.tensor([3, 0, 9, 3])
@@ -297,38 +262,6 @@ def test_every_default_argument():
             (ttm_loss(z, v), ttm_reference(*n[:2], 4.0, False, False)),
             (wttm_loss(z, v), ttm_reference(*n[:2], 4.0, False, True))):
         assert ours.item() == pytest.approx(reference, rel=1e-9)
-
-
-def test_kd_is_tckd_and_the_rest_of_nckd():
-    """Per sample KD = TCKD + (1 - p_y) NCKD, p_y the teacher's."""
-    for i in range(5):
-        z, v, y = logits(1, 10, seed=50 + i), logits(1, 10, seed=60 + i), torch.tensor([i])
-        rest = 1 - F.softmax(v / 4, -1)[0, i]
-        tckd, nckd = (dkd_loss(z, v, y, 4.0, alpha=a, beta=1.0 - a, zscore=False) for a in (1.0, 0.0))
-        torch.testing.assert_close(kd_loss(z, v, 4.0, zscore=False), tckd + rest * nckd)
-
-
-def test_the_second_papers_theorem():
-    """KL(p' || q) = T KL(p' || q') + (T - 1) (H(p') - R(q)), x' softmax at T, H and R entropies.
-
-    H is Shannon's, R is Renyi's of order 1/T.
-    """
-    for i, temperature in enumerate((2.0, 4.0, 10.0)):
-        z, v = logits(1, 10, seed=70 + i), logits(1, 10, seed=80 + i)
-        p, q = F.softmax(v / temperature, -1), F.softmax(z, -1)
-        shannon = -(p * p.log()).sum()
-        order = 1 / temperature
-        renyi = (q**order).sum().log() / (1 - order)
-        kd = kd_loss(z, v, temperature, zscore=False) / temperature**2
-        right = temperature * kd + (temperature - 1) * (shannon - renyi)
-        torch.testing.assert_close(ttm_loss(z, v, temperature), right)
-
-
-def test_at_a_high_temperature_kd_is_one_minus_the_correlation():
-    z, v = logits(6, 100, seed=90), logits(6, 100, seed=91)
-    rho = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(z.numpy(), v.numpy())])
-    assert kd_loss(z, v, 1000.0).item() == pytest.approx(1 - rho, abs=1e-3)
-    assert kd_loss(z, v, 1000.0, correction=1).item() == pytest.approx((1 - rho) * 99 / 100, abs=1e-3)
 
 
 def test_a_temperature_for_each_sample():

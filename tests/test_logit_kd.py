@@ -94,9 +94,9 @@ def check(ours, reference, *students):
 # ---------------------------------------------------------------- against the second implementation
 
 
-@BOTH
-@pytest.mark.parametrize("rows, k, tau, beta, gamma", [
-    (5, 7, 4.0, 2.0, 2.0), (4, 4, 1.0, 1.0, 1.0), (3, 6, 2.0, 0.0, 1.0), (3, 6, 2.0, 1.0, 0.0)])
+@pytest.mark.parametrize("rows, k, tau, beta, gamma, zscore", [
+    (5, 7, 4.0, 2.0, 2.0, True), (4, 4, 1.0, 1.0, 1.0, False), (3, 6, 2.0, 0.0, 1.0, True),
+    (3, 6, 2.0, 1.0, 0.0, False)])
 def test_dist_is_the_published_form(rows, k, tau, beta, gamma, zscore):
     z, v = logits(rows, k, seed=1).requires_grad_(), logits(rows, k, seed=2)
     check(dist_loss(z, v, tau, beta=beta, gamma=gamma, zscore=zscore),
@@ -115,10 +115,9 @@ def test_dist_of_one_sample_and_of_constant_classes_correlates_nothing(zscore):
     assert dist_loss(v, v, 1.0, zscore=zscore).item() == pytest.approx(0, abs=1e-12)
 
 
-@BOTH
-@pytest.mark.parametrize("rows, k, tau, alpha, beta", [
-    (6, 7, 4.0, 1.0, 8.0), (5, 5, 1.0, 1.0, 0.0), (5, 5, 2.0, 0.0, 1.0), (4, 3, 2.0, 1.0, 2.0),
-    (1, 6, 2.0, 1.0, 8.0)])
+@pytest.mark.parametrize("rows, k, tau, alpha, beta, zscore", [
+    (6, 7, 4.0, 1.0, 8.0, True), (5, 5, 1.0, 1.0, 0.0, False), (5, 5, 2.0, 0.0, 1.0, True),
+    (4, 3, 2.0, 1.0, 2.0, False), (1, 6, 2.0, 1.0, 8.0, True)])
 def test_rld_is_the_published_form(rows, k, tau, alpha, beta, zscore):
     z, v, y = logits(rows, k, seed=7).requires_grad_(), logits(rows, k, seed=8), torch.arange(rows) % k
     if rows > 4:
@@ -225,16 +224,14 @@ def test_every_loss_casts_up_and_leaves_the_teacher_alone(method, entropy_temp, 
 
 
 @EVERY
-@pytest.mark.parametrize("scale, dtype, tau", [
-    (1e-30, torch.float32, 4.0), (1e-30, torch.float64, 1.0), (30, torch.float32, 0.1),
-    (100, torch.float16, 1.0), (1e4, torch.float32, 4.0), (1e4, torch.bfloat16, 1.0),
-    (1e30, torch.float64, 4.0)])
-def test_every_loss_and_gradient_is_finite_at_any_scale(method, entropy_temp, zscore, scale, dtype, tau):
-    for rows in (1, 16):
+def test_every_loss_and_gradient_is_finite_at_any_scale(method, entropy_temp, zscore):
+    for rows, scale, dtype, tau in ((1, 1e-30, torch.float32, 4.0), (16, 1e-30, torch.float64, 1.0),
+                                    (16, 30, torch.float32, 0.1), (1, 100, torch.float16, 1.0),
+                                    (16, 1e4, torch.bfloat16, 4.0), (16, 1e30, torch.float64, 4.0)):
         z, v = ((scale * logits(rows, 16, seed=s, scale=1.0)).to(dtype) for s in (1, 2))
         value, gradient = value_and_gradient(
             lambda z: by_name(method, entropy_temp, zscore, z, v, tau=tau), z)
-        assert value.isfinite() and gradient.isfinite().all()
+        assert value.isfinite() and gradient.isfinite().all(), (scale, dtype, tau)
 
 
 @EVERY
@@ -257,30 +254,20 @@ def test_every_loss_shows_a_nan_and_leaves_constant_rows_alone(method, entropy_t
                 assert (gradient[z.amax(-1) == z.amin(-1)] == 0).all()
 
 
-def compare_compiled(backend, method, entropy_temp, zscore):
+@EVERY
+def test_every_loss_compiles_whole_and_maps(method, entropy_temp, zscore):
     z, v, y = logits(6, 10, seed=103), logits(6, 10, seed=104), torch.arange(6)
 
     def loss(z, v, y):
         return by_name(method, entropy_temp, zscore, z, v, y)
 
-    torch._dynamo.reset()       # each a program of its own, not the ninth of one function
-    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(value_and_gradient(compiled, z, v, y), value_and_gradient(loss, z, v, y))
     stack = [torch.stack([x, x.flip(0)]) for x in (z, v, y)]
     torch.testing.assert_close(torch.func.vmap(loss)(*stack),
                                torch.stack([loss(z, v, y), loss(*(x[1] for x in stack))]))
     torch.testing.assert_close(torch.func.grad(loss)(z, v, y), value_and_gradient(loss, z, v, y)[1])
-
-
-@EVERY
-def test_every_loss_compiles_whole_and_maps(method, entropy_temp, zscore):
-    compare_compiled("aot_eager", method, entropy_temp, zscore)
-
-
-@pytest.mark.slow
-@EVERY
-def test_every_loss_compiles_with_inductor(method, entropy_temp, zscore):
-    compare_compiled("inductor", method, entropy_temp, zscore)
 
 
 @BOTH
@@ -340,31 +327,16 @@ def test_a_target_that_is_no_class_is_said_or_not_finite(method):
         torch.testing.assert_close(loss(*wide, numbers), loss(*wide, numbers.long()))
 
 
-def test_the_docstrings_rows_of_pixels_and_tokens():
-    pixels, tokens = "z.movedim(1, -1).flatten(0, -2)", "z.flatten(0, 1)"
-    assert pixels in zscore_kd.__doc__ and tokens in zscore_kd.__doc__
-    maps, y = torch.rand(2, 8, 3, 5), torch.arange(30).view(2, 3, 5)
-    rows = eval(pixels, {"z": maps})
-    assert rows.shape == (30, 8) and torch.equal(rows[y[1, 2, 4]], maps[1, :, 2, 4])
-    assert torch.equal(y.flatten(), torch.arange(30))
-    words = torch.rand(2, 3, 8)
-    assert torch.equal(eval(tokens, {"z": words})[4], words[1, 1])
-
-
 @pytest.mark.parametrize("error, words, call", [
     (ValueError, r"\(2, 3\) and \(2, 4\)", lambda: dist_loss(torch.rand(2, 3), torch.rand(2, 4))),
-    (ValueError, r"\(2, 3\) and \(2, 4\)", lambda: entropy_weight(torch.rand(2, 3), torch.rand(2, 4))),
     (ValueError, "positive number, got 0", lambda: dist_loss(torch.rand(2, 3), torch.rand(2, 3), 0)),
-    (ValueError, "positive number, got 0", lambda: entropy_weight(torch.rand(2, 3), torch.rand(2, 3), 0)),
     (TypeError, "int64", lambda: entropy_weight(torch.rand(2, 3), torch.ones(2, 3).long())),
     (ValueError, r"4 classes .* got \(3,\)",
      lambda: rld_loss(torch.rand(4, 3), torch.rand(4, 3), torch.zeros(3).long())),
     (ValueError, "unknown method 'ddd'; known: kd, .*, dist, rld",
      lambda: distillation_loss("ddd", [torch.rand(2, 3)], [torch.rand(2, 3)], None)),
-    (TypeError, "unexpected keyword argument 'gamma'",
-     lambda: distillation_loss("kd", [torch.rand(2, 3)], [torch.rand(2, 3)], None, gamma=1.0)),
-    (TypeError, "unexpected keyword argument 'reduction'",
-     lambda: distillation_loss("dist", [torch.rand(2, 3)], [torch.rand(2, 3)], None, entropy_temp=3.0)),
+    (ValueError, "5 tokens of the student, 4 of the teacher",
+     lambda: linear_kd_loss(torch.rand(5, 6), torch.rand(40, 6), torch.rand(4, 6), torch.rand(40, 6))),
 ])
 def test_bad_input_to_the_newer_losses_is_refused(error, words, call):
     with pytest.raises(error, match=words):
@@ -459,13 +431,6 @@ def test_linear_kd_adds_up_many_chunks_gradients_without_loss():
         assert (gradient.double() - expected).norm() < 0.02 * expected.norm()
 
 
-def test_linear_kd_carries_a_gradient_to_a_tensor_temperature():
-    data, taus = heads(9), [torch.tensor(2.0, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    linear_kd_loss(*data, taus[0], chunk=4).backward()
-    plain(*data, taus[1]).backward()
-    torch.testing.assert_close(taus[0].grad, taus[1].grad)
-
-
 def test_linear_kd_compiles_whole_and_maps():
     s, w, t, w_t = (x.detach() for x in heads(9))
 
@@ -516,33 +481,6 @@ def test_linear_kds_memory_does_not_grow_with_the_tokens(zscore):
     assert peaks["plain", 128] > 3.5 * peaks["plain", 32]        # so the count sees what it should
     assert peaks["ours", 128] < 1.1 * peaks["ours", 32]
     assert peaks["ours", 128] < 0.2 * peaks["plain", 128]
-
-
-def test_linear_kd_keeps_nothing_of_a_vocabularys_width():
-    """No tensor of V columns is kept between the forward and the backward pass."""
-    saved = []
-    data = heads(32, v=3000, dtype=torch.float32)
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x):
-        loss = linear_kd_loss(*data, chunk=8)
-    assert all(3000 not in shape or shape in ((3000, 6), (3000, 9)) for shape in saved)
-    with Watch(3000) as watch:          # the forward pass alone: it ends with nothing of that width alive
-        loss = linear_kd_loss(*data, chunk=8)
-    given = {x.untyped_storage().data_ptr() for x in data}
-    alive = [size for key, (ref, size) in watch.alive.items() if not ref.expired() and key not in given]
-    assert loss.requires_grad and sum(alive) < 3000 * 4
-
-
-@pytest.mark.parametrize("error, words, change", [
-    (RuntimeError, "shapes cannot be multiplied", {1: torch.rand(40, 7)}),
-    (ValueError, "5 tokens of the student, 4 of the teacher", {2: torch.rand(4, 9)}),
-    (ValueError, r"\(5, 40\) and \(5, 41\)", {3: torch.rand(41, 9)}),
-    (ValueError, r"one shape \(B, K\)", {0: torch.rand(5, 2, 6), 2: torch.rand(5, 2, 9)}),
-    (ValueError, r"\(0, 40\)", {0: torch.rand(0, 6), 2: torch.rand(0, 9)}),
-])
-def test_linear_kd_refuses(error, words, change):
-    data = [change.get(i, x) for i, x in enumerate(heads(5, dtype=torch.float32))]
-    with pytest.raises(error, match=words):
-        linear_kd_loss(*data)
 
 
 # ---------------------------------------------------------------- tau by the number of classes
@@ -615,17 +553,6 @@ def test_a_recipes_numbers_reach_the_loss_of_a_run(recipe, zscore):
         expected = (w * each if "entropy_temp" in recipe else each).mean()
     assert kd.item() == pytest.approx(expected.item(), rel=1e-6)
     assert loss.item() == pytest.approx((ce + 2 * kd).item(), rel=1e-6)
-
-
-@pytest.mark.parametrize("method", ["kd", "ctkd", "dkd", "ttm", "wttm", "rld"])
-def test_entropy_weights_multiply_the_losses_of_the_samples(method):
-    """EA-KD's mean is over the batch, not over its weights; they come from the raw logits."""
-    z, v, y = logits(6, 9, seed=1), logits(6, 9, seed=2), torch.arange(6)
-    weights = entropy_weight(z, v, 2.0)
-    each = [distillation_loss(method, [z[i:i + 1]], [v[i:i + 1]], y[i:i + 1], 3.0, zscore=True)
-            for i in range(6)]
-    loss = distillation_loss(method, [z], [v], y, 3.0, zscore=True, entropy_temp=2.0)
-    assert loss.item() == pytest.approx((weights * torch.stack(each)).mean().item(), rel=1e-12)
 
 
 @BOTH

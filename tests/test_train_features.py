@@ -1,4 +1,4 @@
-"""--feature: eight methods in whole runs on small made images: steps, resuming, files, teachers, mistakes."""
+"""--feature: eight methods in whole runs on small synthetic images: steps, resuming, files, teachers, mistakes."""
 
 import copy
 import itertools
@@ -45,7 +45,6 @@ WEIGHTS = {"fitnet": 100, "at": 1000, "rkd": 1, "crd": 0.8, "ofd": 0.001, "revie
 OWN = """
 import types
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 class Small(nn.Module):
@@ -82,11 +81,6 @@ class Bare(Small):
 class Looping(Net):
     def maps(self, x):
         return super().maps(torch.stack([x[i] for i in range(len(x))]))
-
-class Dropping(Net):
-    def maps(self, x):
-        pre, post = super().maps(x)
-        return pre, [post[0], F.dropout(post[1], 0.5, self.training)]
 """
 
 
@@ -210,7 +204,7 @@ def stepped(recipe, distiller, taught, batches, epoch=1):
 def test_three_steps_equal_a_plain_loop(files, method, feature, pair):
     """A wrong weight, a teacher in the other mode, a connector that does not learn or is not decayed, images
     that are taken for others: the accuracy would be a little lower, and nobody would know why."""
-    rate = 0.001 if pair[1] == "ShuffleV2" else 0.01        # whose rounding errors would grow
+    rate = 0.001 if pair[1] == "ShuffleV2" else 0.01        # its rounding errors would grow
     recipe, distiller, taught = prepared([*flags(feature, files, pair, method), "--lr", rate,
                                           *["--zscore"] * (method == "kd")])
     student, connectors, frozen = copy.deepcopy((distiller.student, distiller.feature, taught.whole))
@@ -259,24 +253,6 @@ def test_three_steps_equal_a_plain_loop(files, method, feature, pair):
         assert not torch.equal(distiller.feature.bank_s[order], start[1]["bank_s"][order])
 
 
-@pytest.mark.parametrize("feature", ["crd", "simkd"])
-def test_only_what_learns_is_in_the_optimizer(files, feature):
-    """A student's dead head would be decayed, the teacher's classifier would be trained away."""
-    recipe, distiller, taught = prepared(flags(feature, files))
-    names = {k for k, p in distiller.named_parameters() if p.requires_grad}
-    assert not any(p.requires_grad for p in taught.whole.parameters())
-    if feature == "simkd":
-        before = {k: v.clone() for k, v in distiller.state_dict().items()}
-        assert not {"student.fc.weight", "student.fc.bias", "feature.fc.weight", "feature.fc.bias"} & names
-        images, targets = images_of(16)
-        stepped(recipe, distiller, taught, [(images, targets, torch.arange(16))])
-        for key in ("student.fc.weight", "student.fc.bias", "feature.fc.weight", "feature.fc.bias"):
-            assert torch.equal(before[key], distiller.state_dict()[key])
-        assert torch.equal(distiller.feature.fc.weight, taught.whole.fc.weight)
-    else:
-        assert {f"feature.embed_{k}.{x}" for k in "st" for x in ("weight", "bias")} <= names
-
-
 def test_a_row_of_crds_banks_is_one_image(files, tmp_path, monkeypatch):
     """`index` is the image's place in the data, of which the class is known: else negatives are of the same
     class, and positives other images."""
@@ -302,9 +278,9 @@ def test_a_row_of_crds_banks_is_one_image(files, tmp_path, monkeypatch):
 # ---------------------------------------------------------------- resuming
 
 
-@pytest.mark.parametrize("feature", METHODS)
-def test_a_killed_run_goes_on_with_the_bits_of_an_unbroken_one(whole, files, tmp_path, killed, feature):
-    """Connectors, banks and constants begin anew else, and the weights differ from the unbroken run's."""
+@pytest.mark.parametrize("feature", ["reviewkd", "crd"])
+def test_a_killed_run_ends_with_the_bits_of_an_unbroken_one(whole, files, tmp_path, killed, feature):
+    """Its connectors, banks and constants are in the save too."""
     with killed():
         call(*flags(feature, files), "--save-every", "1e-9")
     output = call(*flags(feature, files))
@@ -321,28 +297,11 @@ def test_a_killed_run_goes_on_with_the_bits_of_an_unbroken_one(whole, files, tmp
     assert ours == theirs
 
 
-@pytest.mark.parametrize("feature", METHODS)
-def test_a_save_holds_all_that_learns(whole, feature):
-    state = torch.load(whole(feature) / "last.pt")
-    beside = {k.removeprefix("feature."): v for k, v in state["model"].items() if k.startswith("feature.")}
-    begins = {"fitnet": ["regressor"], "ofd": ["connectors"], "simkd": ["fc", "projector"],
-              "crd": ["bank_s", "bank_t", "embed_s", "embed_t", "z_s", "z_t"],
-              "reviewkd": ["attend", "reduce", "restore"]}.get(feature, [])
-    assert sorted({k.split(".")[0] for k in beside}) == begins
-    assert all(m.abs().max() > 0 for m in state["momentum"][:5])
-    assert len(state["momentum"]) >= len(list(create_model("resnet8").parameters()))
-    for key, value in beside.items():
-        if key.endswith("num_batches_tracked"):
-            assert value == 6
-    if feature == "crd":
-        assert beside["bank_s"].shape == (48, 128) and beside["z_s"] > 0 and beside["z_t"] > 0
-
-
 # ---------------------------------------------------------------- whole commands
 
 
-@pytest.mark.parametrize("words", [*(f"--method none --feature {name}" for name in METHODS),
-                                   "--method kd --zscore --feature simkd", "--method mlkd --feature at"])
+@pytest.mark.parametrize("words", ["--method none --feature crd", "--method kd --zscore --feature simkd",
+                                   "--method mlkd --feature at"])
 def test_dry_run_walks_the_whole_path(tmp_path, words):
     output = call(*PAIR, *words.split(), "--dry-run", "--batch-size", "16", "--lr", "0.01", "--device", "cpu")
     assert output.endswith("dry run: all is well\n") and "resuming from epoch 1" in output
@@ -350,26 +309,9 @@ def test_dry_run_walks_the_whole_path(tmp_path, words):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("pair", [
-    "resnet32x4 resnet8x4", pytest.param("wrn_40_2 ShuffleV1", marks=pytest.mark.slow),
-    pytest.param("vgg13 MobileNetV2", marks=pytest.mark.slow),
-    pytest.param("ResNet50 MobileNetV2", marks=pytest.mark.slow),
-    pytest.param("resnet32x4 ShuffleV2", marks=pytest.mark.slow),
-    pytest.param("resnet32x4 wrn_16_2", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("feature", ["simkd", *(pytest.param(name, marks=pytest.mark.slow)
-                                                for name in METHODS if name != "simkd")])
-def test_dry_run_of_the_papers_pairs(pair, feature):
-    """Losses stay finite with the recipe's own learning rate; the deployed network loads and evaluates."""
-    names = dict(zip(("--teacher", "--student"), pair.split()))
-    output = call(*itertools.chain(*names.items()), "--method", "none", "--feature", feature, "--dry-run",
-                  "--batch-size", "8", "--device", "cpu")
-    assert output.endswith("dry run: all is well\n") and "no published recipe" not in output
-
-
 @pytest.mark.parametrize("student, words", [
-    *(("shufflenet_v2_x0_5", f"--method none --feature {name}") for name in ("at", "rkd", "crd", "simkd")),
+    *(("shufflenet_v2_x0_5", f"--method none --feature {name}") for name in ("at", "simkd")),
     pytest.param("MobileNetV1", "--method kd --zscore --feature simkd", marks=pytest.mark.slow),
-    pytest.param("resnet18", "--feature simkd", marks=pytest.mark.slow),
     pytest.param("mobilenet_v2", "--method mlkd --feature rkd", marks=pytest.mark.slow)])
 def test_train_imagenets_dry_run_walks_the_whole_path(tmp_path, student, words):
     output = call("--teacher", "resnet18", "--student", student, *words.split(), "--dry-run", "--lr",
@@ -417,7 +359,7 @@ def test_folders_of_images_with_simkd_and_crd(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- the files
 
 
-@pytest.mark.parametrize("feature", [name for name in METHODS if name != "simkd"])
+@pytest.mark.parametrize("feature", ["crd", "catkd"])
 def test_student_pt_is_a_plain_students(whole, feature):
     """RepDistiller and mdistiller read it; what taught it is not in it."""
     content, plain = torch.load(whole(feature) / "student.pt", weights_only=True), create_model("resnet8")
@@ -432,7 +374,7 @@ def test_student_pt_is_a_plain_students(whole, feature):
     assert 11e6 < result["macs"] < 14e6
 
 
-@pytest.mark.parametrize("feature", METHODS)
+@pytest.mark.parametrize("feature", ["crd", "simkd"])
 def test_a_file_is_evaluated_as_the_run_said(whole, feature):
     result = json.loads((whole(feature) / "result.json").read_text())
     output = call("--eval", whole(feature) / "student.pt", "--device", "cpu")
@@ -441,9 +383,7 @@ def test_a_file_is_evaluated_as_the_run_said(whole, feature):
 
 
 @pytest.mark.parametrize("names, parameters, macs", [
-    ("resnet32x4 ShuffleV2", 1_042_184, None), ("wrn_40_2 wrn_16_2", 757_044, 101.1 + 3.4),
-    ("resnet110 resnet32", 486_324, 69.1 + 0.9), ("resnet32x4 resnet8x4", 1_447_556, 177.1 + 13.7),
-    ("vgg13 vgg8", 4_819_044, None), ("vgg13 MobileNetV2", 1_292_580, None)])
+    ("resnet32x4 ShuffleV2", 1_042_184, None), ("wrn_40_2 wrn_16_2", 757_044, 101.1 + 3.4)])
 def test_simkds_network_is_as_large_as_the_reference_counts(names, parameters, macs):
     """Dead layers would be shipped, and counted: ShuffleV2's would have 580,000 parameters more."""
     large, small = map(create_model, names.split())
@@ -513,7 +453,7 @@ def test_simkds_file_is_exported_and_classifies(whole, tmp_path, monkeypatch):
 
 
 def test_reproduces_table_says_what_simkd_deploys(files, monkeypatch):
-    """Beside the published number: its network is larger than the students it is compared with."""
+    """Next to the published number: its network is larger than the students it is compared with."""
     monkeypatch.setattr(data, "SYNTHETIC_SIZES", (64, 32))
     Path("RESULTS.md").write_text(f"{reproduce.BEGIN}\n{reproduce.END}\n")
     call("--pairs", "resnet56-resnet20", "--methods", "simkd,kd-z-crd", "--teacher-checkpoint",
@@ -554,7 +494,7 @@ def begun(words):
 
 @pytest.fixture
 def modes(monkeypatch):
-    """How the teachers' batch norms stood when their features were taken, and their maps."""
+    """The modes of the teachers' batch norms when their features were taken, and their maps."""
     seen = []
 
     def features(taught, images, real=Teacher.features):
@@ -592,9 +532,9 @@ def test_ofds_teacher_takes_the_batchs_statistics_and_keeps_its_own(files, modes
                                atol=2e-3)
 
 
-@pytest.mark.parametrize("feature", [name for name in METHODS if name != "ofd"])
+@pytest.mark.parametrize("feature", ["simkd", "reviewkd"])
 def test_another_methods_teacher_is_in_evaluation_mode(files, modes, feature):
-    """and no hook stands on a network, where a deep copy or an exported file would have it too."""
+    """And no network has a hook, which a deep copy or an exported file would have too."""
     taught, distiller = begun(flags(feature, files))
     assert len(modes) == 6 and all(True not in mode for mode, *_ in modes)
     _, images, ours = modes[0]
@@ -612,14 +552,13 @@ def test_another_methods_teacher_is_in_evaluation_mode(files, modes, feature):
     assert hooks and not any(hooks)
 
 
-@pytest.mark.parametrize("feature", ["ofd", "reviewkd", "fitnet"])
-def test_a_wrns_batch_norms_see_each_batch_once(files, tmp_path, feature):
+def test_a_wrns_batch_norms_see_each_batch_once(files, tmp_path):
     """mdistiller's see three of their maps twice, and its running statistics are others."""
     network = create_model("wrn_16_1").train()
     network(images_of(8)[0], features=True)
     counters = [v for k, v in network.state_dict().items() if k.endswith("num_batches_tracked")]
     assert counters and all(v == 1 for v in counters)
-    call(*flags(feature, files, ("wrn_16_2", "wrn_16_1")))
+    call(*flags("ofd", files, ("wrn_16_2", "wrn_16_1")))
     state = torch.load(run_in() / "last.pt")["model"]
     counters = {k: v.item() for k, v in state.items() if k.endswith("num_batches_tracked")}
     assert set(counters.values()) == {2 * 3} and any(k.startswith("feature.") for k in counters)
@@ -672,13 +611,7 @@ def test_reviewkds_weight_grows_over_twenty_epochs_whatever_the_length(files, tm
     assert at == pytest.approx([0.6 / 20, 0.3, 0.6, 0.6])
 
 
-def test_crds_constants_are_the_first_batchs(files, steps):
-    call(*flags("crd", files))
-    assert len(steps) == 6 and len(set(steps)) == 1 and steps[0][0] == pytest.approx(0.8)
-    assert all(z > 0 for z in steps[0])
-
-
-@pytest.mark.parametrize("feature", METHODS)
+@pytest.mark.parametrize("feature", ["reviewkd", "simkd"])
 def test_the_log_has_the_feature_loss(whole, feature):
     """loss is the weighted sum that was minimised, with the weight that config.json says."""
     recipe, log = recipe_of(whole(feature)), rows(whole(feature))
@@ -691,7 +624,7 @@ def test_the_log_has_the_feature_loss(whole, feature):
 
 
 def test_simkds_accuracy_in_training_is_the_deployed_networks(files):
-    """The student's own head learns nothing: its 1 % would stand in the log."""
+    """The student's own head learns nothing: its 1 % would be in the log."""
     recipe, distiller, taught = prepared(flags("simkd", files))
     images, targets = images_of(16)
     twin = copy.deepcopy(distiller)
@@ -757,18 +690,10 @@ def test_a_folders_name_and_recipe_say_the_feature(files, tmp_path, monkeypatch)
 @pytest.mark.parametrize("code, words, said", [
     (2, "--teacher resnet14 --student resnet8 --feature-weight 3", "--feature-weight needs --feature"),
     (2, "--method none --student resnet8 --feature crd", "name a --teacher"),
-    (2, "--method none --feature crd", "name a --teacher"),
-    (2, "--teacher resnet14 --student resnet8 --feature cdr",
-     "'cdr' is not one of 'fitnet'"),
-    (2, "--teacher resnet14 --student resnet8 --feature at --feature-weight -1", "-1.0 is not in the range"),
     (2, "--method none --teacher resnet14 --student resnet8 --feature at --kd-weight 2",
      "--kd-weight is for --method kd, dkd"),
-    (1, "--teacher wrn_40_2 --student MobileNetV2 --method none --feature reviewkd --dry-run",
-     "ReviewKD pairs the stages' maps: MobileNetV2 has 4, wrn_40_2 3"),
     (1, "--teacher wrn_40_2 --student MobileNetV2 --method none --feature ofd --dry-run",
      "OFD pairs the stages' maps: MobileNetV2 has 4, wrn_40_2 3"),
-    (1, "--teacher ShuffleV2 --student ShuffleV1 --method none --feature ofd --dry-run",
-     "the norms_before_relu() of ShuffleV2 names 0 batch norms"),
     (1, "--teacher resnet20 --student nets.py:Mute --method none --feature crd --dry-run",
      "nets-Mute gives no features: its forward(x, features=True) must return"),
     (1, "--teacher nets.py:Mute --student resnet8 --method none --feature crd --dry-run",
@@ -790,17 +715,6 @@ def test_a_mistake_is_one_line_on_stderr(tmp_path, code, words, said):
     line, = result.stderr.splitlines()
     assert line.startswith("Error: ") and said in line and "Traceback" not in result.output
     assert sorted(p.name for p in tmp_path.iterdir()) == ["nets.py"]
-
-
-@pytest.mark.parametrize("words, said", [
-    ("--feature fitnet", "'fitnet' is not one of 'at', 'rkd', 'crd', 'simkd'"),
-    ("--feature-weight 3", "--feature-weight needs --feature")])
-def test_train_imagenets_mistakes_are_one_line_on_stderr(tmp_path, words, said):
-    result = CliRunner().invoke(train_imagenet.main, ["--teacher", "resnet18", "--student", "resnet18",
-                                                      *words.split(), "--device", "cpu"])
-    assert result.exit_code == 2, result.output
-    line, = result.stderr.splitlines()
-    assert line.startswith("Error: ") and said in line and not list(tmp_path.iterdir())
 
 
 def test_crd_is_for_one_process():
@@ -828,7 +742,7 @@ class Decoy(Net):
         assert torch.equal(used.weight, teacher_network.fc.weight)
 
 
-@pytest.mark.parametrize("feature", METHODS)
+@pytest.mark.parametrize("feature", ["crd", "simkd"])
 def test_ones_own_network_that_gives_features_works_on_both_sides(tmp_path, feature):
     """A teacher that nobody publishes is trained first; the student's file is evaluated as the run said."""
     (tmp_path / "nets.py").write_text(OWN)
@@ -840,19 +754,6 @@ def test_ones_own_network_that_gives_features_works_on_both_sides(tmp_path, feat
     assert f"{last['top1']:.2f} top-1" in call("--eval", folder / "student.pt", "--device", "cpu")
 
 
-def test_simkd_with_ones_own_network_that_drops_out(tmp_path):
-    """What the file answers is the run's, and the same each time: nothing is dropped when it is evaluated."""
-    (tmp_path / "nets.py").write_text(OWN)
-    torch.save(lively("resnet14").state_dict(), "teacher.pt")
-    call("--teacher", "resnet14", "--teacher-checkpoint", "teacher.pt", "--student", "nets.py:Dropping",
-         "--method", "none", "--feature", "simkd", *SMALL, "--epochs", 1)
-    folder = run_in()
-    network, _ = open_checkpoint(folder / "student.pt")
-    images, _ = images_of(16, 2)
-    with torch.no_grad():
-        assert torch.equal(network(images), network(images))
-
-
 def test_what_cannot_be_counted_costs_no_run():
     """As attention with its own operators: the network is trained, its multiply-accumulates are not known."""
     network = torch.nn.Sequential(create_model("resnet8"))
@@ -860,11 +761,3 @@ def test_what_cannot_be_counted_costs_no_run():
     assert distill.cost(network, 32, torch.device("cpu")) == {"parameters": 83892, "macs": None}
 
 
-def test_torchvisions_shufflenet_teaches_what_its_classifier_sees():
-    """Its last stage is not what is pooled: SimKD's students would meet a classifier of another width."""
-    student, taught = (networks.create(name, 10, networks.TORCHVISION)
-                       for name in ("resnet18", "shufflenet_v2_x0_5"))
-    recipe = {"feature": "simkd", "factor": 2}
-    method = networks.feature_method(recipe, student, taught, torch.arange(2), 64)
-    assert method.fc.in_features == 1024
-    assert method.deploy(student).eval()(torch.zeros(2, 3, 64, 64)).shape == (2, 10)
