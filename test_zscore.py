@@ -148,17 +148,6 @@ def test_a_constant_row_is_zero_with_no_gradient(k, value):
     assert (z == 0).all() and (x.grad == 0).all()
 
 
-def test_a_constant_student_row_leaves_the_other_rows_gradients_right():
-    z, v = logits(3, 10, seed=3), logits(3, 10, seed=4)
-    z[1] = 0.1
-    z.requires_grad_()
-    kd_loss(z, v).backward()
-    assert (z.grad[1] == 0).all() and torch.isfinite(z.grad).all()
-    other = z.detach()[[0, 2]].requires_grad_()
-    kd_loss(other, v[[0, 2]]).backward()
-    torch.testing.assert_close(z.grad[[0, 2]], other.grad * 2 / 3)
-
-
 @pytest.mark.parametrize("offset, scale", [(0, 1e4), (0, 1e-4), (1e4, 1.0), (0, 1e25), (0, 1e-25),
                                            (1e6, 1.0)])
 def test_zscore_keeps_its_digits_in_float32(offset, scale):
@@ -311,23 +300,6 @@ def test_curriculum_temperature_is_an_adversary():
     assert [name for name, _ in temperature.named_parameters()] == ["g"]
 
 
-def test_z_of_two_classes_is_plus_and_minus_one():
-    """For any logits, so a loss of it would teach nothing: the losses refuse it."""
-    z = torch.tensor([[3.0, 1.0], [-5.0, 0.5]])
-    torch.testing.assert_close(weighted_zscore(z), torch.tensor([[1.0, -1.0], [-1.0, 1.0]]))
-    assert kd_loss(z, z.flip(1), zscore=False) > 0
-
-
-def test_exchanged_arguments_are_refused():
-    """A teacher that learns and a student that does not: the loss would have no gradient at all."""
-    z, v = logits(2, 5, seed=0).requires_grad_(), logits(2, 5, seed=1)
-    with pytest.raises(ValueError, match="exchanged"):
-        kd_loss(v, z)
-    with torch.no_grad():
-        assert kd_loss(v, z).isfinite()
-    assert kd_loss(v, v).isfinite() and kd_loss(z, z).requires_grad
-
-
 def test_curriculum_temperature_keeps_its_range():
     """Loaded into a module made with other values it was another temperature, silently."""
     saved = CurriculumTemperature(2.0, 40.0).state_dict()
@@ -367,15 +339,11 @@ def pair(*shape):
 
 @pytest.mark.parametrize("error, words, call", [
     (ValueError, r"\(2, 3\) and \(2, 4\)", lambda: kd_loss(torch.rand(2, 3), torch.rand(2, 4))),
-    (ValueError, r"one shape \(B, K\)", lambda: kd_loss(*pair(3))),
     (ValueError, r"one shape \(B, K\)", lambda: kd_loss(*pair(2, 8, 4, 4))),
     (ValueError, r"1 row .* \(0, 3\)", lambda: kd_loss(*pair(0, 3))),
     (ValueError, r"2 classes, got \(4, 1\)", lambda: kd_loss(*pair(4, 1))),
     (ValueError, r"3 classes, got \(4, 2\)", lambda: dkd_loss(*pair(4, 2), torch.zeros(4).long())),
-    (ValueError, r"1 row .* \(0, 3\)", lambda: weighted_zscore(torch.rand(0, 3))),
     (TypeError, "int64", lambda: kd_loss(torch.ones(2, 3).long(), torch.rand(2, 3))),
-    (TypeError, "int64", lambda: kd_loss(torch.rand(2, 3), torch.ones(2, 3).long())),
-    (ValueError, "positive number, got 0", lambda: kd_loss(*pair(2, 3), 0)),
     (ValueError, "positive number, got -1", lambda: weighted_zscore(torch.rand(2, 3), -1)),
     (ValueError, "positive number, got nan", lambda: ttm_loss(*pair(2, 3), NAN)),
     (ValueError, r"\(\) or \(B, 1\), got \(4,\)", lambda: kd_loss(*pair(4, 4), torch.ones(4))),
@@ -383,7 +351,6 @@ def pair(*shape):
     (ValueError, r"in \[0, 3\), got \(4,\) from 0 to 3", lambda: dkd_loss(*pair(4, 3), torch.arange(4))),
     (ValueError, r"in \[0, 3\), got \(2,\) from -100 to 1; to leave",
      lambda: dkd_loss(*pair(2, 3), torch.tensor([1, -100]))),
-    (ValueError, '"mean" or "none", got \'sum\'', lambda: kd_loss(*pair(2, 3), reduction="sum")),
     (ValueError, "2 classes need zscore=False", lambda: kd_loss(*pair(4, 2))),
 ])
 def test_bad_input_is_refused_with_the_values(error, words, call):

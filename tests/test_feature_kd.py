@@ -334,14 +334,6 @@ def test_no_gradient_that_a_gpu_sums_in_any_order(name, pair="student larger"):
     assert any("Accumulate" in x for x in names) and not any("Adaptive" in x for x in names)
 
 
-@pytest.mark.parametrize("pair, kind", [("alike", (nn.Conv2d, (1, 1), (1, 1))),
-                                        ("student larger", (nn.Conv2d, (3, 3), (2, 2))),
-                                        ("student smaller", (nn.ConvTranspose2d, (4, 4), (2, 2)))])
-def test_fitnets_regressors(pair, kind):
-    layer = case("fitnet", pair).method.regressor[0]
-    assert (type(layer), layer.kernel_size, layer.stride) == kind and layer.bias is not None
-
-
 @pytest.mark.parametrize("replacement", [False, True])
 def test_crd_is_the_reference_for_three_steps(replacement, monkeypatch):
     c = case("crd")
@@ -382,16 +374,6 @@ def test_simkds_deployed_network(pair):
         loss, logits = c.method.loss_and_logits("the student's own", f, t)
         torch.testing.assert_close(logits, want, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(loss, c.method(f, t), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "simkd"])
-def test_the_student_itself_is_deployed(name):
-    c, again = case(name), case(name)
-    assert c.method.deploy(c.student) is c.student
-    torch.manual_seed(1)
-    loss, logits = c.method.loss_and_logits("logits", c.s, c.t, None, c.index)
-    torch.manual_seed(1)
-    assert logits == "logits" and torch.equal(loss, again.loss())
 
 
 # ---------------------------------------------------------------- 3. whole networks
@@ -646,14 +628,6 @@ def test_crds_first_banks():
 def test_crds_numbers_are_the_papers(monkeypatch):
     monkeypatch.undo()
     assert (CRD.WIDTH, CRD.NEGATIVES, CRD.TEMPERATURE, CRD.MOMENTUM) == (128, 16384, 0.07, 0.5)
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_nothing_is_handed_to_the_optimizer_twice(name):
-    c = case(name)
-    networks = {*c.student.parameters(), *c.teacher.parameters()}
-    assert networks.isdisjoint(c.method.parameters())
-    assert all(p.requires_grad for p in c.teacher.parameters())         # that is not the method's business
 
 
 # ---------------------------------------------------------------- 6. CRD's draws and banks
@@ -921,8 +895,13 @@ def test_crds_labels():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_teacher_need_not_compute_what_is_not_read(name):
+def test_what_every_method_promises(name):
+    """It owns no weight of the networks, deploys the student and reads of the teacher what it names."""
     one, other = case(name), case(name)
+    assert {*one.student.parameters(), *one.teacher.parameters()}.isdisjoint(one.method.parameters())
+    assert all(p.requires_grad for p in one.teacher.parameters())
+    if name != "simkd":
+        assert one.method.deploy(one.student) is one.student
     t, reads, depth = one.t, one.method.reads, one.method.depth
     bare = Feat(*(getattr(t, field) if field in reads else None for field in Feat._fields))
     bare = bare._replace(**{field: getattr(t, field)[:depth] for field in reads if field in ("pre", "post")})
@@ -1020,12 +999,3 @@ def test_simkds_network_shares_what_learns(teacher, student):
     assert all(p.grad is None for p in network.parameters() if p not in alive)
 
 
-def test_simkds_network_loads_into_another_one():
-    method, network = method_of("simkd", "resnet32x4", "ShuffleV2")
-    whole = method.deploy(network).eval()
-    small, s = probed("ShuffleV2")
-    again = feature_kd.trimmed(feature_kd.Reuse(create_model("ShuffleV2"), *method.form)).eval()
-    again.load_state_dict(whole.state_dict())
-    images = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        torch.testing.assert_close(again(images), whole(images), rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""--feature: eight methods in whole runs on small synthetic images: steps, resuming, files, teachers, mistakes."""
+"""--feature: eight methods in whole runs on synthetic images: steps, resuming, files, teachers, mistakes."""
 
 import copy
 import itertools
