@@ -37,7 +37,8 @@ from checkpoints import open_checkpoint, weights_sha256
 from data import (CIFAR, PAD, Split, cifar_folder, epoch_draws, load_data, load_folders, printable,
                   read_images)
 from models import MODELS
-from networks import TORCHVISION, label
+from networks import TORCHVISION
+from recipes import label
 
 CENTRE = ((2 * PAD + 1) ** 2 // 2) * 2      # the crop id of the image itself
 BATCH = 64

@@ -23,6 +23,7 @@ from torch import nn
 
 import feature_kd
 from models import MODELS, Features, Network, create_model
+from recipes import label
 from run import first_line
 
 ROOT = Path(__file__).resolve().parent
@@ -55,13 +56,6 @@ def create(name, num_classes, first=MODELS):
 def layout(model):
     """The memory format of a network's weights and images: the faster one, for a custom one the usual one."""
     return torch.contiguous_format if model.own else torch.channels_last
-
-
-def label(name):
-    """A network's name in the names of files and folders: nets-tiny for my/nets.py:tiny."""
-    where, _, function = name.rpartition(":")
-    stem = Path(where).stem if where.endswith(".py") else where
-    return re.sub(r"[^\w.-]", "-", f"{stem}-{function}" if where else function)
 
 
 def _logits(output):

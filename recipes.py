@@ -462,9 +462,9 @@ def run_name(run, data="cifar100", precision="fp32", teacher_file=False):
                    run.get("source", "authors"), data, run.get("feature"), bool(run.get("entropy_temp")))
     usual |= {"train_images": None, "val_from_train": 0, "size": 224 if data == "imagenet" else 32,
               "precision": precision, "source": "authors"}
-    parts = [_network(run["student"], run.get("student_sha256")), method_name(run)]
+    parts = [label(run["student"], run.get("student_sha256")), method_name(run)]
     if run["teacher"]:
-        parts.insert(0, _network(run["teacher"], run["teacher_sha256"] if teacher_file else None))
+        parts.insert(0, label(run["teacher"], run["teacher_sha256"] if teacher_file else None))
     for key, form in NAME_PARTS.items():
         if key in run and run[key] != usual[key]:
             parts.append(form.format(run[key]))
@@ -476,13 +476,13 @@ def run_name(run, data="cifar100", precision="fp32", teacher_file=False):
     return name
 
 
-def _network(name, sha256):
+def label(name, sha256=None):
     """A network in a name: resnet56, nets-tiny for my/nets.py:tiny, resnet56@a93aca for a file's weights."""
     where, colon, function = name.rpartition(":")
     if where.endswith(".py"):
         where = Path(where).stem
-    label = re.sub(r"[^\w.-]", "-", where + colon + function)
-    return f"{label}@{sha256[:6]}" if sha256 else label
+    plain = re.sub(r"[^\w.-]", "-", where + colon + function)
+    return f"{plain}@{sha256[:6]}" if sha256 else plain
 
 
 def recipe_epoch(step, steps_per_epoch, recipe):
