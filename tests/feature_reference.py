@@ -6,7 +6,7 @@ teacher's maps constant and returns the feature loss alone: no cross-entropy, no
 
 Maps are (B, C, side, side), pooled features (B, C). A convolution and its batch norm are a dict of tensors:
     conv_weight, conv_bias (where there is one), bn_weight, bn_bias, bn_mean, bn_var
-bn_mean and bn_var are the running statistics, used with training=False alone; without them 0 and 1 stand in.
+bn_mean and bn_var are the running statistics, used with training=False alone; without them 0 and 1 are used.
 """
 
 import math
@@ -97,9 +97,6 @@ def fitnet(student_map, target, state, training):
     elif 2 * hs == ht:
         kernel = 4
         x = F.conv_transpose2d(student_map, weight, bias, stride=2, padding=1)
-    elif hs > ht:
-        kernel = 1 + hs - ht
-        x = F.conv2d(student_map, weight, bias)
     else:
         raise ValueError(f"no regressor from side {hs} to side {ht}")
     assert weight.shape[2:] == (kernel, kernel), (weight.shape, kernel)

@@ -112,19 +112,6 @@ def test_features_are_those_of_the_second_implementation(name, training, generat
     assert [norm.num_features for norm in model.norms_before_relu()] == [*channels] * bool(norms)
 
 
-def test_what_the_families_say_of_relus_holds(generator):
-    """OFD and ReviewKD take pre for the map before the ReLU."""
-    for name in SMALL:
-        _, (pre, post, last, pooled) = create_model(name)(torch.randn(2, 3, 32, 32, generator=generator),
-                                                          features=True)
-        if name not in ("wrn_16_1", "MobileNetV2", "ShuffleV2"):
-            assert all(torch.equal(F.relu(x), y) and x.min() < 0 for x, y in zip(pre, post))
-        assert torch.equal(last.relu(), last) and torch.allclose(last.mean((2, 3)), pooled)
-        assert (last is post[-1]) == (name not in ("wrn_16_1", "MobileNetV2", "ShuffleV2"))
-    _, wide = create_model("wrn_16_1")(torch.randn(2, 3, 32, 32, generator=generator), features=True)
-    assert min(x.min() for x in wide.post) < 0 and torch.equal(wide.last, F.relu(wide.pre[-1]))
-
-
 def test_vgg_on_64_pixels_pools_before_its_last_block():
     _, (pre, post, last, _) = create_model("vgg8")(torch.rand(2, 3, 64, 64), features=True)
     assert [x.shape[-1] for x in post] == [32, 16, 8, 4] and last is post[-1]
@@ -171,7 +158,7 @@ def test_a_call_with_features_compiles_to_one_graph(name, generator):
 
 
 class Part(nn.Module):
-    """One of a network's features, as a network: what is deployed of a student whose head is replaced."""
+    """One of a network's features, as a network: what is deployed of a student with a replaced head."""
 
     def __init__(self, student, part):
         super().__init__()
@@ -276,10 +263,10 @@ def test_networks_that_give_no_features_say_so():
         with_features(Branching())
 
 
-# ---------------------------------------------------------------- one's own
+# ---------------------------------------------------------------- custom networks
 
 
-def test_ones_own_network_gives_its_features_itself(tmp_path, generator):
+def test_a_custom_network_gives_its_features_itself(tmp_path, generator):
     (tmp_path / "nets.py").write_text(textwrap.dedent("""
         from torch import nn
 
