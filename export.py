@@ -155,23 +155,27 @@ def find_images(student, data_dir, count):
         return find_in_folders(student, root, count, kept)
     data = load_data(name, root, "cpu", download=False, **kept)
     order, _ = epoch_draws(0, 0, len(data.train.targets))
-    calibration = pick(data.train, order[:count])
+    calibration = data.train.pick(order[:count])
     classes = list(data.classes)
     if kept["val_from_train"]:
         return Images(calibration, data.eval, data.test, "held-out images", classes)
     never = undrawn(student.metadata, len(order))
-    fit = pick(data.train, order[never[order]][:MOST])
+    fit = data.train.pick(order[never[order]][:MOST]) if never.any() else None
     source = "training images that training never drew uncropped"
     return Images(calibration, fit, data.test, source, classes)
 
 
 def find_in_folders(student, root, count, kept):
-    """`find_images` in train/ and val/, or one of them."""
+    """`find_images` in train/ and val/, or one of them. ValueError: other classes than the student's."""
     parts = [part for part in ("train", "val") if (root / part).is_dir()]
     if "train" not in parts:
         kept = {}
     folders = load_folders(root, parts=parts, **kept)
-    check_classes(student, root, folders.classes)
+    found, number = folders.classes, student.metadata["num_classes"]
+    trained = student.metadata.get("classes", found)        # --classes may give them other names
+    if len(found) != number or found != trained:
+        raise ValueError(f"{printable(root)} has {len(found)} classes ({', '.join(found[:3])}, ...), not "
+                         f"the student's {number} ({', '.join(trained[:3])}, ...)")
     order, _ = epoch_draws(0, 0, len(folders.train))
     calibration = [folders.train[i] for i in order[:count]]
     fit, test = folders.eval, []
@@ -199,20 +203,6 @@ def data_set(student, root):
     if small and name in CIFAR and cifar_folder(name, root).is_dir():
         return name
     return "folder" if folder else None
-
-
-def check_classes(student, root, classes):
-    """ValueError where a folder has other classes. --classes may give them other names."""
-    count = student.metadata["num_classes"]
-    trained = student.metadata.get("classes", classes)
-    if len(classes) != count or trained != classes:
-        raise ValueError(f"{printable(root)} has {len(classes)} classes ({', '.join(classes[:3])}, ...), not "
-                         f"the student's {count} ({', '.join(trained[:3])}, ...)")
-
-
-def pick(split, ids):
-    """Some images of a Split; None for none."""
-    return Split(split.images[ids], split.targets[ids]) if len(ids) else None
 
 
 def read_split(samples, preprocessing):
