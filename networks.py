@@ -96,10 +96,11 @@ def _module(where):
         path = Path(where).expanduser().resolve()
         name, folder = path.stem, path.parent
     before = dict(sys.modules)
-    for other in before if folder != ROOT else ():
-        has_its_own = (folder / f"{other}.py").exists() or (folder / other).is_dir()
-        if has_its_own and _is_in(before[other], ROOT):
-            del sys.modules[other]
+    nearby = {path.stem for path in folder.glob("*")}
+    if folder != ROOT:
+        for ours in ROOT.glob("*.py"):
+            if ours.stem in nearby:
+                sys.modules.pop(ours.stem, None)
     sys.path.insert(0, str(folder))
     try:
         module = importlib.import_module(name)
@@ -107,14 +108,9 @@ def _module(where):
     finally:
         sys.path.append(sys.path.pop(0))        # for what it imports later
         for other in sys.modules.keys() - before.keys():
-            if _is_in(sys.modules[other], folder):
+            if other.partition(".")[0] in nearby:
                 del sys.modules[other]
         sys.modules.update(before)
-
-
-def _is_in(module, folder):
-    file = getattr(module, "__file__", None) or ""
-    return file.startswith(f"{folder}/") and "site-packages" not in file
 
 
 def _reason(error):
@@ -130,54 +126,48 @@ def check_model(name, num_classes, size, first=MODELS, say=print, learns=False, 
         model = _custom(name, num_classes) if ":" in name else create(name, num_classes, first)
         if learns and not any(p.requires_grad for p in model.parameters()):
             raise ValueError(f"{name} has no parameter that learns")
-        output = check_logits(model.train(), name, num_classes, size)
+        batch = min(smallest, 2) if learns else 2
+        output = check_logits(model.train(), name, num_classes, size, batch)
         if isinstance(output, (tuple, list)):
             say(f"notice: {name} returns {len(output)} values; the first is taken as its logits")
-        if learns and smallest == 1:
-            try:
-                model(torch.zeros(1, 3, size, size))
-            except Exception as error:      # of any network, any
-                raise ValueError(f"{name} cannot learn from one image, and one is left over: give another "
-                                 f"--batch-size ({_reason(error)})") from None
         check_logits(model.eval(), name, num_classes, size)
 
 
 @torch.no_grad()
-def check_logits(model, name, num_classes, size):
-    """A network's output for two images. ValueError, one line, where that is not (2, num_classes) logits."""
+def check_logits(model, name, num_classes, size, batch=2):
+    """A network's output for a batch of images. ValueError, one line, where that is not its logits."""
     try:
-        output = model(torch.zeros(2, 3, size, size))
+        output = model(_images(batch, size))
     except (Exception, SystemExit) as error:        # of any network, any
-        raise ValueError(f"{name} does not take images of {size} x {size} pixels ({_reason(error)}): "
-                         "choose another --size") from None
+        raise ValueError(f"{name} does not take images of {size} x {size} pixels ({_reason(error)}) in a "
+                         f"batch of {batch}: choose another --size or --batch-size") from None
     logits = _logits(output)
     shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-    if shape != (2, num_classes):
-        raise ValueError(f"{name} makes {shape} of 2 images and {num_classes} classes, not logits "
-                         f"(2, {num_classes}): it has to take num_classes")
+    if shape != (batch, num_classes):
+        raise ValueError(f"{name} makes {shape} of {batch} images and {num_classes} classes, not logits "
+                         f"({batch}, {num_classes}): it has to take num_classes")
     return output
 
 
+def _images(batch, size):
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
 def feature_method(recipe, student, teacher, labels, size):
     """A recipe's feature_kd.Method between two networks on one device. ValueError where it does not fit them.
 
-    labels: (n,) classes of the training images; size: pixels of an image's side.
+    labels: (n,) classes of the training images; size: pixels of an image's side. The networks are in
+    evaluation mode afterwards.
     """
     options = {k: recipe[k] for k in ("resolution", "normalize", "factor") if k in recipe}
     if recipe["feature"] == "catkd":
         options["fresh"] = "student_sha256" not in recipe       # else the student begins with given weights
-    z, student_features = _trial(student, size)
-    v, teacher_features = _trial(teacher, size)
+    images = _images(2, size).to(next(student.parameters()).device)
+    z, student_features = with_features(student).eval()(images, features=True)
+    v, teacher_features = with_features(teacher).eval()(images, features=True)
     build = feature_kd.METHODS[recipe["feature"]]
     return build(student, teacher, student_features, teacher_features, labels, logits=(z, v), **options)
-
-
-@torch.no_grad()
-def _trial(network, size, batch=2):
-    """(logits, Features) of random images; the network is in evaluation mode afterwards."""
-    images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
-    images = images.to(next(network.parameters()).device)
-    return with_features(network).eval()(images, features=True)
 
 
 def check_feature(recipe, num_classes, size, first=MODELS, smallest=2):
@@ -187,23 +177,19 @@ def check_feature(recipe, num_classes, size, first=MODELS, smallest=2):
     """
     if not recipe.get("feature"):
         return
+    batch = min(smallest, 2)
+    indices = torch.arange(batch)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         student, teacher = (create(recipe[k], num_classes, first) for k in ("student", "teacher"))
-        batch = min(smallest, 2)
         try:
-            method = feature_method(recipe, student, teacher, torch.arange(2), size).train(batch == 1)
-            logits, student_features = _trial(student, size, batch)
-            _, teacher_features = _trial(teacher, size, batch)
-            indices = torch.arange(batch)
+            method = feature_method(recipe, student, teacher, torch.arange(2), size)
+            logits, student_features = student(_images(batch, size), features=True)
+            _, teacher_features = teacher(_images(batch, size), features=True)
+            method.train(batch == 1)
             method.loss_and_logits(logits, student_features, teacher_features, indices, indices)
-        except ValueError as error:
-            if batch == 1:
-                raise ValueError(f"--feature {recipe['feature']} fails on one image, and one is left over: "
-                                 f"give another --batch-size ({error})") from None
-            raise
         except Exception as error:      # of any networks, any
             raise ValueError(f"--feature {recipe['feature']} fails between {teacher.name} and {student.name} "
-                             f"({_reason(error)})") from None
+                             f"({_reason(error)}) in a batch of {batch}") from None
 
 
 @torch.no_grad()
