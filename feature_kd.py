@@ -69,15 +69,19 @@ def rkd_loss(student, teacher, distance=25.0, angle=50.0):
     def relations(x):
         difference = x[None] - x[:, None]                       # (B, B, D): x_j - x_i
         other = 1 - torch.eye(len(x), device=x.device, dtype=x.dtype)
-        distances = difference.square().sum(-1).clamp(min=EPS).sqrt() * other
+        squared = difference.square().sum(-1)
+        distances = squared.clamp(min=EPS).sqrt() * other
+        mean = distances.sum() / other.sum()
         direction = _unit(difference)
-        return distances / (distances.sum() / other.sum()), direction @ direction.mT
+        cosines = direction @ direction.mT
+        return distances / mean, cosines
 
     with _no_autocast(student):
         distances, cosines = relations(_up(student))
         teacher_distances, teacher_cosines = relations(_up(teacher.detach()))
-        loss = distance * F.smooth_l1_loss(distances, teacher_distances)
-        return loss + angle * F.smooth_l1_loss(cosines, teacher_cosines)
+        distance_loss = F.smooth_l1_loss(distances, teacher_distances)
+        angle_loss = F.smooth_l1_loss(cosines, teacher_cosines)
+        return distance * distance_loss + angle * angle_loss
 
 
 def nce_loss(scores, n_data):
@@ -87,11 +91,13 @@ def nce_loss(scores, n_data):
     """
     with _no_autocast(scores):
         scores = _up(scores)
-        positive, negative = scores[:, :1], scores[:, 1:]
+        positive = scores[:, :1]
+        negative = scores[:, 1:]
         noise = negative.shape[1] / n_data
-        log_positive = (positive / (positive + noise + 1e-7)).log()
-        log_negative = (noise / (negative + noise + 1e-7)).log()
-        return -torch.cat([log_positive, log_negative], 1).sum() / len(scores)
+        p_positive = positive / (positive + noise + 1e-7)
+        p_negative = noise / (negative + noise + 1e-7)
+        likelihood = torch.cat([p_positive, p_negative], 1).log()
+        return -likelihood.sum() / len(scores)
 
 
 def ofd_margin(norm):
@@ -100,11 +106,13 @@ def ofd_margin(norm):
     The output is taken as N(beta, gamma^2) (Heo et al., ICCV 2019); -3 |gamma| where less than a thousandth
     of it is negative, min(beta, 0) where gamma is 0.
     """
-    mean, sigma = norm.bias.detach().cpu().double(), norm.weight.detach().abs().cpu().double()
+    mean = norm.bias.detach().cpu().double()
+    sigma = norm.weight.detach().cpu().double().abs()
     ratio = mean / torch.where(sigma == 0, 1.0, sigma)
     negative = torch.special.ndtr(-ratio)
     density = (-ratio.square() / 2).exp() / math.sqrt(2 * math.pi)
-    margin = torch.where(negative > 1e-3, mean - sigma * density / negative, -3 * sigma)
+    truncated_mean = mean - sigma * density / negative
+    margin = torch.where(negative > 1e-3, truncated_mean, -3 * sigma)
     return torch.where(sigma == 0, mean.clamp(max=0), margin)
 
 
@@ -117,11 +125,14 @@ def ofd_loss(student_maps, teacher_maps, margins):
     loss = 0
     for s, t, margin in zip(student_maps, teacher_maps, margins, strict=True):
         with _no_autocast(s):
-            s, t = _up(s), _up(t.detach())
+            s = _up(s)
+            t = _up(t.detach())
             _check_shapes(s, t)
-            target = torch.maximum(t, margin.to(t)[:, None, None])
-            counts = ((s > target) | (t > 0)).to(s.dtype)       # a product keeps a NaN
-            loss = loss / 2 + ((s - target).square() * counts).sum() / len(s)
+            margin = margin.to(t)[:, None, None]
+            target = torch.maximum(t, margin)
+            counts = (s > target) | (t > 0)
+            squared = (s - target).square() * counts        # a product keeps a NaN
+            loss = loss / 2 + squared.sum() / len(s)
     return loss
 
 
@@ -133,11 +144,13 @@ def hcl_loss(student_maps, teacher_maps):
     """
     loss = 0
     for s, t in zip(student_maps, teacher_maps, strict=True):
-        pair, weight, total = _mse(s, t), 1.0, 1.0
+        pair = _mse(s, t)
+        weight = total = 1.0
         for side in (4, 2, 1):
             if side < min(s.shape[-2:]):
                 weight = weight / 2
-                pair = pair + weight * _mse(_average_pool(s, side), _average_pool(t, side))
+                pooled = _mse(_average_pool(s, side), _average_pool(t, side))
+                pair = pair + weight * pooled
                 total += weight
         loss = loss + pair / total
     return loss
@@ -186,6 +199,11 @@ def _unit(x):
     return torch.where(norm == 0, 0.0, x / norm.clamp(min=EPS))
 
 
+def _normalize(x):
+    """Rows / their norm; a zero row is NaN."""
+    return x / torch.linalg.vector_norm(x, dim=1, keepdim=True)
+
+
 def _average_pool(x, height, width=None):
     """A map average-pooled to height x width. Where these divide it, the gradient is deterministic."""
     x, width = _up(x), width or height
@@ -218,12 +236,8 @@ class Method(nn.Module):
 
     def __init__(self, student, teacher, s, t, labels=None, *, logits=(None, None), **options):
         super().__init__()
-        for network, features, fields in ((student, s, self.student_reads or self.reads),
-                                          (teacher, t, self.reads)):
-            for field in fields:
-                value = getattr(features, field)
-                if value is None or len(value) == 0:
-                    raise ValueError(f"{self.title} needs the features `{field}`: {_name(network)} has none")
+        self.check_fields(student, s, self.student_reads or self.reads)
+        self.check_fields(teacher, t, self.reads)
         self.build(student, teacher, s, t, labels=labels, logits=logits, **options)
 
     def build(self, student, teacher, s, t, **_):
@@ -240,6 +254,12 @@ class Method(nn.Module):
     def deploy(self, student):
         """The network for inference. It shares the student's modules."""
         return student
+
+    def check_fields(self, network, features, fields):
+        for field in fields:
+            value = getattr(features, field)
+            if value is None or len(value) == 0:
+                raise ValueError(f"{self.title} needs the features `{field}`: {_name(network)} has none")
 
     def check_stages(self, student, teacher, own, other):
         if len(own) != len(other):
@@ -317,15 +337,18 @@ class CRD(Method):
         self.embed_t = nn.Linear(t.pooled.shape[1], self.WIDTH)
         bound = 1 / math.sqrt(self.WIDTH / 3)
         for name in ("bank_s", "bank_t"):
-            self.register_buffer(name, torch.empty(len(labels), self.WIDTH).uniform_(-bound, bound))
+            bank = torch.empty(len(labels), self.WIDTH)
+            self.register_buffer(name, bank.uniform_(-bound, bound))
         for name in ("z_s", "z_t"):         # normalisation constants, set by the first batch
             self.register_buffer(name, torch.tensor(-1.0))
         counts = labels.bincount()
-        by_class = {"labels": labels, "order": labels.argsort(stable=True), "counts": counts,
-                    "starts": counts.cumsum(0) - counts}
-        for name, value in by_class.items():
-            self.register_buffer(name, value, persistent=False)
-        self._choose_draw(len(labels), len(labels) - int(counts.max()))
+        order = labels.argsort(stable=True)
+        self.register_buffer("labels", labels, persistent=False)
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("counts", counts, persistent=False)
+        self.register_buffer("starts", counts.cumsum(0) - counts, persistent=False)
+        others = len(labels) - int(counts.max())
+        self._choose_draw(len(labels), others)
 
     def _choose_draw(self, images, others):
         """others: images of other classes than the largest one."""
@@ -346,40 +369,47 @@ class CRD(Method):
         with _no_autocast(s.pooled):
             x = self.embed_s(_up(s.pooled))
             y = self.embed_t(_up(t.pooled.detach()))
-            x = x / torch.linalg.vector_norm(x, dim=1, keepdim=True)
-            y = y / torch.linalg.vector_norm(y, dim=1, keepdim=True)
+            x = _normalize(x)
+            y = _normalize(y)
             chosen = torch.cat([index[:, None], self._negatives(index)], 1)
-            loss = self._contrast(x, self.bank_t, self.z_s, chosen)
-            loss = loss + self._contrast(y, self.bank_s, self.z_t, chosen)
+            student_loss = self._contrast(x, self.bank_t, self.z_s, chosen)
+            teacher_loss = self._contrast(y, self.bank_s, self.z_t, chosen)
             if self.training:
                 self._update(self.bank_s, index, x.detach())
                 self._update(self.bank_t, index, y.detach())
-            return loss
+            return student_loss + teacher_loss
 
     def _contrast(self, embedding, bank, z, chosen):
         # one product with the whole bank is 30 times as fast as gathering rows; a copy, as the bank changes
-        scores = F.linear(embedding, bank.clone()).gather(1, chosen)
-        scores = (scores / self.TEMPERATURE).exp()
-        constant = torch.where(z < 0, scores.detach().mean() * len(bank), z)
+        similarity = F.linear(embedding, bank.clone()).gather(1, chosen)
+        scores = (similarity / self.TEMPERATURE).exp()
+        estimate = scores.detach().mean() * len(bank)
+        constant = torch.where(z < 0, estimate, z)
         if self.training:
             z.copy_(constant)
         return nce_loss(scores / constant, len(bank))
 
     def _negatives(self, index):
         """(B, K) images of other classes than those of images `index` (B,)."""
-        label, n = self.labels[index], len(self.labels)
+        label = self.labels[index]
+        n = len(self.labels)
         if self.distinct:
             keys = torch.rand(len(index), n, device=index.device)
             keys.masked_fill_(self.labels == label[:, None], -1)
             return keys.topk(self.NEGATIVES, sorted=False).indices
-        count, start = self.counts[label][:, None], self.starts[label][:, None]
-        place = torch.randint(2**62, (len(index), self.NEGATIVES), device=index.device) % (n - count)
-        return self.order[place + count * (place >= start)]
+        count = self.counts[label][:, None]
+        start = self.starts[label][:, None]
+        place = torch.randint(2**62, (len(index), self.NEGATIVES), device=index.device)
+        place = place % (n - count)
+        place += count * (place >= start)       # the image's own class is skipped
+        return self.order[place]
 
     @torch.no_grad()
     def _update(self, bank, index, embedding):
-        mixed = bank[index] * self.MOMENTUM + embedding.to(bank) * (1 - self.MOMENTUM)
-        bank[index] = mixed / torch.linalg.vector_norm(mixed, dim=1, keepdim=True)
+        old = bank[index]
+        new = embedding.to(bank)
+        mixed = old * self.MOMENTUM + new * (1 - self.MOMENTUM)
+        bank[index] = _normalize(mixed)
 
 
 class OFD(Method):
@@ -398,18 +428,22 @@ class OFD(Method):
             raise ValueError(f"OFD: the norms_before_relu() of {_name(teacher)} names {len(norms)} batch "
                              f"norms for {len(t.pre)} stages")
         self.connectors = nn.ModuleList()
-        for i, (own, target, norm) in enumerate(zip(s.pre, t.pre, norms, strict=True)):
-            conv = nn.Conv2d(own.shape[1], target.shape[1], 1, bias=False)
-            nn.init.normal_(conv.weight, std=math.sqrt(2 / target.shape[1]))
-            self.connectors.append(nn.Sequential(conv, nn.BatchNorm2d(target.shape[1])))
-            self.register_buffer(f"margin{i}", ofd_margin(norm).to(norm.weight.dtype), persistent=False)
+        for i, norm in enumerate(norms):
+            channels = t.pre[i].shape[1]
+            conv = nn.Conv2d(s.pre[i].shape[1], channels, 1, bias=False)
+            nn.init.normal_(conv.weight, std=math.sqrt(2 / channels))
+            self.connectors.append(nn.Sequential(conv, nn.BatchNorm2d(channels)))
+            margin = ofd_margin(norm).to(norm.weight.dtype)
+            self.register_buffer(f"margin{i}", margin, persistent=False)
 
     def forward(self, s, t, target=None, index=None):
         maps, targets, margins = [], [], []
         for i, (own, other) in enumerate(zip(s.pre, t.pre)):
-            maps.append(self.connectors[i](_connector_input(own)))
+            x = self.connectors[i](_connector_input(own))
+            maps.append(x)
             # without a gradient the adaptive form is deterministic; a smaller map is repeated
-            targets.append(F.adaptive_avg_pool2d(_up(other.detach()), maps[-1].shape[-2:]))
+            target = _up(other.detach())
+            targets.append(F.adaptive_avg_pool2d(target, x.shape[-2:]))
             margins.append(getattr(self, f"margin{i}"))
         return ofd_loss(maps, targets, margins)
 
@@ -425,12 +459,14 @@ class ReviewKD(Method):
     def build(self, student, teacher, s, t, **_):
         self.check_stages(student, teacher, s.post, t.pre)
         width = min(512, s.pooled.shape[1])
-        self.reduce, self.attend, self.restore = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        self.reduce = nn.ModuleList()
+        self.attend = nn.ModuleList()
+        self.restore = nn.ModuleList()
         for own, other in zip(self._levels(s.post, s.pooled), self._levels(t.pre, t.pooled)):
             reduce = nn.Conv2d(own.shape[1], width, 1, bias=False)
             restore = nn.Conv2d(width, other.shape[1], 3, padding=1, bias=False)
-            for conv in (reduce, restore):
-                nn.init.kaiming_uniform_(conv.weight, a=1)
+            nn.init.kaiming_uniform_(reduce.weight, a=1)
+            nn.init.kaiming_uniform_(restore.weight, a=1)
             self.reduce.append(nn.Sequential(reduce, nn.BatchNorm2d(width)))
             self.restore.append(nn.Sequential(restore, nn.BatchNorm2d(other.shape[1])))
             if len(self.attend) < len(s.post):      # the deepest level has nothing to be fused with
@@ -441,16 +477,18 @@ class ReviewKD(Method):
         return [*maps, pooled[:, :, None, None]]
 
     def forward(self, s, t, target=None, index=None):
-        own, targets = self._levels(s.post, s.pooled), self._levels(t.pre, t.pooled)
-        fused, deeper = [], None
+        own = self._levels(s.post, s.pooled)
+        targets = self._levels(t.pre, t.pooled)
+        fused = []
+        deeper = None
         for i in reversed(range(len(own))):
             x = self.reduce[i](_connector_input(own[i]))
             if deeper is not None:
                 deeper = F.interpolate(deeper, x.shape[-2:])
-                weights = self.attend[i](torch.cat([x, deeper], 1)).sigmoid()
+                both = torch.cat([x, deeper], 1)
+                weights = self.attend[i](both).sigmoid()
                 x = x * weights[:, :1] + deeper * weights[:, 1:]
-            if x.shape[-1] != targets[i].shape[-1]:
-                x = F.interpolate(x, targets[i].shape[-2:])
+            x = F.interpolate(x, targets[i].shape[-2:])
             fused.insert(0, self.restore[i](x))
             deeper = x
         return hcl_loss(fused, targets)
@@ -472,13 +510,14 @@ class SimKD(Method):
         self.stage = s.last.shape[1] != s.post[-1].shape[1]
         channels, side = _channels_and_side(s.post[-1] if self.stage else s.last)
         teacher_channels, teacher_side = _channels_and_side(t.last)
-        if max(side, teacher_side) % min(side, teacher_side):
+        if side % teacher_side and teacher_side % side:
             raise ValueError(f"SimKD: the last maps have {side} and {teacher_side} pixels a side, and "
                              "none is a multiple of the other")
         self.stride = max(1, side // teacher_side)
         self.form = channels, teacher_channels, factor, self.stride, self.stage, classifier.out_features
         whole = Reuse(student, *self.form)
-        self.projector, self.fc = whole.projector, whole.fc
+        self.projector = whole.projector
+        self.fc = whole.fc
         self.networks = student, trimmed(whole)         # a tuple: not registered twice
         with torch.no_grad():
             self.fc.weight.copy_(classifier.weight)
@@ -490,13 +529,13 @@ class SimKD(Method):
                 parameter.requires_grad_(False)
 
     def forward(self, s, t, target=None, index=None):
-        loss, _ = self.loss_and_logits(None, s, t)
-        return loss
+        return self.loss_and_logits(None, s, t)[0]
 
     def loss_and_logits(self, logits, s, t, target=None, index=None):
         x = _connector_input(s.post[-1] if self.stage else s.last)
         x = self.projector(_reduce(x, self.stride))
-        return _mse(*_same_size(x, t.last)), self.fc(_pool(x))
+        loss = _mse(*_same_size(x, t.last))
+        return loss, self.fc(_pool(x))
 
     def deploy(self, student):
         if student is not self.networks[0]:
@@ -531,13 +570,22 @@ class CATKD(Method):
         cams = []
         for features, head in zip((s, t), self.heads):
             # the mean and the 1x1 convolution commute: the mean first, as it leaves fewer pixels
-            x = _connector_input(_average_pool(features.last, self.resolution))
-            cams.append(F.conv2d(x, _connector_input(head.weight)[:, :, None, None]))
+            x = _average_pool(features.last, self.resolution)
+            weight = _connector_input(head.weight)[:, :, None, None]
+            cams.append(F.conv2d(_connector_input(x), weight))
         return cam_loss(*cams, normalize=self.normalize)
 
 
-METHODS = {"fitnet": FitNet, "at": AT, "rkd": RKD, "crd": CRD, "ofd": OFD, "reviewkd": ReviewKD,
-           "simkd": SimKD, "catkd": CATKD}
+METHODS = {
+    "fitnet": FitNet,
+    "at": AT,
+    "rkd": RKD,
+    "crd": CRD,
+    "ofd": OFD,
+    "reviewkd": ReviewKD,
+    "simkd": SimKD,
+    "catkd": CATKD,
+}
 
 
 class Reuse(nn.Module):
@@ -549,18 +597,28 @@ class Reuse(nn.Module):
 
     def __init__(self, student, channels, teacher_channels, factor, stride, stage, classes):
         super().__init__()
-        self.stride, self.stage = stride, stage
-        width, layers = teacher_channels // factor, []
-        for inp, out, kernel in ((channels, width, 1), (width, width, 3), (width, teacher_channels, 1)):
-            conv = nn.Conv2d(inp, out, kernel, padding=kernel // 2, bias=False)
-            layers += [conv, nn.BatchNorm2d(out), nn.ReLU()]
-        self.student, self.projector = student, nn.Sequential(*layers)
+        self.stride = stride
+        self.stage = stage
+        self.student = student
+        width = teacher_channels // factor
+        self.projector = nn.Sequential(
+            nn.Conv2d(channels, width, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, teacher_channels, 1, bias=False),
+            nn.BatchNorm2d(teacher_channels),
+            nn.ReLU(),
+        )
         self.fc = nn.Linear(teacher_channels, classes)
 
     def forward(self, x):
         _, features = self.student(x, features=True)
         x = features.post[-1] if self.stage else features.last
-        return self.fc(_pool(self.projector(_reduce(x, self.stride))))
+        x = self.projector(_reduce(x, self.stride))
+        return self.fc(_pool(x))
 
 
 def trimmed(network):
@@ -606,9 +664,12 @@ def _makes(layer, x, logits):
     if layer.out_features != logits.shape[1]:
         return False
     with torch.no_grad(), _no_autocast(x):
-        made = F.linear(_up(x), _up(layer.weight), None if layer.bias is None else _up(layer.bias))
-        error = (made - logits).abs().amax() / logits.abs().amax()
-    return error.item() <= max(1e-3, 8 * torch.finfo(layer.weight.dtype).eps)
+        bias = None if layer.bias is None else _up(layer.bias)
+        made = F.linear(_up(x), _up(layer.weight), bias)
+        error = (made - logits).abs().amax()
+        error = error / logits.abs().amax()
+    rounding = torch.finfo(layer.weight.dtype).eps
+    return error.item() <= max(1e-3, 8 * rounding)
 
 
 def _linear_layers(network):
