@@ -59,7 +59,7 @@ def read_checkpoint(path, network=None):
                 return _load(_from_archive(path, network), f"{path}, {network}")
             if start[5:9] == b"\0\0\0{":        # after the length of the header
                 return _safetensors(path)
-            if start.lstrip().lower().startswith((b"<!doctype html", b"<html", b"<head")):
+            if start.lstrip().startswith(b"<"):
                 raise ValueError(f"{path} is a web page, not a checkpoint: download it again")
             if start.startswith(b"version https://git-lfs"):
                 raise ValueError(f"{path} is a Git LFS pointer: fetch the file with `git lfs pull`")
@@ -293,9 +293,7 @@ def _preprocessing(metadata, large, size):
     usual = IMAGENET_PREPROCESSING.at(side or 224) if side or large else Preprocessing()
     own = Preprocessing.of(metadata, usual.size, usual.resize)
     found = own or usual
-    if size:
-        found = found.at(size)
-    return found, own is not None
+    return found.at(size or found.size), own is not None
 
 
 def load_pretrained(network, source, say=print):

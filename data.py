@@ -272,12 +272,17 @@ def synthetic(n, part, seed=0):
 
 def _read_folders(folders, device, size, resize):
     """The images of Folders as Data, size x size. Mean and standard deviation are the training images'."""
-    needed, free = 3 * size**2 * (len(folders.train) + len(folders.eval)), free_memory()
+    count = len(folders.train) + len(folders.eval)
+    needed = 3 * size**2 * count
+    free = free_memory()
     if needed > free / 2:
         raise ValueError(f"{size} x {size} images take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: "
                          "take a smaller --size, or train_imagenet.py, which reads them at every step")
-    train, test = (Split(read_images(samples, size, resize), torch.tensor([target for _, target in samples]))
-                   for samples in (folders.train, folders.eval))
+    splits = []
+    for samples in (folders.train, folders.eval):
+        targets = [target for _, target in samples]
+        splits.append(Split(read_images(samples, size, resize), torch.tensor(targets)))
+    train, test = splits
     mean, std = mean_and_std(train.images) if folders.train else (MEAN, STD)
     test = test.to(device)
     return Data(train.to(device), test, test, folders.eval_name, folders.classes,
