@@ -10,6 +10,7 @@ import math
 import time
 import warnings
 from contextlib import nullcontext
+from itertools import islice
 
 import click
 import torch
@@ -24,11 +25,15 @@ from logit_kd import distillation_loss
 from models import float32_head
 from recipes import recipe_epoch, schedule
 from run import RunError, first_line
+from teacher import teacher_report
 from zscore_kd import CurriculumTemperature
 
 METHOD_OPTIONS = ("zscore", "alpha", "beta", "gamma", "entropy_temp", "zscore_relations")   # in a recipe
 METADATA = ("student", "teacher", "method", "zscore", "feature", "entropy_temp", "base_temp", "epochs",
             "seed", "data", "size", "train_images", "val_from_train")       # of the recipe, in student.pt
+
+
+REPORTED = 10_000       # images of epoch 1, on which the teacher is reported
 
 
 class Distiller(nn.Module):
@@ -246,15 +251,17 @@ def evaluate(predict, batches, world=None, between=lambda: None):
 # ---------------------------------------------------------------- the training loop
 
 
-def train(recipe, data, distiller, run, state, world, stop, *, save_every=60, stop_after=None, **how):
+def train(recipe, data, distiller, run, state, world, stop, *, save_every=60, stop_after=None, log=None,
+          **how):
     """Trains `distiller` on `data`; returns the result, a dict.
 
     data: a script's Batches: steps, images (of an epoch), train_images, eval_name, metadata (for student.pt),
     epoch, evaluation, long_evaluation, and chunk (see cli.Progress). state: the
     save to resume from, or None. save_every: seconds. stop_after: leave after so many epochs, as a kill
-    would, and return None. how: see `make_step`.
+    would, and return None. log: the row of the authors' log; None: no report of the teacher (a dry run).
+    how: see `make_step`.
     """
-    trainer = Trainer(recipe, data, distiller, run, state, world, stop, save_every, how)
+    trainer = Trainer(recipe, data, distiller, run, state, world, stop, save_every, log, how)
     for epoch in range(trainer.epoch, recipe["epochs"]):
         trainer.train_epoch(epoch)
         trainer.eval_epoch(epoch)
@@ -267,7 +274,7 @@ def train(recipe, data, distiller, run, state, world, stop, *, save_every=60, st
 class Trainer:
     """A run that trains: its step, what the steps add up to, its rows and saves."""
 
-    def __init__(self, recipe, data, distiller, run, state, world, stop, save_every, how):
+    def __init__(self, recipe, data, distiller, run, state, world, stop, save_every, log, how):
         self.recipe = recipe
         self.data = data
         self.distiller = distiller
@@ -284,6 +291,11 @@ class Trainer:
         self.epoch = self.first_step = 0
         self.row = {}
         self.best = {"top1": -1.0}
+        self.log = log
+        teacher = distiller.teacher[0]
+        self.report = teacher and {"test_top1": teacher.top1}
+        self.seen = []          # of the teacher, in epoch 1: (logits of the views, targets)
+        self.reported = 0 if log is None else math.ceil(REPORTED / recipe["batch_size"])
         self.saved = self.begun = time.monotonic()
         if state:
             self.resume(state)
@@ -307,6 +319,7 @@ class Trainer:
         self.first_step = state["step"]
         self.row = state["row"]
         self.best = state["best"]
+        self.report = state.get("teacher", self.report)
         self.begun -= state["seconds"]      # the time of earlier sessions counts
         self.world.print(f"resuming from epoch {self.epoch}, step {self.first_step} ({self.run.folder})")
 
@@ -319,9 +332,14 @@ class Trainer:
         self.epoch_begun = time.monotonic()
         self.epoch_images = data.images - self.first_step * batch
         self.distiller.train()
+        if epoch == 0:      # of a run that was stopped in it: the logits of the steps before
+            before = islice(data.epoch(0, 0), min(self.first_step, self.reported))
+            self.seen = [(logits, target) for _, target, _, logits in before if logits]
         batches = enumerate(data.epoch(epoch, self.first_step), self.first_step)
         for i, (views, target, index, teacher_logits) in batches:                   # line 1
             self.set_schedule(recipe_epoch(epoch * data.steps + i, data.steps, recipe))
+            if epoch == 0 and teacher_logits and len(self.seen) < self.reported:
+                self.seen.append((teacher_logits, target))
             offset = epoch * data.train_images + i * batch + batch * world.rank // world.size
             seed = recipe["seed"] * 2**40 + offset      # of dropout's masks
             torch.manual_seed(seed % 2**63)
@@ -370,12 +388,30 @@ class Trainer:
         if self.distiller.temperature:
             self.row["temperature"] = self.distiller.temperature(0.0).item()
         self.row |= {"img_s": speed, "seconds": time.monotonic() - self.epoch_begun}
+        if self.seen:
+            self.report |= teacher_report(self.seen, self.recipe, self.distiller.options)
+            self.row["teacher"] = self.report
         if scores["top1"] > self.best["top1"]:
             self.best = {"top1": scores["top1"], "top5": scores["top5"], "epoch": epoch + 1}
         self.sums.zero_()
         world.on_main(lambda: self.run.log(self.row))
         if world.rank == 0:
             self.progress.print(epoch_line(self.row, self.best, name, self.recipe["epochs"]))
+            if self.seen:
+                self.print_report()
+        self.seen = []
+
+    def print_report(self):
+        """What the teacher is, and the first epoch's loss with that of the authors' log."""
+        report = self.report
+        self.progress.print(
+            f"teacher on {report['images']:,} training views: {report['train_top1']:.2f} % top-1, "
+            f"cross-entropy {report['train_ce']:.3f}, standard deviation of its logits "
+            f"{report['logit_std']:.2f}; a uniform student's loss is {report['uniform_loss']:.2f}")
+        line = f"epoch 1: loss {self.row['loss']:.2f}"
+        if "loss_1" in self.log:
+            line += f", authors' log {self.log['loss_1']:.2f}"
+        self.progress.print(line)
 
     def total(self):
         """The sums of all processes."""
@@ -398,7 +434,8 @@ class Trainer:
             if not all(x.isfinite().all() for x in (total, *weights.values())):
                 raise self.diverged(epoch, step)
             self.run.save({"epoch": epoch, "step": step, "seconds": time.monotonic() - self.begun,
-                           "sums": total.cpu(), "best": self.best, "row": self.row, "model": weights,
+                           "sums": total.cpu(), "best": self.best, "row": self.row,
+                           "teacher": self.report, "model": weights,
                            "momentum": [s["momentum_buffer"].cpu() for s in self.optimizer.state.values()]})
         self.world.on_main(write)
         self.saved = time.monotonic()
@@ -425,6 +462,7 @@ class Trainer:
                   "epochs": recipe["epochs"], "minutes": minutes,
                   "img_s": data.images * recipe["epochs"] / (60 * minutes),
                   "peak_memory_mib": peak_memory(device), "processes": self.world.size,
+                  "teacher_report": self.report,
                   **cost(network, data.metadata["size"], device)}
         content = {"model": {k: v.cpu().contiguous() for k, v in network.state_dict().items()}}
         content |= {k: recipe[k] for k in METADATA if k in recipe} | data.metadata | last

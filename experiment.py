@@ -1,5 +1,6 @@
 """What both training scripts share: a recipe from flags, the networks, one run in its folder, --eval."""
 
+import itertools
 from pathlib import Path
 
 import click
@@ -22,6 +23,8 @@ ONLY_FOR = {        # flag: the methods that it is for
     "beta": ("dkd", "rld", "dist"), "zscore_relations": ("mlkd",),
     "entropy_weight": [method for method in METHODS if method != "dist"]}
 
+
+HALF_BATCHES = 8        # of evaluation images, on which a teacher's float16 is compared with its float32
 
 # ---------------------------------------------------------------- from flags to a recipe
 
@@ -113,9 +116,16 @@ def make_teacher(recipe, path, origin, classes, flags, world, preprocessing, sou
     return Teacher(network, world.device, recipe["precision"], pixels=preprocessing)
 
 
-def evaluate_teacher(teacher, batches, images, published, world):
-    """Prints a Teacher's top-1 on `images` with the published one."""
-    teacher.top1 = evaluate(teacher.logits, batches, world)["top1"]
+def evaluate_teacher(teacher, recipe, evaluation, images, published, world):
+    """Prints a Teacher's top-1 on `images`, the batches of evaluation(), with the published one.
+
+    On CUDA its logits become float16, where those of HALF_BATCHES differ little from float32's.
+    """
+    if world.device.type == "cuda" and recipe["precision"] != "fp32" and not recipe["deterministic"]:
+        some = [x for x, _ in itertools.islice(evaluation(), HALF_BATCHES)]
+        teacher.allow_half(torch.cat(some))
+        teacher.half = not world.any(not teacher.half)
+    teacher.top1 = evaluate(teacher.logits, evaluation(), world)["top1"]
     check_teacher(teacher, teacher.top1, images, world.print, published)
 
 
@@ -169,6 +179,11 @@ def run_experiment(recipe, batches, teacher, flags, world, *, data="cifar100", c
     folder = Path(flags["out"]) / recipes.run_name(recipe, data, pick_precision(None, world.device),
                                                    bool(flags["teacher_checkpoint"]))
     run = Run(folder, recipe, collect_facts(world.device) | {"processes": world.size})
+    kept = run.kept_recipe()
+    if teacher and kept:
+        teacher.half = kept.get("teacher_precision") == "fp16"
+    if teacher and teacher.half:
+        recipe["teacher_precision"] = "fp16"
     values = [f"{k} {v}" for k, v in recipe.items() if v is not None and v is not False]
     world.print(f"{folder}: {', '.join(values)}")
     try:
@@ -178,11 +193,13 @@ def run_experiment(recipe, batches, teacher, flags, world, *, data="cifar100", c
             world.print("finished before")
         elif not state:
             before()
+        log = recipes.log_of(recipe, data) if compare else {}
         with Stop() as stop:
             if not result:
                 distiller = make_distiller(recipe, batches, student, teacher, world)
                 result = train(recipe, batches, distiller, run, state, world, stop, stop_after=stop_after,
                                save_every=flags["save_every"], compile=flags["compile"],
+                               log=None if flags["dry_run"] else log,
                                micro_batch=flags.get("micro_batch"), capture=flags.get("capture", False))
     finally:
         run.close()

@@ -431,17 +431,16 @@ def published(teacher, student, method, zscore=False, data="cifar100", feature=N
     return None
 
 
-def logged(teacher, student, method, zscore=False, data="cifar100", feature=None, entropy=False):
-    """Top-1 (%) of the last epoch of the authors' log; None where there is none, as for every feature."""
-    name = method_name({"method": method, "zscore": zscore, "feature": feature, "entropy_temp": entropy})
-    return tables_of(data)["logs"].get(f"{teacher}-{student}-{name}", {}).get("last")
+def log_of(run, data="cifar100"):
+    """The row of a run's authors' log, a dict, {} where there is none, as for every feature."""
+    return tables_of(data)["logs"].get(f"{run['teacher']}-{run['student']}-{method_name(run)}", {})
 
 
 def results_of(run, data="cifar100"):
-    """{"published", "logged"} of a run, top-1 (%) or None: see these functions."""
+    """{"published", "logged"} of a run: published top-1 (%), the authors' log's last epoch, or None."""
     of = (run["teacher"], run["student"], run["method"], run["zscore"], data, run.get("feature"),
           bool(run.get("entropy_temp")))
-    return {"published": published(*of), "logged": logged(*of)}
+    return {"published": published(*of), "logged": log_of(run, data).get("last")}
 
 
 # What a run's folder is named by where it differs from the pair's recipe, in this order.
@@ -452,22 +451,28 @@ NAME_PARTS = {"base_temp": "tau{:g}", "kd_weight": "kd{:g}", "ce_weight": "ce{:g
 LONGEST_NAME = 120      # characters; a hash replaces the rest
 
 
-def run_name(run, data="cifar100", precision="fp32", teacher_file=False):
-    """A run's folder: resnet32x4-resnet8x4-kd-z-tau1.5-seed0, the pair and what differs from its recipe.
+def changes(run, data="cifar100", precision="fp32"):
+    """{key: text} of a run's values that differ from its recipe: {"base_temp": "tau1.5"}.
 
     run: every resolved value. data: the recipe's, "cifar100" or "imagenet". precision: the device's default.
-    teacher_file: whether the teacher's file was named; run["teacher_sha256"] is then part of the name.
     """
     usual = recipe(run["teacher"], run["student"], run["method"], run["zscore"],
                    run.get("source", "authors"), data, run.get("feature"), bool(run.get("entropy_temp")))
     usual |= {"train_images": None, "val_from_train": 0, "size": 224 if data == "imagenet" else 32,
               "precision": precision, "source": "authors"}
+    return {key: form.format(run[key]) for key, form in NAME_PARTS.items()
+            if key in run and run[key] != usual[key]}
+
+
+def run_name(run, data="cifar100", precision="fp32", teacher_file=False):
+    """A run's folder: resnet32x4-resnet8x4-kd-z-tau1.5-seed0, the pair and its `changes`.
+
+    teacher_file: whether the teacher's file was named; run["teacher_sha256"] is then part of the name.
+    """
     parts = [label(run["student"], run.get("student_sha256")), method_name(run)]
     if run["teacher"]:
         parts.insert(0, label(run["teacher"], run["teacher_sha256"] if teacher_file else None))
-    for key, form in NAME_PARTS.items():
-        if key in run and run[key] != usual[key]:
-            parts.append(form.format(run[key]))
+    parts += changes(run, data, precision).values()
     if run["data"] != "cifar100":
         parts.append(run.get("folder", run["data"]))
     name = "-".join([*parts, f"seed{run['seed']}"])

@@ -84,6 +84,13 @@ class Run:
         """Lets another process have the folder."""
         self.lock.release()
 
+    def kept_recipe(self):
+        """The recipe in the folder, {} for a new run or a file that is none."""
+        try:
+            return dict(json.loads((self.folder / "config.json").read_text())["recipe"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
     def _check_recipe(self):
         """RunError when the folder holds a run of another recipe; a notice when other facts differ."""
         config = self.folder / "config.json"

@@ -1,8 +1,8 @@
 """Where a teacher comes from, and its logits, each computed once.
 
-A teacher is looked for in this order: the file that was named; checkpoints/NAME.pt; those that mdistiller
-publishes, downloaded once into checkpoints/mdistiller/; those of pytorch-cifar-models. Where there is none,
-the training script trains it.
+A teacher is looked for in this order: the file that was named; checkpoints/NAME.pt; RepDistiller's, one file
+a network; the same in mdistiller's archive; pytorch-cifar-models'. A download is kept in a folder of
+checkpoints/. Where there is none, the training script trains it.
 
 A frozen network gives the same logits for the same view, and a small image has 162 views. They are computed
 in large batches and cached: on a GPU in its memory, elsewhere in a file that runs share.
@@ -10,6 +10,7 @@ in large batches and cached: on a GPU in its memory, elsewhere in a file that ru
 
 import copy
 import hashlib
+import math
 import operator
 import os
 import tarfile
@@ -24,10 +25,13 @@ from torch.fx.proxy import TraceError
 
 from checkpoints import load_weights, weights_sha256
 from data import VIEWS, Preprocessing, socket_timeout
+from logit_kd import distillation_loss
 from models import Features, float32_head
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 ARCHIVE_URL = "https://github.com/megvii-research/mdistiller/releases/download/checkpoints/cifar_teachers.tar"
+REPDISTILLER_URL = "http://shape2prog.csail.mit.edu/repo/{}_vanilla/ckpt_epoch_240.pth"
+REPDISTILLER = {"resnet32x4": "22aa12e2b632b19ddde155ccf2388671842ddd304824b3095e0a7fff364beb4f"}    # SHA-256
 IN_ARCHIVE = ("resnet32x4", "resnet56", "resnet110", "wrn_40_2", "vgg13", "ResNet50")
 PYTORCH_CIFAR_MODELS_URL = "https://github.com/chenyaofo/pytorch-cifar-models/releases/download/resnet/"
 PYTORCH_CIFAR_MODELS = {        # the first 8 digits of the file's SHA-256; its authors' top-1 (%)
@@ -36,13 +40,15 @@ PYTORCH_CIFAR_MODELS = {        # the first 8 digits of the file's SHA-256; its 
     "resnet44": "ffe32858",     # 71.63
     "resnet56": "f2eff4c8"}     # 72.63
 BATCH = {"cuda": 1024, "mps": 256, "cpu": 256}      # images in a teacher's batch
+HALF_ERROR = 0.02       # rms of a logit, with which float16 is taken; bfloat16 has 0.05
 SPARE = 4 * 2**30       # bytes of a GPU's memory that cached logits leave for the rest of a run
 
 
 class Teacher:
     """A frozen network in evaluation mode, and its logits.
 
-    network: (B, 3, H, W) -> (B, K), with a `name`. precision: "bf16" is autocast. compile: by torch.compile.
+    network: (B, 3, H, W) -> (B, K), with a `name`. precision: of the features, "bf16" is autocast; logits are
+    float32's unless `allow_half` took float16. compile: by torch.compile.
     pixels: the Preprocessing of the images that it gets. own: that of its training, None: the same. It sees
     its own where mean or standard deviation differ.
     """
@@ -51,9 +57,11 @@ class Teacher:
                  pixels=Preprocessing(), own=None):
         self.name = network.name
         self.source = source
+        self.top1 = None        # on the evaluation images, where it was evaluated
         self.sha256 = weights_sha256(network)
         self.device = torch.device(device)
         self.precision = precision
+        self.half = False
         self.pixels = pixels
         self.rescale = None
         if own and own[:2] != pixels[:2]:
@@ -62,11 +70,9 @@ class Teacher:
             mean, std, own_mean, own_std = values.view(4, 3, 1, 1)
             self.rescale = std / own_std, (mean - own_mean) / own_std
         code = getattr(network, "code", "")
-        self.key = (self.sha256, code, pixels[:2], self.device.type, precision, compile)
+        self.key = (self.sha256, code, pixels[:2], self.device.type, compile)
         self.whole = network.to(device).eval().requires_grad_(False)
-        network = fold(self.whole)
-        if precision == "bf16":
-            float32_head(network)
+        network = float32_head(fold(self.whole))
         self.network = torch.compile(network, dynamic=False) if compile else network
         self.batch = BATCH[self.device.type]
         self.folder = self.rows = None
@@ -77,8 +83,12 @@ class Teacher:
             images = images * scale + shift
         return images.contiguous(memory_format=torch.channels_last)
 
-    def _autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+    def allow_half(self, images):
+        """Takes float16 for the logits, if it moves those of these images by HALF_ERROR (rms) at most."""
+        exact = self.logits(images)
+        self.half = True
+        error = (self.logits(images) - exact).square().mean().sqrt()
+        self.half = bool(error <= HALF_ERROR)       # not for NaN
 
     @torch.no_grad()
     def logits(self, images):
@@ -90,7 +100,7 @@ class Teacher:
         batch = self.batch or len(images)
         for part in images.split(batch):
             full = F.pad(part, [0] * 7 + [batch - len(part)])
-            with self._autocast():
+            with torch.autocast(self.device.type, torch.float16, enabled=self.half):
                 logits = self.network(self._prepared(full))
             parts.append(logits[:len(part)].float())
         return torch.cat(parts)
@@ -111,7 +121,7 @@ class Teacher:
     @torch.no_grad()
     def features(self, images):
         """Features of exactly these normalised images; see `prepare`."""
-        with self._autocast():
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             found = self.extractor(self._prepared(images))
         return Features((), (), None, None)._replace(**found)
 
@@ -181,7 +191,7 @@ class Teacher:
     def _cache_path(self):
         """A name with a hash of all that may change the last bits."""
         images = hashlib.sha256(self.images.cpu().numpy()).hexdigest()
-        key = (*self.key, images, self.dtype, torch.__version__, torch.get_num_threads())
+        key = (*self.key, self.half, images, self.dtype, torch.__version__, torch.get_num_threads())
         digest = hashlib.sha256(repr(key).encode()).hexdigest()
         return Path(self.folder) / f"{self.name}-{digest[:16]}.logits"
 
@@ -259,36 +269,68 @@ def check_teacher(teacher, top1, images, say, published=None):
         say("warning: this teacher is worse than the published one; the paper's numbers cannot be expected")
 
 
-def find_teacher(name, checkpoint=None, url=ARCHIVE_URL, say=print):
+@torch.no_grad()
+def teacher_report(batches, recipe, options):
+    """What a teacher is on training views: a dict, of top-1 in %, cross-entropy, and more.
+
+    batches: [(one (B, K) a view, targets (B,))]. options: of the recipe's loss. logit_std: the mean over the
+    images of the standard deviation over the classes. uniform_loss: the recipe's loss of a student that
+    answers uniformly.
+    """
+    logits = torch.cat([views[0] for views, _ in batches])
+    targets = torch.cat([target for _, target in batches])
+    kd = 0
+    for views, target in batches:
+        uniform = [torch.zeros_like(v) for v in views]
+        loss = distillation_loss(recipe["method"], uniform, views, target, recipe["base_temp"], **options)
+        kd += loss.item() * len(target) / len(targets)
+    ce = len(batches[0][0]) * math.log(logits.shape[1])
+    return {"images": len(targets),
+            "train_top1": 100 * (logits.argmax(1) == targets).double().mean().item(),
+            "train_ce": F.cross_entropy(logits, targets).item(),
+            "logit_std": logits.std(1, correction=0).mean().item(),
+            "uniform_loss": recipe["ce_weight"] * ce + recipe["kd_weight"] * kd}
+
+
+def local_teacher(name):
+    """The file of a CIFAR-100 teacher that is in checkpoints/, or None."""
+    files = (f"{name}.pt", f"repdistiller/{name}.pth", f"mdistiller/{name}.pth",
+             f"pytorch-cifar-models/{name}.pt")
+    for file in files:
+        if (CHECKPOINTS / file).is_file():
+            return CHECKPOINTS / file
+    return None
+
+
+def find_teacher(name, url=ARCHIVE_URL, say=print):
     """(file, source) of a CIFAR-100 teacher's weights, in the order above; (None, reason) without one.
 
-    url: of the archive of mdistiller's teachers, or a mirror. say: takes a line about a download.
+    url: of the archive of mdistiller's teachers; a mirror is asked first. say: takes a line about a download.
     """
-    if checkpoint is not None:
-        return Path(checkpoint), str(checkpoint)
-    archived = CHECKPOINTS / "mdistiller" / f"{name}.pth"
-    model = CHECKPOINTS / "pytorch-cifar-models" / f"{name}.pt"
-    for path in (CHECKPOINTS / f"{name}.pt", archived, model):
-        if path.is_file():
-            return path, f"checkpoints/{path.relative_to(CHECKPOINTS)}"
-    downloads = []
+    downloads = []      # (address, file, its SHA-256 or the first digits)
     if name in IN_ARCHIVE:
-        downloads.append((archived, url, CHECKPOINTS / "cifar_teachers.tar", None))
+        if url == ARCHIVE_URL:      # one small file before all of them
+            file = CHECKPOINTS / "repdistiller" / f"{name}.pth"
+            downloads.append((REPDISTILLER_URL.format(name), file, REPDISTILLER.get(name)))
+        downloads.append((url, CHECKPOINTS / "cifar_teachers.tar", None))
     if name in PYTORCH_CIFAR_MODELS:
         sha256 = PYTORCH_CIFAR_MODELS[name]
-        downloads.append((model, f"{PYTORCH_CIFAR_MODELS_URL}cifar100_{name}-{sha256}.pt", model, sha256))
+        file = CHECKPOINTS / "pytorch-cifar-models" / f"{name}.pt"
+        downloads.append((f"{PYTORCH_CIFAR_MODELS_URL}cifar100_{name}-{sha256}.pt", file, sha256))
     reason = f"no checkpoints/{name}.pt, and nobody publishes a {name}"
-    for path, address, target, sha256 in downloads:
+    for address, file, sha256 in downloads:
+        if local_teacher(name):
+            break
         say(f"downloading {address}, once")
         reason = f"no {name} in {address}"
         try:
-            download(address, target, sha256)
+            download(address, file, sha256)
         except (OSError, ValueError, RuntimeError, HTTPException, tarfile.TarError, EOFError) as error:
-            reason = f"the download failed ({error}): wget -c {address} -O {target}"
-        if path.is_file():
-            return path, f"checkpoints/{path.relative_to(CHECKPOINTS)}"
-        say(reason)
-    return None, reason
+            reason = f"the download failed ({error}): wget -c {address} -O {file}"
+        if not local_teacher(name):
+            say(reason)
+    path = local_teacher(name)
+    return (path, f"checkpoints/{path.relative_to(CHECKPOINTS)}") if path else (None, reason)
 
 
 def download(url, path, sha256=None):

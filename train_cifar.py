@@ -188,7 +188,7 @@ def get_teacher(recipe, data, flags, world):
     if not path and not flags["dry_run"]:
         source = f"no teacher is published for {recipe['data']} images"
         if official:
-            path, source = find_teacher(name, None, flags["teacher_url"], click.echo)
+            path, source = find_teacher(name, flags["teacher_url"], click.echo)
         if not path:
             click.echo(f"{source}; training {name} here first (a file: --teacher-checkpoint)")
             path = source = train_teacher(recipe, flags, world)
@@ -198,7 +198,8 @@ def get_teacher(recipe, data, flags, world):
                          flags["exact_teacher"] or flags["dry_run"])
     published = recipes.published(None, name, "none") if official else None
     images = f"{data.eval_name} images" if recipe["data"] == "folder" else "test images"
-    experiment.evaluate_teacher(teacher, evaluation(data.test, data.pixels), images, published, world)
+    experiment.evaluate_teacher(teacher, recipe, lambda: evaluation(data.test, data.pixels), images,
+                                published, world)
     return teacher
 
 

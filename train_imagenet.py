@@ -168,7 +168,7 @@ def execute(flags, world, folders=None, stop_after=None):
     def before():
         if teacher:
             published = recipes.published(teacher.name, None, "teacher", data="imagenet") if compare else None
-            experiment.evaluate_teacher(teacher, batches.evaluation(), images, published, world)
+            experiment.evaluate_teacher(teacher, recipe, batches.evaluation, images, published, world)
 
     return experiment.run_experiment(recipe, batches, teacher, flags, world, data="imagenet", compare=compare,
                                      before=before, stop_after=stop_after)

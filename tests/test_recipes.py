@@ -6,7 +6,7 @@ import json
 import pytest
 
 import recipes
-from recipes import (FEATURE_NAMES, FEATURES, TABLES, logged, parse_method, published, recipe, recipe_epoch,
+from recipes import (FEATURE_NAMES, FEATURES, TABLES, log_of, parse_method, published, recipe, recipe_epoch,
                      schedule, table)
 
 PAIRS, IMAGENET = (TABLES[data]["published"] for data in ("cifar100", "imagenet"))
@@ -19,6 +19,11 @@ def tables(shared):
 
 def split(pair):
     return pair.split("-")
+
+
+def logged(teacher, student, method, zscore=False, data="cifar100", feature=None):
+    run = {"teacher": teacher, "student": student, "method": method, "zscore": zscore, "feature": feature}
+    return log_of(run, data).get("last")
 
 
 # ---------------------------------------------------------------- CIFAR-100

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import tarfile
 from contextlib import redirect_stdout
-from pathlib import Path
 
 import pytest
 import torch
@@ -62,10 +61,9 @@ def add(file, name, content):
     file.addfile(member, io.BytesIO(content))
 
 
-def test_the_named_file_comes_first(checkpoints):
+def test_a_file_in_checkpoints_comes_first(checkpoints):
     checkpoints.mkdir()
     (checkpoints / "resnet56.pt").write_bytes(b"")
-    assert find_teacher("resnet56", "mine.pt") == (Path("mine.pt"), "mine.pt")
     assert find_teacher("resnet56") == (checkpoints / "resnet56.pt", "checkpoints/resnet56.pt")
 
 
@@ -89,7 +87,7 @@ def test_the_archive_is_downloaded_once_and_gives_every_teacher_in_it(checkpoint
 
 
 def test_of_a_cut_archive_whole_teachers_are_taken_and_the_rest_can_be_fetched(checkpoints, serve):
-    """Rather than trained here for hours; wget -c goes on where the line was cut."""
+    """Rather than trained here for hours; wget -c continues where the line was cut."""
     folder, url, _ = serve
     archive(folder / "whole.tar", ["resnet56", "wrn_40_2"])
     whole = (folder / "whole.tar").read_bytes()
@@ -151,6 +149,22 @@ def test_without_the_archive_the_next_source_is_tried(models, checkpoints, serve
     assert len(lines) == 3
 
 
+def test_repdistillers_own_file_comes_before_the_archive(checkpoints, serve, monkeypatch):
+    """One network's 3 MB, not all of them; with its SHA-256 where that is known."""
+    folder, url, server = serve
+    (folder / "wrn_40_2.pth").write_bytes(published("wrn_40_2"))
+    archive(folder / "teachers.tar", ["wrn_40_2", "resnet32x4"])
+    monkeypatch.setattr(teacher_module, "ARCHIVE_URL", f"{url}/teachers.tar")
+    monkeypatch.setattr(teacher_module, "REPDISTILLER_URL", f"{url}/{{}}.pth")
+    path, source = find_teacher("wrn_40_2", f"{url}/teachers.tar")
+    assert source == "checkpoints/repdistiller/wrn_40_2.pth" and path.read_bytes() == published("wrn_40_2")
+    assert len(server.asked) == 1 and "/wrn_40_2.pth" in server.asked[0]
+    (folder / "resnet32x4.pth").write_bytes(published("wrn_40_2"))      # another file than the published one
+    path, source = find_teacher("resnet32x4", f"{url}/teachers.tar", lambda line: None)
+    assert source == "checkpoints/mdistiller/resnet32x4.pth"
+    assert os.listdir(checkpoints / "repdistiller") == ["wrn_40_2.pth"]
+
+
 def test_a_download_with_another_checksum_is_not_taken(models, checkpoints, serve):
     _, file = models
     file.write_bytes(file.read_bytes()[:-1] + b"x")
@@ -184,10 +198,23 @@ def test_a_teachers_logits_are_the_frozen_networks(name):
     assert (len(left) == 18) if name == "wrn_40_2" else not left    # they stand before convolutions
 
 
-def test_bf16_is_for_the_network_not_for_its_logits():
-    network, images = trained("resnet8"), normalise(synthetic(5, 1).images)
-    whole, half = (Teacher(network, "cpu", precision).logits(images) for precision in ("fp32", "bf16"))
-    assert half.dtype == torch.float32 and 0 < (half - whole).abs().max() < 0.1 * whole.abs().max()
+def test_logits_are_float32_until_float16_was_compared():
+    """Nor does --precision bf16 change them. A network that float16 overflows keeps float32."""
+    images = normalise(synthetic(5, 1).images)
+    teacher, other = (Teacher(trained("resnet8"), "cpu", precision) for precision in ("fp32", "bf16"))
+    exact = teacher.logits(images)
+    assert torch.equal(other.logits(images), exact)
+    teacher.allow_half(images)
+    half = teacher.logits(images)
+    assert teacher.half and half.dtype == torch.float32
+    assert 0 < (half - exact).square().mean().sqrt() < 0.02
+    network = trained("resnet8")
+    network.bn1.weight.data *= 1e6
+    network.fc.weight.data *= 1e-6
+    overflown = Teacher(network, "cpu")
+    exact = overflown.logits(images)
+    overflown.allow_half(images)
+    assert not overflown.half and torch.equal(overflown.logits(images), exact)
 
 
 def counted(teacher):
@@ -274,7 +301,8 @@ def test_a_file_is_of_one_teacher_data_and_precision(teacher, tmp_path, change):
         network.fc.bias.data += 1
     if change == "data":
         split = synthetic(40, 2)
-    other = Teacher(network, "cpu", "bf16" if change == "precision" else "fp32")
+    other = Teacher(network, "cpu")
+    other.half = change == "precision"
     other.cache_logits(split, tmp_path / "logits", exact=change == "rounding")
     assert not torch.equal(asked(other, indices, drawn), kept)
     assert len(os.listdir(tmp_path / "logits")) == 2

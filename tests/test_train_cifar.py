@@ -8,6 +8,7 @@ import re
 import signal
 import types
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -84,6 +85,8 @@ def test_the_main_command_finds_a_teacher_as_mdistiller_publishes_it(serve, cifa
     monkeypatch.setattr(data, "read_cifar", lambda *_: (train, test))
     output = call("--teacher", "resnet56", "--student", "resnet20", "--zscore", "--epochs", 1,
                   "--device", "cpu")
+    loss = rows(run_in())[0]["loss"]
+    assert f"epoch 1: loss {loss:.2f}, authors' log 6.84\n" in output
     assert "teacher resnet56 (checkpoints/mdistiller/resnet56.pth): " in output
     assert "epoch   1/1" in output and "resnet56-resnet20-kd-z-1epochs-seed0: last epoch" in output
 
@@ -118,7 +121,48 @@ def test_a_run_leaves_what_the_design_promises(pair):
     assert files(folder) == before
 
 
-@pytest.mark.parametrize("flags, at", [("--zscore", (1, 2)), ("--method none", (1, 0)),
+def test_the_teacher_is_reported_after_epoch_1(pair):
+    """From the logits of its first images, written out in NumPy; nothing of it in a dry run."""
+    output = call(*pair, *SMALL, "--zscore", "--exact-teacher")
+    split = data.synthetic(200, 1).pick(torch.from_numpy(data.choose_images(200, 0, 40)[0]))
+    order, views = map(torch.from_numpy, data.epoch_draws(0, 0, 40))
+    network = create_model("resnet14").eval()
+    load_weights(network, "teacher.pt")
+    images = data.normalise(data.crop_and_flip(split.images[order], views))
+    with torch.no_grad():
+        v = network(images).double().numpy()
+    target = split.targets[order].numpy()
+    z = (v - v.mean(1, keepdims=True)) / v.std(1, keepdims=True) / 2
+    p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+    kl = (p * np.log(100 * p)).sum(1).mean()
+    ce = np.log(np.exp(v).sum(1)) - v[np.arange(40), target]
+    expected = {"images": 40, "train_top1": 100 * (v.argmax(1) == target).mean(), "train_ce": ce.mean(),
+                "logit_std": v.std(1).mean(), "uniform_loss": 0.1 * np.log(100) + 9 * 2**2 * kl}
+    report = result_of(run_in())["teacher_report"]
+    assert 0 <= report.pop("test_top1") <= 100
+    assert report == pytest.approx(expected, rel=1e-4)
+    assert rows(run_in())[0]["teacher"].items() >= report.items() and "teacher" not in rows(run_in())[1]
+    assert f"a uniform student's loss is {report['uniform_loss']:.2f}\nepoch 1: loss " in output
+    assert "uniform" not in call(*pair, "--zscore", "--dry-run", "--device", "cpu")
+
+
+def test_a_teachers_precision_is_kept_on_resume(pair, killed):
+    """It was chosen on CUDA; the notice of another device is all that changes."""
+    flags = [*pair, *SMALL, "--zscore", "--exact-teacher"]
+    with killed(1, 2):
+        call(*flags, "--save-every", "1e-9")
+    config = json.loads((run_in() / "config.json").read_text())
+    assert "teacher_precision" not in config["recipe"]
+    config["recipe"]["teacher_precision"] = "fp16"
+    (run_in() / "config.json").write_text(json.dumps(config))
+    assert "from epoch 1, step 2" in call(*flags)
+    exact = rows(run_in())[0]["kd"]
+    call(*flags, "--out", "float32")
+    assert rows(run_in("float32"))[0]["kd"] == exact
+    assert rows(run_in("float32"))[2]["kd"] != rows(run_in())[2]["kd"]
+
+
+@pytest.mark.parametrize("flags, at", [("--zscore", (0, 1)), ("--zscore", (1, 2)), ("--method none", (1, 0)),
                                        ("--method ctkd --zscore", (1, 2)), ("--method mlkd", (1, 2))])
 def test_a_killed_run_ends_with_an_unbroken_runs_bits(pair, killed, flags, at):
     """Killed after an epoch or in one; CTKD's parameter and MLKD's second view are other mechanisms."""

@@ -439,13 +439,14 @@ def test_reproduces_table_says_what_simkd_deploys(files, monkeypatch):
          files("resnet56"), "--data", "synthetic", "--train-images", 64, "--epochs", 1, "--device", "cpu",
          "--results", "results", "--readme", "RESULTS.md", command=reproduce.main)
     text = Path("RESULTS.md").read_text()
-    row = cells(text, "SimKD", "resnet56 → resnet20")
+    record = json.loads(next(Path("results").glob("*-simkd-*.json")).read_text())
+    pair = f"resnet56@{record['recipe']['teacher_sha256'][:6]} → resnet20"
+    row = cells(text, "SimKD", pair)
     assert row["paper"] == "71.05"
     assert row["exported network"] == "291,892 parameters, 41.7 M multiply-accumulates"
     assert "--method none --feature simkd" in row["`python train_cifar.py`, with `--seed`"]
-    row = cells(text, "KD+Z and CRD", "resnet56 → resnet20")
+    row = cells(text, "KD+Z and CRD", pair)
     assert row["paper"] == "–" and row["exported network"] == "–"
-    record = json.loads(next(Path("results").glob("*-simkd-*.json")).read_text())
     assert record["parameters"] == 291_892 and record["recipe"]["feature"] == "simkd"
 
 
