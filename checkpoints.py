@@ -304,7 +304,7 @@ def load_pretrained(network, source, say=print):
     """
     known = not network.own and type(network).__module__.startswith("torchvision.")
     if known and source.isidentifier() and not Path(source).expanduser().exists():
-        given = torchvision_network(network.name, source, "--student-checkpoint").state_dict()
+        given = torchvision_network(network.name, source).state_dict()
     else:
         fits, nearest = find_weights(read_checkpoint(source, network.name), network)
         given = fits[preferred(fits)] if fits else nearest

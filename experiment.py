@@ -24,6 +24,8 @@ ONLY_FOR = {        # flag: the methods that it is for
     "entropy_weight": [method for method in METHODS if method != "dist"]}
 
 
+PRINTED = ("lr", "epochs", "batch_size", "weight_decay", "base_temp", "kd_weight", "ce_weight", "alpha",
+           "beta", "feature_weight", "precision", "images")       # of a recipe; config.json has all
 HALF_BATCHES = 8        # of evaluation images, on which a teacher's float16 is compared with its float32
 
 # ---------------------------------------------------------------- from flags to a recipe
@@ -184,7 +186,7 @@ def run_experiment(recipe, batches, teacher, flags, world, *, data="cifar100", c
         teacher.half = kept.get("teacher_precision") == "fp16"
     if teacher and teacher.half:
         recipe["teacher_precision"] = "fp16"
-    values = [f"{k} {v}" for k, v in recipe.items() if v is not None and v is not False]
+    values = [f"{k} {recipe[k]}" for k in PRINTED if recipe.get(k) is not None]
     world.print(f"{folder}: {', '.join(values)}")
     try:
         # rank 0 alone touches the folder
@@ -200,7 +202,7 @@ def run_experiment(recipe, batches, teacher, flags, world, *, data="cifar100", c
                 result = train(recipe, batches, distiller, run, state, world, stop, stop_after=stop_after,
                                save_every=flags["save_every"], compile=flags["compile"],
                                log=None if flags["dry_run"] else log,
-                               micro_batch=flags.get("micro_batch"), capture=flags.get("capture", False))
+                               micro_batch=flags.get("micro_batch"), capture=data != "imagenet")
     finally:
         run.close()
     if result:

@@ -275,21 +275,15 @@ def _featured_forward(model):
 # ---------------------------------------------------------------- torchvision's weights
 
 
-def known_weights(name):
-    """torchvision's names of weights for a network."""
-    weights = torchvision.models.get_model_weights(name) if name in TORCHVISION else []
-    return [*(w.name for w in weights), "DEFAULT"]
-
-
-def torchvision_network(name, weights, flag):
+def torchvision_network(name, weights):
     """torchvision's network with its weights of that name. ValueError: there are none, no connection."""
-    known = known_weights(name)
+    known = [w.name for w in torchvision.models.get_model_weights(name)] + ["DEFAULT"]
     if weights not in known:
-        raise ValueError(f"{flag} {weights}: torchvision's {name} has {', '.join(known)}")
+        raise ValueError(f"torchvision has no {weights} of {name}, but {', '.join(known)}")
     try:
         model = torchvision.models.get_model(name, weights=weights)
     except (OSError, RuntimeError, http.client.HTTPException) as error:     # no network, a bad download
-        raise ValueError(f"{flag} {weights}: the download failed ({first_line(error)}); try again, or name a "
-                         "checkpoint file") from None
+        raise ValueError(f"{name}, {weights}: the download failed ({first_line(error)}); try again, or name "
+                         "a checkpoint file") from None
     model.name, model.own = name, False
     return model

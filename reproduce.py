@@ -536,9 +536,9 @@ def main(folders, pairs, methods, results, readme, table, adding, list_rows, **f
 
 
 # flags that mean what they mean there
-PASSED = ("seed", "seeds", "epochs", "train_images", "teacher_checkpoint", "teacher_url", "data", "data_dir",
-          "out", "device", "precision", "compile")
-PLACE = ("device", "data_dir", "teacher_url", "out")      # those that only say where
+PASSED = ("seed", "seeds", "epochs", "train_images", "teacher_checkpoint", "data", "data_dir", "out",
+          "device", "precision", "compile")
+PLACE = ("device", "data_dir", "out")      # those that only say where
 main.params[2:2] = [option for option in train_cifar.main.params if option.name in PASSED]
 
 if __name__ == "__main__":

@@ -302,17 +302,19 @@ def local_teacher(name):
     return None
 
 
-def find_teacher(name, url=ARCHIVE_URL, say=print):
+def find_teacher(name, url=None, say=print):
     """(file, source) of a CIFAR-100 teacher's weights, in the order above; (None, reason) without one.
 
-    url: of the archive of mdistiller's teachers; a mirror is asked first. say: takes a line about a download.
+    url: a mirror of mdistiller's archive, as the environment variable TEACHER_URL; it is asked first. say:
+    takes a line about a download.
     """
+    mirror = url or os.environ.get("TEACHER_URL")
     downloads = []      # (address, file, its SHA-256 or the first digits)
     if name in IN_ARCHIVE:
-        if url == ARCHIVE_URL:      # one small file before all of them
+        if not mirror:      # one small file before all of them
             file = CHECKPOINTS / "repdistiller" / f"{name}.pth"
             downloads.append((REPDISTILLER_URL.format(name), file, REPDISTILLER.get(name)))
-        downloads.append((url, CHECKPOINTS / "cifar_teachers.tar", None))
+        downloads.append((mirror or ARCHIVE_URL, CHECKPOINTS / "cifar_teachers.tar", None))
     if name in PYTORCH_CIFAR_MODELS:
         sha256 = PYTORCH_CIFAR_MODELS[name]
         file = CHECKPOINTS / "pytorch-cifar-models" / f"{name}.pt"

@@ -33,7 +33,7 @@ from data import CIFAR, Data, Preprocessing, Split, crop_and_flip, epoch_draws, 
 from distributed import World
 from models import MODELS
 from randaugment import strong_draws, strong_view
-from teacher import ARCHIVE_URL, find_teacher
+from teacher import find_teacher
 
 # images that are augmented, and given to the teacher, at a time
 CHUNK = {"cuda": 8192, "mps": 1024, "cpu": 1024}
@@ -188,7 +188,7 @@ def get_teacher(recipe, data, flags, world):
     if not path and not flags["dry_run"]:
         source = f"no teacher is published for {recipe['data']} images"
         if official:
-            path, source = find_teacher(name, flags["teacher_url"], click.echo)
+            path, source = find_teacher(name, say=click.echo)
         if not path:
             click.echo(f"{source}; training {name} here first (a file: --teacher-checkpoint)")
             path = source = train_teacher(recipe, flags, world)
@@ -315,13 +315,9 @@ def demo(flags):
         click.option("--seeds", type=cli.COUNT, default=1, show_default=True,
                      help="Run so many seeds; print mean and standard deviation."),
         click.option("--demo", is_flag=True, help="Four small runs on synthetic images, in minutes."),
-        click.option("--teacher-url", default=ARCHIVE_URL, envvar="TEACHER_URL",
-                     help="A mirror of mdistiller's teachers (also TEACHER_URL)."),
     ],
     machine=[
         *cli.MACHINE,
-        click.option("--capture/--no-capture", default=True,
-                     help="On CUDA, the step as a CUDA graph.  [default: on]"),
         click.option("--teacher-memory/--no-teacher-memory", default=True,
                      help="Cache the teacher's logits, on a GPU or in OUT/logits.  [default: on]"),
         click.option("--exact-teacher", is_flag=True, help="Cache them in float32, not in float16."),

@@ -35,6 +35,7 @@ from run import RunError
 from teacher import Teacher
 
 LARGEST_BAD_SHARE = 0.001       # of the training images, which cannot be decoded
+WEIGHTS = "IMAGENET1K_V1"       # of teachers, the papers'
 LIKE_IMAGENET = 1000            # classes, with torchvision's weights and published accuracies
 
 
@@ -121,7 +122,7 @@ class Evaluation:
 
 def get_teacher(recipe, classes, flags, world):
     """The Teacher, with the weights that were named, or torchvision's."""
-    name, path, weights = recipe["teacher"], flags["teacher_checkpoint"], flags["teacher_weights"]
+    name, path = recipe["teacher"], flags["teacher_checkpoint"]
     if path or flags["dry_run"]:
         teacher = experiment.make_teacher(recipe, path, path, classes, flags, world,
                                           IMAGENET_PREPROCESSING.at(recipe["size"]), TORCHVISION)
@@ -129,10 +130,9 @@ def get_teacher(recipe, classes, flags, world):
         raise RunError(f"no {name} for {len(classes)} classes is published: name its file with "
                        "--teacher-checkpoint (to train one: --method none)")
     else:
-        def download():
-            return torchvision_network(name, weights, "--teacher-weights")
-        world.on_main(lambda: download() and None)      # for all on its machine
-        teacher = Teacher(download(), world.device, recipe["precision"], f"torchvision's {weights}",
+        world.on_main(lambda: torchvision_network(name, WEIGHTS) and None)      # downloads for all
+        network = torchvision_network(name, WEIGHTS)
+        teacher = Teacher(network, world.device, recipe["precision"], f"torchvision's {WEIGHTS}",
                           flags["compile"])
     teacher.batch = flags["micro_batch"]
     return teacher
@@ -221,8 +221,6 @@ def evaluate_file(flags, world):
     recipe=cli.RECIPE,
     run=[
         *cli.RUN, cli.save_every(300),
-        click.option("--teacher-weights", default="IMAGENET1K_V1", show_default=True,
-                     help="torchvision's name of the teacher's weights."),
     ],
     machine=[
         *cli.MACHINE,

@@ -574,8 +574,8 @@ def test_torchvisions_weights_by_name_begin_a_student_of_other_classes(published
 
 
 @pytest.mark.parametrize("weights, error, words", [
-    ("NOPE", None, "--student-checkpoint NOPE: torchvision's squeezenet1_1 has IMAGENET1K_V1"),
-    ("DEFAULT", OSError("no route"), "--student-checkpoint DEFAULT: the download failed (no route); "
+    ("NOPE", None, "torchvision has no NOPE of squeezenet1_1, but IMAGENET1K_V1"),
+    ("DEFAULT", OSError("no route"), "squeezenet1_1, DEFAULT: the download failed (no route); "
      "try again, or name a checkpoint file"),
     ("DEFAULT", RuntimeError("invalid hash value\nmore"), "the download failed (invalid hash value)")])
 def test_torchvisions_weights_that_do_not_come_are_one_line(monkeypatch, weights, error, words):
@@ -594,7 +594,7 @@ def test_a_file_without_a_suffix_is_a_file(script, name):
     torch.manual_seed(8)
     torch.save(torchvision.models.squeezenet1_1(num_classes=3).state_dict(), "weights")
     flags = ["--method", "none", "--student", name, "--student-checkpoint"]
-    assert re.search("--student-checkpoint NOPE|NOPE: No such file", last_line(script, *flags, "NOPE"))
+    assert re.search("has no NOPE of|NOPE: No such file", last_line(script, *flags, "NOPE"))
     assert "begins with weights\n" in call(script, *flags, "weights")
 
 

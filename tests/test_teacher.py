@@ -154,13 +154,14 @@ def test_repdistillers_own_file_comes_before_the_archive(checkpoints, serve, mon
     folder, url, server = serve
     (folder / "wrn_40_2.pth").write_bytes(published("wrn_40_2"))
     archive(folder / "teachers.tar", ["wrn_40_2", "resnet32x4"])
+    monkeypatch.delenv("TEACHER_URL", raising=False)
     monkeypatch.setattr(teacher_module, "ARCHIVE_URL", f"{url}/teachers.tar")
     monkeypatch.setattr(teacher_module, "REPDISTILLER_URL", f"{url}/{{}}.pth")
-    path, source = find_teacher("wrn_40_2", f"{url}/teachers.tar")
+    path, source = find_teacher("wrn_40_2")
     assert source == "checkpoints/repdistiller/wrn_40_2.pth" and path.read_bytes() == published("wrn_40_2")
     assert len(server.asked) == 1 and "/wrn_40_2.pth" in server.asked[0]
     (folder / "resnet32x4.pth").write_bytes(published("wrn_40_2"))      # another file than the published one
-    path, source = find_teacher("resnet32x4", f"{url}/teachers.tar", lambda line: None)
+    path, source = find_teacher("resnet32x4", say=lambda line: None)
     assert source == "checkpoints/mdistiller/resnet32x4.pth"
     assert os.listdir(checkpoints / "repdistiller") == ["wrn_40_2.pth"]
 

@@ -406,10 +406,10 @@ def test_torchvisions_weights_missing_or_unknown_are_one_line(error, monkeypatch
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", fails)
     monkeypatch.setenv("TORCH_HOME", "empty")
-    with pytest.raises(ValueError, match="--teacher-weights IMAGENET1K_V1: the download failed"):
-        networks.torchvision_network("resnet18", "IMAGENET1K_V1", "--teacher-weights")
-    with pytest.raises(ValueError, match="--teacher-weights NOPE: torchvision's resnet18 has IMAGENET1K_V1"):
-        networks.torchvision_network("resnet18", "NOPE", "--teacher-weights")
+    with pytest.raises(ValueError, match="resnet18, IMAGENET1K_V1: the download failed"):
+        networks.torchvision_network("resnet18", "IMAGENET1K_V1")
+    with pytest.raises(ValueError, match="torchvision has no NOPE of resnet18, but IMAGENET1K_V1"):
+        networks.torchvision_network("resnet18", "NOPE")
 
 
 def test_batches_do_not_depend_on_the_number_of_processes():
