@@ -34,8 +34,7 @@ from onnxruntime.transformers.onnx_model import OnnxModel
 import cli
 import run as runs
 from checkpoints import open_checkpoint, weights_sha256
-from data import (CIFAR, PAD, Split, cifar_folder, epoch_draws, load_data, load_folders, printable,
-                  read_images)
+from data import CIFAR, PAD, Split, cifar_folder, epoch_draws, load_data, load_folders, read_images
 from models import MODELS
 from networks import TORCHVISION
 from recipes import label
@@ -143,66 +142,66 @@ class Images(NamedTuple):
 def find_images(student, data_dir, count):
     """The Images of the student's own data set, where they are in `data_dir`. count: for int8.
 
-    The temperature is fitted on images that training held out; else, for folders, on every second image of
-    val/, and accuracy is of the others; else on training images that training never drew uncropped.
+    Of a plain state_dict the number of classes tells CIFAR.
     """
     root = Path(data_dir)
-    name = data_set(student, root)
-    if name is None:
-        return Images()
-    kept = {k: student.metadata.get(k) or 0 for k in ("val_from_train", "train_images")}
-    if name == "folder":
-        return find_in_folders(student, root, count, kept)
-    data = load_data(name, root, "cpu", download=False, **kept)
-    order, _ = epoch_draws(0, 0, len(data.train.targets))
-    calibration = data.train.pick(order[:count])
-    classes = list(data.classes)
-    if kept["val_from_train"]:
-        return Images(calibration, data.eval, data.test, "held-out images", classes)
-    never = undrawn(student.metadata, len(order))
-    fit = data.train.pick(order[never[order]][:MOST]) if never.any() else None
-    source = "training images that training never drew uncropped"
-    return Images(calibration, fit, data.test, source, classes)
-
-
-def find_in_folders(student, root, count, kept):
-    """`find_images` in train/ and val/, or one of them. ValueError: other classes than the student's."""
+    metadata = student.metadata
+    kept = {k: metadata.get(k) or 0 for k in ("val_from_train", "train_images")}
+    usual = {100: "cifar100", 10: "cifar10"}.get(metadata["num_classes"])
+    name = metadata.get("data", usual)
+    there = name == "synthetic" or name in CIFAR and cifar_folder(name, root).is_dir()
+    if there and student.preprocessing.resize == 32:
+        data = load_data(name, root, "cpu", download=False, **kept)
+        return choose_arrays(data, metadata, count)
     parts = [part for part in ("train", "val") if (root / part).is_dir()]
+    if parts:
+        return choose_files(root, parts, kept, student, count)
+    return Images()
+
+
+def choose_arrays(data, metadata, count):
+    """The Images of a Data. The temperature's: held out, else those that training never drew uncropped."""
+    order, _ = epoch_draws(0, 0, len(data.train.targets))
+    fit, source = data.eval, "held-out images"
+    if data.eval_name == "test":
+        never = undrawn(metadata, order)[:MOST]
+        fit = data.train.pick(never) if len(never) else None
+        source = "training images that training never drew uncropped"
+    return Images(data.train.pick(order[:count]), fit, data.test, source, list(data.classes))
+
+
+def undrawn(metadata, order):
+    """Those of the training images `order` that a run never drew uncropped; none if its seed is unknown."""
+    if not {"seed", "epochs", "data"} <= metadata.keys():
+        return order[:0]
+    never = np.full(len(order), True)
+    for epoch in range(metadata["epochs"]):
+        permutation, crop_ids = epoch_draws(metadata["seed"], epoch, len(order))
+        never[permutation[crop_ids == CENTRE]] = False
+    return order[never[order]]
+
+
+def choose_files(root, parts, kept, student, count):
+    """The Images of train/ and val/, or one of them. The temperature's: held out, else every second of val/.
+
+    ValueError: other classes than the student's.
+    """
     if "train" not in parts:
         kept = {}
     folders = load_folders(root, parts=parts, **kept)
     found, number = folders.classes, student.metadata["num_classes"]
     trained = student.metadata.get("classes", found)        # --classes may give them other names
     if len(found) != number or found != trained:
-        raise ValueError(f"{printable(root)} has {len(found)} classes ({', '.join(found[:3])}, ...), not "
+        raise ValueError(f"{root} has {len(found)} classes ({', '.join(found[:3])}, ...), not "
                          f"the student's {number} ({', '.join(trained[:3])}, ...)")
     order, _ = epoch_draws(0, 0, len(folders.train))
     calibration = [folders.train[i] for i in order[:count]]
-    fit, test = folders.eval, []
+    fit, test = folders.eval[::2], folders.eval[1::2]
     if folders.eval_name == "held-out" and "val" in parts:
+        fit = folders.eval
         test = load_folders(root, parts=("val",)).eval
-    if not test:
-        fit, test = fit[::2], fit[1::2]
-    return Images(
-        read_split(calibration, student.preprocessing),
-        read_split(fit, student.preprocessing),
-        read_split(test, student.preprocessing),
-        f"{folders.eval_name} images",
-        folders.classes)
-
-
-def data_set(student, root):
-    """Name of the student's data set, as `load_data` takes it; None where it is not in `root`."""
-    name = student.metadata.get("data")
-    folder = any((root / part).is_dir() for part in ("train", "val"))
-    if name is None and not folder:     # a plain state_dict
-        name = {100: "cifar100", 10: "cifar10"}.get(student.metadata["num_classes"])
-    small = student.preprocessing.resize == 32
-    if small and name == "synthetic":
-        return name
-    if small and name in CIFAR and cifar_folder(name, root).is_dir():
-        return name
-    return "folder" if folder else None
+    splits = [read_split(x, student.preprocessing) for x in (calibration, fit, test)]
+    return Images(*splits, f"{folders.eval_name} images", found)
 
 
 def read_split(samples, preprocessing):
@@ -211,18 +210,8 @@ def read_split(samples, preprocessing):
         return None
     step = math.ceil(len(samples) / MOST)
     some = samples[::step]
-    targets = [target for _, target in some]
-    images = read_images(some, preprocessing.size, preprocessing.resize)
-    return Split(images, torch.tensor(targets))
-
-
-def undrawn(metadata, n):
-    """(n,) bool: the training images that a run never drew uncropped; none where its seed is unknown."""
-    never = np.full(n, {"seed", "epochs", "data"} <= metadata.keys())
-    for epoch in range(metadata["epochs"] if never.any() else 0):
-        permutation, crop_ids = epoch_draws(metadata["seed"], epoch, n)
-        never[permutation[crop_ids == CENTRE]] = False
-    return never
+    targets = torch.tensor([target for _, target in some])
+    return Split(read_images(some, preprocessing.size, preprocessing.resize), targets)
 
 
 # ---------------------------------------------------------------- probabilities
