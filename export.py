@@ -18,6 +18,7 @@ import signal
 import tempfile
 import timeit
 import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -224,16 +225,13 @@ def fit_temperature(logits, targets):
     softmax(logits / T) of a logit less the target's.
     """
     above = logits - logits.gather(1, targets[:, None])
-    low, high = math.log(1e-3), math.log(1e3)           # of 1/T
+    log_scale, step = 0.0, math.log(1e3)        # of 1/T
     for _ in range(60):
-        middle = (low + high) / 2
-        p = (logits * math.exp(middle)).softmax(1)
+        p = (logits * math.exp(log_scale)).softmax(1)
         slope = (p * above).sum(1).mean()
-        if slope < 0:
-            low = middle
-        else:
-            high = middle
-    return math.exp(-middle)
+        step /= 2
+        log_scale -= math.copysign(step, slope)
+    return math.exp(-log_scale)
 
 
 def calibration_of(logits, targets, temperature, bins=15):
@@ -257,21 +255,17 @@ def fit(student, images, expected):
     found = {"temperature": temperature, "temperature_fitted_on": source}
     click.echo(f"temperature {temperature:.4g}, fitted on {source}")
     if images.test:
-        before = calibration_of(expected, images.test.targets, 1)
-        after = calibration_of(expected, images.test.targets, temperature)
+        before, after = (calibration_of(expected, images.test.targets, t) for t in (1, temperature))
         found["calibration"] = {"before": before, "after": after}
         click.echo(f"on {len(expected)} test images: expected calibration error {before['ece']:.4f} -> "
                    f"{after['ece']:.4f}, negative log-likelihood {before['nll']:.4f} -> {after['nll']:.4f}")
-        if after["nll"] > before["nll"]:
-            click.echo("warning: the temperature makes it worse; it is better fitted on more images that "
-                       "training held out: train with --val-from-train")
     return found
 
 
 # ---------------------------------------------------------------- writing
 
 
-def write_fp32(student, path, opset):
+def write_fp32(student, opset, path):
     """One ONNX file with the weights inside, for any number of images."""
     size = student.preprocessing.size
     kind = torch.float if student.float_input else torch.uint8
@@ -297,7 +291,7 @@ def write_fp16(source, path):
     onnx.save(model, path)
 
 
-def write_int8(source, path, student, images, symmetric, exclude_first_last):
+def write_int8(source, student, images, symmetric, exclude_first_last, path):
     """Static quantization, QDQ: int8 weights by channel, 8-bit activations in ranges that `images` give.
 
     Weights take 7 bits, -64 to 64: x86 processors without VNNI add two uint8 x int8 products in 16 bits,
@@ -379,11 +373,10 @@ def load(path, threads=0, exact=True):
     return lambda images: session.run(["logits"], {"image": images})[0]
 
 
-def verify(path, student, images, expected, limit, wanted):
-    """onnx.checker, then several batch sizes against PyTorch's logits: what the report contains of it.
+def verify(path, student, images, expected, limit):
+    """The largest error of several batch sizes, relative to PyTorch's largest logit.
 
-    limit: of the error, relative to the largest logit; wanted: the share of images in PyTorch's class.
-    ValueError, or the checker's and the runtime's own errors.
+    ValueError where it is above `limit`, and the errors of onnx.checker and the runtime.
     """
     onnx.checker.check_model(onnx.load(path), full_check=True)
     call = load(path)
@@ -395,12 +388,7 @@ def verify(path, student, images, expected, limit, wanted):
     error = torch.stack(errors).max().item()
     if not error <= limit:      # NaN neither
         raise ValueError(f"relative error {error:.1e} against PyTorch, allowed {limit:.0e}")
-    same = student.logits(images, call).argmax(1) == expected.argmax(1)
-    same = same.double().mean().item()
-    if same < wanted:
-        raise ValueError(f"only {100 * same:.1f} % of {len(images)} images in PyTorch's class, "
-                         f"{100 * wanted:.0f} % wanted; {ADVICE}")
-    return {"error": error, "agreement": same, "compared": len(images)}
+    return error
 
 
 def accuracy(logits, targets):
@@ -466,60 +454,61 @@ def describe(student, classes):
         "weights_sha256": weights_sha256(student.network)}
 
 
-def write(precision, path, source, student, images, flags):
-    """Writes the file of one precision, from the float32 file `source`; returns its own metadata."""
-    if precision == "fp32":
-        write_fp32(student, path, flags["opset"])
-    elif precision == "fp16":
-        write_fp16(source, path)
-    else:
-        how = {k: flags[k] for k in ("symmetric", "exclude_first_last")}
-        write_int8(source, path, student, images.calibration.images, **how)
-        return {"precision": precision, "calibration": len(images.calibration.images), **how}
-    return {"precision": precision}
-
-
 def export(student, images, flags, folder, out):
     """Writes, verifies and measures each file in `folder`, renames the good ones into `out`, and reports.
 
-    A failed fp16 or int8 file costs itself only. Returns what failed, a line each.
+    A failed fp16 or int8 file costs itself only. RunError at the end: what failed.
     """
-    name = student.network.name
     test = images.test
     size = student.preprocessing.size
-    sample = torch.randint(256, (BATCH, 3, size, size), dtype=torch.uint8)
-    if test or images.calibration:
-        sample = (test or images.calibration).images
+    noise = torch.randint(256, (BATCH, 3, size, size), dtype=torch.uint8)
+    sample = (test or images.calibration or Split(noise, None)).images
     expected = student.logits(sample)
-    top = accuracy(expected, test.targets) if test else {}
-    metadata = describe(student, images.classes) | fit(student, images, expected) | top
+    metadata = describe(student, images.classes) | fit(student, images, expected)
+    if test:
+        metadata |= accuracy(expected, test.targets)
     if flags["probabilities"]:
         student.temperature = metadata["temperature"]
+    source = folder / f"{student.network.name}.onnx"
     rows, failures = {}, []
-    source = folder / f"{name}.onnx"
-    for precision in flags["precisions"]:
-        path = source if precision == "fp32" else folder / f"{name}.{precision}.onnx"
+    for precision, write in writers(student, images, flags, source).items():
+        path = source if precision == "fp32" else source.with_suffix(f".{precision}.onnx")
         try:
-            own = write(precision, path, source, student, images, flags)
-            row = {}
+            write(path)
+            logits = student.logits(sample, load(path))
+            same = logits.argmax(1) == expected.argmax(1)
+            row = {"precision": precision, "agreement": same.double().mean().item(), "compared": len(same)}
             if test:
-                row = accuracy(student.logits(sample, load(path)), test.targets)
-            finish(path, metadata | own | row)
-            wanted = flags["agreement"] if precision == "int8" else 0
-            row |= verify(path, student, sample[:1024], expected[:1024], LIMITS[precision], wanted)
+                row |= accuracy(logits, test.targets)
+            finish(path, metadata | row)
+            row["error"] = verify(path, student, sample, expected, LIMITS[precision])
+            if precision == "int8" and row["agreement"] < flags["agreement"]:
+                raise ValueError(f"only {row['agreement']:.1%} of {len(same)} images in PyTorch's class, "
+                                 f"{flags['agreement']:.0%} wanted; {ADVICE}")
         except Exception as error:      # the converters', the checker's and the runtime's own types
             failures.append(f"{path.name} was not written: {runs.first_line(error)}")
             if precision == "fp32":
-                return failures
+                break
             continue
-        if test and row["top1"] < metadata["top1"] - 1:
-            click.echo(f"warning: {path.name} loses {metadata['top1'] - row['top1']:.2f} points; {ADVICE}")
         row["file"] = path.name
         row["bytes"] = path.stat().st_size
         row["speed"] = speeds(path, student, sample)
         rows[precision] = row
-    publish(rows, failures, metadata, folder, out)
-    return failures
+    if rows:
+        publish(rows, failures, metadata, folder, out)
+    if failures:
+        raise runs.RunError("; ".join(failures))
+
+
+def writers(student, images, flags, source):
+    """By precision: what writes its file to a path, from the float32 file `source`."""
+    found = {"fp32": partial(write_fp32, student, flags["opset"])}
+    if flags["fp16"]:
+        found["fp16"] = partial(write_fp16, source)
+    if flags["int8"] and images.calibration:
+        found["int8"] = partial(write_int8, source, student, images.calibration.images,
+                                flags["symmetric"], flags["exclude_first_last"])
+    return found
 
 
 def publish(rows, failures, metadata, folder, out):
@@ -587,18 +576,11 @@ def main(**flags):
     missing = [name for name, value in images._asdict().items() if value is None]
     if missing:
         click.echo(f"notice: no images for {', '.join(missing)}: --data-dir names their folder")
-    flags["precisions"] = ["fp32"]
-    if flags["fp16"]:
-        flags["precisions"].append("fp16")
-    if flags["int8"] and images.calibration:
-        flags["precisions"].append("int8")
     out = Path(flags["out"] or Path(flags["checkpoint"]).parent)
     with cli.friendly_errors(), runs.disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as folder:
-            failures = export(student, images, flags, Path(folder), out)
-    if failures:
-        raise runs.RunError("; ".join(failures))
+            export(student, images, flags, Path(folder), out)
 
 
 if __name__ == "__main__":
