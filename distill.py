@@ -407,7 +407,8 @@ class Trainer:
         self.progress.print(
             f"teacher on {report['images']:,} training views: {report['train_top1']:.2f} % top-1, "
             f"cross-entropy {report['train_ce']:.3f}, standard deviation of its logits "
-            f"{report['logit_std']:.2f}; a uniform student's loss is {report['uniform_loss']:.2f}")
+            f"{report['logit_std']:.2f}; a uniform student's distillation loss is "
+            f"{report['uniform_loss']:.2f}")
         line = f"epoch 1: loss {self.row['loss']:.2f}"
         if "loss_1" in self.log:
             line += f", authors' log {self.log['loss_1']:.2f}"

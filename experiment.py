@@ -26,7 +26,7 @@ ONLY_FOR = {        # flag: the methods that it is for
 
 PRINTED = ("lr", "epochs", "batch_size", "weight_decay", "base_temp", "kd_weight", "ce_weight", "alpha",
            "beta", "feature_weight", "precision", "images")       # of a recipe; config.json has all
-HALF_BATCHES = 8        # of evaluation images, on which a teacher's float16 is compared with its float32
+HALF_IMAGES = 512       # of the evaluation, on which a teacher's float16 is compared with its float32
 
 # ---------------------------------------------------------------- from flags to a recipe
 
@@ -121,11 +121,11 @@ def make_teacher(recipe, path, origin, classes, flags, world, preprocessing, sou
 def evaluate_teacher(teacher, recipe, evaluation, images, published, world):
     """Prints a Teacher's top-1 on `images`, the batches of evaluation(), with the published one.
 
-    On CUDA its logits become float16, where those of HALF_BATCHES differ little from float32's.
+    On CUDA its logits become float16, where those of HALF_IMAGES differ little from float32's.
     """
     if world.device.type == "cuda" and recipe["precision"] != "fp32" and not recipe["deterministic"]:
-        some = [x for x, _ in itertools.islice(evaluation(), HALF_BATCHES)]
-        teacher.allow_half(torch.cat(some))
+        some = [x for x, _ in itertools.islice(evaluation(), 8)]
+        teacher.allow_half(torch.cat(some)[:HALF_IMAGES])
         teacher.half = not world.any(not teacher.half)
     teacher.top1 = evaluate(teacher.logits, evaluation(), world)["top1"]
     check_teacher(teacher, teacher.top1, images, world.print, published)

@@ -441,7 +441,7 @@ def teachers_of(records):
         if sha256 in uniform:
             line += (f"; on {report['images']:,} training views {report['train_top1']:.2f} %, cross-entropy "
                      f"{report['train_ce']:.3f}, standard deviation of the logits {report['logit_std']:.2f}; "
-                     f"a uniform student's loss: {', '.join(uniform[sha256].values())}")
+                     f"a uniform student's distillation loss: {', '.join(uniform[sha256].values())}")
         lines.append(line)
     return lines
 

@@ -10,7 +10,6 @@ in large batches and cached: on a GPU in its memory, elsewhere in a file that ru
 
 import copy
 import hashlib
-import math
 import operator
 import os
 import tarfile
@@ -274,8 +273,8 @@ def teacher_report(batches, recipe, options):
     """What a teacher is on training views: a dict, of top-1 in %, cross-entropy, and more.
 
     batches: [(one (B, K) a view, targets (B,))]. options: of the recipe's loss. logit_std: the mean over the
-    images of the standard deviation over the classes. uniform_loss: the recipe's loss of a student that
-    answers uniformly.
+    images of the standard deviation over the classes. uniform_loss: the recipe's distillation term, lambda_KD
+    times the method's loss, of a student that answers uniformly.
     """
     logits = torch.cat([views[0] for views, _ in batches])
     targets = torch.cat([target for _, target in batches])
@@ -284,12 +283,11 @@ def teacher_report(batches, recipe, options):
         uniform = [torch.zeros_like(v) for v in views]
         loss = distillation_loss(recipe["method"], uniform, views, target, recipe["base_temp"], **options)
         kd += loss.item() * len(target) / len(targets)
-    ce = len(batches[0][0]) * math.log(logits.shape[1])
     return {"images": len(targets),
             "train_top1": 100 * (logits.argmax(1) == targets).double().mean().item(),
             "train_ce": F.cross_entropy(logits, targets).item(),
             "logit_std": logits.std(1, correction=0).mean().item(),
-            "uniform_loss": recipe["ce_weight"] * ce + recipe["kd_weight"] * kd}
+            "uniform_loss": recipe["kd_weight"] * kd}
 
 
 def local_teacher(name):

@@ -417,7 +417,7 @@ def test_a_table_begins_with_what_its_teachers_are():
               "uniform_loss": 8.46}
     text = tables([record("kd-z", 0, 76.0, teacher_report=report), record("kd", 0, 73.0)])
     assert ("72.61 % of the test images; on 10,000 training views 99.80 %, cross-entropy 0.028, standard "
-            "deviation of the logits 3.58; a uniform student's loss: KD+Z 8.46\n") in text
+            "deviation of the logits 3.58; a uniform student's distillation loss: KD+Z 8.46\n") in text
 
 
 def test_the_last_epoch_of_full_length_rows_is_that_of_the_kept_students_in_float32():
