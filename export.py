@@ -45,7 +45,7 @@ BATCH = 64
 VERIFIED = 1, 2, 7, 64      # batch sizes
 LIMITS = {"fp32": 1e-4, "fp16": 1e-2, "int8": math.inf}     # largest error, relative to the largest logit
 MOST = 5000                 # images that fit the temperature, and of a folder that measure accuracy
-CALLS, SECONDS = 200, 1.0   # of a latency: at most so many, for about so long
+SECONDS = 1.0               # of a latency
 HISTORY = "teacher", "method", "zscore", "feature", "entropy_temp", "epochs", "seed", "data"   # for metadata
 ADVICE = "try --exclude-first-last, --calibration 2048 or a lower --agreement"
 
@@ -67,8 +67,8 @@ class InferenceModel(torch.nn.Module):
         self.classes = classes
         self.float_input = float_input
         self.temperature = None
-        mean = torch.tensor(preprocessing.mean, dtype=torch.double).view(3, 1, 1)
-        std = torch.tensor(preprocessing.std, dtype=torch.double).view(3, 1, 1)
+        statistics = torch.tensor([preprocessing.mean, preprocessing.std], dtype=torch.double)
+        mean, std = statistics.view(2, 3, 1, 1)
         self.register_buffer("scale", (1 / (255 * std)).float())
         self.register_buffer("shift", (-mean / std).float())
 
@@ -99,7 +99,7 @@ class InferenceModel(torch.nn.Module):
         return torch.cat(found).double()
 
 
-def load_student(path, name=None, float_input=False, *, classes=None, mean=None, std=None, size=None):
+def load_student(path, name=None, float_input=False, classes=None, mean=None, std=None, size=None):
     """The InferenceModel of a checkpoint. ValueError, one line, for what it is not.
 
     classes (names), mean, std, size: instead of the checkpoint's.
@@ -400,22 +400,21 @@ def accuracy(logits, targets):
 
 def seconds(call, inputs):
     """Times of single calls, after three to warm up."""
-    timer = timeit.Timer(lambda: call(inputs))
-    once = min(timer.repeat(3, number=1))
-    count = max(3, min(CALLS, int(SECONDS / once)))
-    return timer.repeat(count, number=1)
+    times = []
+    while len(times) < 6 or sum(times) < SECONDS:
+        times.append(timeit.timeit(lambda: call(inputs), number=1))
+    return times[3:]
 
 
 def speeds(path, student, images):
     """By threads: ms of one image (median and 95th percentile), images a second in batches."""
-    found = {}
     inputs = student.feed(images[torch.arange(BATCH) % len(images)])
+    found = {}
     for name, threads in (("1", 1), ("all", torch.get_num_threads())):
         call = load(path, threads, exact=False)
-        one = seconds(call, inputs[:1])
-        found[name] = {"median_ms": 1000 * np.median(one),
-                       "p95_ms": 1000 * np.percentile(one, 95),
-                       "img_s": BATCH / np.median(seconds(call, inputs))}
+        median, p95 = 1000 * np.percentile(seconds(call, inputs[:1]), (50, 95))
+        batch = np.median(seconds(call, inputs))
+        found[name] = {"median_ms": median, "p95_ms": p95, "img_s": BATCH / batch}
     return found
 
 
@@ -529,58 +528,53 @@ def publish(rows, failures, metadata, folder, out):
         click.echo(f"notice: of an earlier export are {', '.join(older)}")
 
 
+option = partial(click.option, show_default=True)
+
+
 @click.command(cls=cli.Command, help=__doc__)
-@click.option("--checkpoint", required=True, type=cli.PATH, metavar="FILE",
-              help="student.pt of a run, or any format.")
-@click.option("--student", type=cli.PATH, metavar="NAME",
-              help="Its network, FILE.py:NAME too.  [default: the file's]")
-@click.option("--classes", type=cli.UserPath(exists=True, dir_okay=False), metavar="FILE",
-              help="Class names, one a line.  [default: the file's]")
-@click.option("--mean", type=three_numbers, metavar="R,G,B",
-              help="Its images' mean, in [0, 1].  [default: the file's]")
-@click.option("--std", type=three_numbers, metavar="R,G,B",
-              help="Their standard deviation.  [default: the file's]")
-@click.option("--size", type=click.IntRange(min=8), metavar="PIXELS", help="[default: the file's]")
-@click.option("--out", type=cli.PATH, metavar="DIR",
-              help="Folder for the files.  [default: the checkpoint's]")
-@click.option("--data-dir", type=cli.PATH, default="data", show_default=True, metavar="DIR",
-              help="Folder of train/, val/ or a CIFAR, for accuracy, int8 and the temperature.")
-@click.option("--opset", type=click.IntRange(13, 18), default=18, show_default=True)
-@click.option("--float-input", is_flag=True, help="Of normalised float32; else uint8, normalised inside.")
-@click.option("--probabilities", is_flag=True, help="A second output, softmax(logits / temperature).")
-@click.option("--int8/--no-int8", default=True, help="Write the int8 file.  [default: with images]")
-@click.option("--fp16", is_flag=True, help="Write the float16 file.")
-@click.option("--calibration", type=click.IntRange(1, MOST), default=512, show_default=True, metavar="N",
-              help="Training images for int8's ranges.")
-@click.option("--symmetric", is_flag=True,
-              help="int8 for TensorRT and Arm: zero points 0, 8-bit weights; wrong on x86 without VNNI.")
-@click.option("--agreement", type=click.FloatRange(0, 1), default=0.95, show_default=True, metavar="SHARE",
-              help="Of images that int8 must put in PyTorch's class.")
-@click.option("--exclude-first-last", is_flag=True, help="int8's first convolution and classifier in float.")
-def main(**flags):
+@option("--checkpoint", required=True, type=cli.PATH, help="student.pt of a run, or any format.")
+@option("--student", type=cli.PATH, metavar="NAME", help="Its network, FILE.py:NAME too; else the file's.")
+@option("--classes", type=cli.UserPath(exists=True, dir_okay=False),
+        help="A file of class names, one a line; else the checkpoint's.")
+@option("--mean", type=three_numbers, metavar="R,G,B",
+        help="Its images' mean, in [0, 1]; else the checkpoint's.")
+@option("--std", type=three_numbers, metavar="R,G,B",
+        help="Their standard deviation; else the checkpoint's.")
+@option("--size", type=cli.Count(8), help="Their height and width, pixels; else the checkpoint's.")
+@option("--out", type=cli.PATH, help="Folder for the files; else the checkpoint's.")
+@option("--data-dir", type=cli.PATH, default="data",
+        help="Folder of train/, val/ or a CIFAR, for accuracy, int8 and the temperature.")
+@option("--opset", type=cli.Count(13, 18), default=18)
+@option("--float-input", is_flag=True, help="Of normalised float32; else uint8, normalised inside.")
+@option("--probabilities", is_flag=True, help="A second output, softmax(logits / temperature).")
+@option("--int8/--no-int8", default=True, help="Write the int8 file, where there are images.")
+@option("--fp16", is_flag=True, help="Write the float16 file.")
+@option("--calibration", type=cli.Count(1, MOST), default=512, help="Training images for int8's ranges.")
+@option("--symmetric", is_flag=True,
+        help="int8 for TensorRT and Arm: zero points 0, 8-bit weights; wrong on x86 without VNNI.")
+@option("--agreement", type=cli.Number(0, 1), default=0.95,
+        help="Share of images that int8 must put in PyTorch's class.")
+@option("--exclude-first-last", is_flag=True, help="int8's first convolution and classifier in float.")
+def main(checkpoint, student, classes, mean, std, size, out, data_dir, float_input, calibration, **flags):
     signal.signal(signal.SIGTERM, signal.default_int_handler)       # as Ctrl-C: unfinished files are removed
-    if flags["student"] is not None:
-        cli.check_name("--student", flags["student"], [*MODELS, *TORCHVISION])
+    if student is not None:
+        cli.check_name("--student", student, [*MODELS, *TORCHVISION])
     warnings.simplefilter("ignore")     # the exporter's and the quantizer's
     logging.disable(logging.WARNING)
     torch.manual_seed(0)
     with cli.friendly_errors():
-        names = []
-        if flags["classes"]:
-            text = Path(flags["classes"]).read_text(encoding="utf-8-sig", errors="replace")
-            names = [line.strip() for line in text.rstrip("\n").split("\n")]
-        student = load_student(
-            flags["checkpoint"], flags["student"], flags["float_input"],
-            classes=names, mean=flags["mean"], std=flags["std"], size=flags["size"])
-        images = find_images(student, flags["data_dir"], flags["calibration"])
-    missing = [name for name, value in images._asdict().items() if value is None]
-    if missing:
-        click.echo(f"notice: no images for {', '.join(missing)}: --data-dir names their folder")
-    out = Path(flags["out"] or Path(flags["checkpoint"]).parent)
-    with cli.friendly_errors(), runs.disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as folder:
-            export(student, images, flags, Path(folder), out)
+        if classes:
+            classes = Path(classes).read_text("utf-8-sig").splitlines()
+        student = load_student(checkpoint, student, float_input, classes, mean, std, size)
+        images = find_images(student, data_dir, calibration)
+        missing = [name for name, value in images._asdict().items() if value is None]
+        if missing:
+            click.echo(f"notice: no images for {', '.join(missing)}: --data-dir names their folder")
+        out = Path(out or Path(checkpoint).parent)
+        with runs.disk_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as folder:
+                export(student, images, flags, Path(folder), out)
 
 
 if __name__ == "__main__":
