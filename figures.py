@@ -31,24 +31,37 @@ except ImportError:     # said in one line when a picture is asked for
     matplotlib = None
 
 ROOT = Path(__file__).resolve().parent
-COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"
-STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
-         "svg.fonttype": "none", "svg.hashsalt": "figures", "savefig.dpi": 200}  # equal pictures, equal files
-TOY = {"teacher": (1.0, 5.0, 6.0), "student 1": (1.0, 5.9, 5.6), "student 2": (0.125, 0.625, 0.75)}
+CYCLE = ("cycler(color=['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', 'k', '#F0E442'], "
+         "marker=['o', 's', 'D', '^', 'v', 'P', 'X', '*'], "
+         "linestyle=['-', '--', '-.', ':', '-', '--', '-.', ':'])")
+STYLE = {
+    "axes.prop_cycle": CYCLE,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 9,
+    "figure.constrained_layout.use": True,
+    "figure.titlesize": 9,
+    "font.size": 9,
+    "image.cmap": "cividis",
+    "legend.frameon": False,
+    "lines.markersize": 3,
+    "savefig.dpi": 200,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "figures",      # equal pictures, equal files
+}
+CHECKPOINTS = "pair", "teacher_checkpoint", "plain", "zscore"
+NEEDS = {"toy": (), "curves": ("pair",), "logits": CHECKPOINTS, "difference": CHECKPOINTS}
 
 
-def panels(width, height, *grid, **options):
-    """(figure, axes): inches, and matplotlib's subplots."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(*grid, **options)
+def panels(width, height, rows, columns, **options):
+    """(figure, axes); width and height in inches."""
+    figure = Figure(figsize=(width, height))
+    return figure, figure.subplots(rows, columns, **options)
 
 
-def save(figure, out, name, numbers=None):
-    """The figure as out/NAME.png and .svg; numbers, if any, as out/NAME.json."""
+def save(figure, out, name):
     with runs.disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        if numbers:
-            (out / f"{name}.json").write_text(json.dumps(runs.rounded(numbers)) + "\n")
         figure.savefig(out / f"{name}.png")
         figure.savefig(out / f"{name}.svg", metadata={"Date": None})
     click.echo(f"{out / name}.png and .svg")
@@ -57,23 +70,34 @@ def save(figure, out, name, numbers=None):
 # ---------------------------------------------------------------- the paper's toy case
 
 
-def toy(flags):
-    """A wrong student near the teacher's logits, a right one of an eighth of their range (paper, fig. 2)."""
-    logits = {name: torch.tensor([values], dtype=torch.float64) for name, values in TOY.items()}
-    losses = {name: (kd_loss(z, logits["teacher"], 1.0, zscore=False).item(),
-                     kd_loss(z, logits["teacher"], 1.0).item()) for name, z in logits.items()}
+TOY = {"teacher": (1.0, 5.0, 6.0), "student 1": (1.0, 5.9, 5.6), "student 2": (0.125, 0.625, 0.75)}
+
+
+def toy(out):
+    """A wrong student near the teacher's logits, a right one of an eighth of their range (paper, fig. 2).
+
+    Returns the students' losses, {"plain logits", "standardized logits"} to (2,).
+    """
     figure, axes = panels(8, 3, 1, 3, width_ratios=(2, 1, 1))
-    for i, (name, values) in enumerate(TOY.items()):
-        places = [k + 0.27 * (i - 1) for k in range(3)]
-        axes[0].bar(places, values, 0.25, label=f"{name}: class {logits[name].argmax()}", color=COLOURS[i])
-        if name != "teacher":
-            for panel, loss in zip(axes[1:], losses[name]):
-                panel.bar_label(panel.bar(name, loss, 0.6, color=COLOURS[i]), fmt="%.2f")
+    logits = torch.tensor(list(TOY.values()), dtype=torch.float64)
+    for i, name in enumerate(TOY):
+        classes = torch.arange(3) + 0.27 * (i - 1)
+        label = f"{name}: class {logits[i].argmax()}"
+        axes[0].bar(classes, logits[i], 0.25, label=label)
     axes[0].set(xticks=range(3), ylim=(0, 9), xlabel="class", ylabel="logit", title="logits, predicted class")
-    axes[0].legend(frameon=False)
-    for panel, title in zip(axes[1:], ("plain logits", "standardized logits")):
+    axes[0].legend()
+    students = logits[1:]
+    teacher = logits[:1].expand(2, 3)
+    losses = {
+        "plain logits": kd_loss(students, teacher, 1.0, zscore=False, reduction="none"),
+        "standardized logits": kd_loss(students, teacher, 1.0, reduction="none"),
+    }
+    for panel, title in zip(axes[1:], losses):
+        bars = panel.bar(["student 1", "student 2"], losses[title], 0.6, color=["C1", "C2"])
+        panel.bar_label(bars, fmt="%.2f")
         panel.set(ylabel="KL(teacher || student), nats", title=title)
-    save(figure, flags["out"], "toy", losses)
+    save(figure, out, "toy")
+    return losses
 
 
 # ---------------------------------------------------------------- from results/
@@ -81,145 +105,155 @@ def toy(flags):
 
 def budget_of(record):
     """Runs of one budget are compared: (full length, epochs, training images, data)."""
-    recipe, full = record["recipe"], record["full_length"]
-    return full, 0 if full else record["epochs"], recipe["train_images"] or 50_000, recipe["data"]
+    recipe = record["recipe"]
+    full = record["full_length"]
+    epochs = 0 if full else record["epochs"]
+    images = recipe["train_images"] or 50_000
+    return full, epochs, images, recipe["data"]
 
 
-def records_of(flags):
-    """({method: its records by seed}, title) of a pair and its student from scratch, of one budget."""
-    teacher, student = flags["pair"].split("-")
-    records = [json.loads(path.read_text()) | {"name": path.stem} for path in flags["results"].glob("*.json")]
-    records = [r for r in records if r["student"] == student and r["teacher"] in (teacher, None)]
-    taught = [r for r in records if r["teacher"]]
+def records_of(pair, methods, folder):
+    """(records, title) of a pair and of its student from scratch, of one budget and one teacher."""
+    teacher, student = pair.split("-")
+    records = []
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text())
+        record["log"] = folder / "logs" / f"{path.stem}.jsonl.gz"
+        of_pair = record["student"] == student and record["teacher"] in (teacher, None)
+        if of_pair and record["method"] in methods:
+            records.append(record)
+    taught = [record for record in records if record["teacher"]]
     if not taught:
-        raise RunError(f"{flags['results']} holds no row of {flags['pair']}; python reproduce.py --pairs "
-                       f"{flags['pair']} makes them")
+        raise RunError(f"{folder} has no distilled row of {pair} by {', '.join(methods)}; "
+                       f"python reproduce.py --pairs {pair} makes some")
     budget = max(map(budget_of, taught))
-    groups, teachers = {}, set()
-    for r in sorted(records, key=lambda r: r["seed"]):
-        if budget_of(r) == budget:
-            groups.setdefault(r["method"], []).append(r)
-            if r["teacher"]:
-                teachers.add(r["recipe"].get("teacher_sha256"))
+    records = [record for record in records if budget_of(record) == budget]
+    teachers = {record["recipe"].get("teacher_sha256") for record in records if record["teacher"]}
     if len(teachers) > 1:
-        raise RunError(f"the rows of {flags['pair']} were taught by different teachers and are not compared")
+        raise RunError(f"the rows of {pair} were taught by different teachers and are not compared")
     full, epochs, images, _ = budget
     length = "full length" if full else f"{epochs} epochs on {images:,} images"
-    return groups, f"{teacher} → {student}, {length}"
+    return records, f"{teacher} → {student}, {length}"
 
 
-def log_of(record, results):
-    """A record's test accuracies and training cross-entropies, (2, epochs).
+def log_of(record):
+    """A record's test accuracies and training cross-entropies, (epochs, 2).
 
     MLKD's cross-entropy, a sum over two views in the log, is halved.
     """
-    with gzip.open(results / "logs" / f"{record['name']}.jsonl.gz", "rt") as file:
+    with gzip.open(record["log"], "rt") as file:
         rows = [json.loads(line) for line in file]
     views = 2 if record["method"].startswith("mlkd") else 1
-    return [[row["test_top1"] for row in rows], [row["ce"] / views for row in rows]]
+    return torch.tensor([[row["test_top1"], row["ce"] / views] for row in rows])
 
 
 def curves(flags):
-    """Test accuracy and training cross-entropy by epoch: the mean and the range of a method's seeds."""
-    groups, title = records_of(flags)
+    """Test accuracy and training cross-entropy by epoch: the mean and the range of a method's seeds.
+
+    Returns {label: (seeds, epochs, 2)}.
+    """
+    methods = flags["methods"].split(",")
+    records, title = records_of(flags["pair"], methods, flags["results"])
     figure, axes = panels(8, 3.4, 1, 2)
-    numbers = {}
-    for method in flags["methods"].split(","):
-        if method not in groups:
+    drawn = {}
+    for method in methods:
+        logs = [log_of(record) for record in records if record["method"] == method]
+        if not logs:
             continue
-        i, name = len(numbers), f"{recipes.display_name(method)} (n = {len(groups[method])})"
-        logs = torch.tensor([log_of(record, flags["results"]) for record in groups[method]])
-        numbers[name] = logs.tolist()
-        epochs = range(1, logs.shape[2] + 1)
-        for panel, values in zip(axes, logs.unbind(1)):
-            panel.plot(epochs, values.mean(0), ("-", "--", "-.", ":")[i % 4], color=COLOURS[i % 8],
-                       marker="osD^vPX*"[i % 8], markersize=3, markevery=max(1, len(epochs) // 12),
-                       label=name)
-            panel.fill_between(epochs, values.amin(0), values.amax(0), color=COLOURS[i % 8], alpha=0.2,
-                               linewidth=0)
-    if not numbers:
-        raise RunError(f"no row of {flags['pair']} has one of the methods {flags['methods']}")
+        label = f"{recipes.display_name(method)} (n = {len(logs)})"
+        drawn[label] = torch.stack(logs)
+        epochs = range(1, len(logs[0]) + 1)
+        every = max(1, len(epochs) // 12)
+        for panel, values in zip(axes, drawn[label].unbind(2)):
+            panel.plot(epochs, values.mean(0), markevery=every, label=label)
+            panel.fill_between(epochs, values.amin(0), values.amax(0), alpha=0.2, linewidth=0)
     axes[0].set(xlabel="epoch", ylabel="top-1 on the test split, %")
     axes[1].set(xlabel="epoch", ylabel="cross-entropy in training, nats")
-    axes[0].legend(frameon=False)
-    figure.suptitle(title, fontsize=9)
-    save(figure, flags["out"], "curves", numbers)
+    axes[0].legend()
+    figure.suptitle(title)
+    save(figure, flags["out"], "curves")
+    return drawn
 
 
 # ---------------------------------------------------------------- from checkpoints
 
 
+def open_student(path, name, zscore):
+    """(network, title). RunError where the file's metadata has the other `zscore`."""
+    network, metadata = open_checkpoint(path, name)
+    if metadata.get("zscore", zscore) != zscore:
+        raise RunError(f"{path} is of a run with zscore={not zscore}: exchange --plain and --zscore")
+    run = {"method": "kd"} | metadata | {"zscore": zscore}
+    method = recipes.method_name(run)
+    return network, f"{name}, {recipes.display_name(method)}"
+
+
 @torch.no_grad()
 def logits_of(flags):
-    """{"teacher", "plain", "zscore"} to logits (N, K), float32 on the CPU, and to titles; targets (N,)."""
-    teacher, student = flags["pair"].split("-")
+    """Of the teacher and both students: logits (3, N, K), float32 on the CPU, and titles; targets (N,)."""
+    teacher_name, student = flags["pair"].split("-")
     device = cli.pick_device(flags["device"])
     cli.set_backends(deterministic=False)
     split = load_data("cifar100", flags["data_dir"], device).test
-    logits, titles = {}, {}
-    for who in ("teacher", "plain", "zscore"):
-        if who == "teacher":
-            network, _ = open_checkpoint(flags["teacher_checkpoint"], teacher, prefer="teacher")
-            titles[who] = f"teacher {teacher}"
-        else:
-            network, metadata = open_checkpoint(flags[who], student)
-            if metadata.get("zscore") not in (None, who == "zscore"):
-                how = "without" if who == "zscore" else "with"
-                raise RunError(f"--{who} {flags[who]}: this student was distilled {how} --zscore")
-            method = recipes.method_name({"method": "kd"} | metadata | {"zscore": who == "zscore"})
-            titles[who] = f"{student}, {recipes.display_name(method)}"
+    teacher, _ = open_checkpoint(flags["teacher_checkpoint"], teacher_name, prefer="teacher")
+    plain, plain_title = open_student(flags["plain"], student, False)
+    zscore, zscore_title = open_student(flags["zscore"], student, True)
+    logits = []
+    for network in (teacher, plain, zscore):
         network.to(device)
-        logits[who] = torch.cat([network(normalise(x)) for x in split.images.split(2000)]).cpu()
-    return logits, titles, split.targets.cpu()
+        chunks = [network(normalise(images)) for images in split.images.split(2000)]
+        logits.append(torch.cat(chunks).cpu())
+    titles = f"teacher {teacher_name}", plain_title, zscore_title
+    return torch.stack(logits), titles, split.targets.cpu()
 
 
-def histogram(flags, logits, titles, targets):
+def histogram(logits, titles, out):
     """The bivariate histogram of each image's mean and standard deviation of logits."""
-    points = {who: torch.stack([v.mean(1), v.std(1, correction=0)], 1) for who, v in logits.items()}
-    everything = torch.cat(list(points.values()))
-    lowest, highest = everything.amin(0).tolist(), everything.amax(0).tolist()
-    means, deviations = (torch.linspace(lowest[i], highest[i], 61) for i in range(2))
-    counts = {who: torch.histogramdd(x, [means, deviations]).hist for who, x in points.items()}
-    scale = matplotlib.colors.LogNorm(1, max(x.max().item() for x in counts.values()))
+    means = logits.mean(2).numpy()
+    deviations = logits.std(2, correction=0).numpy()
+    limits = [(means.min(), means.max()), (deviations.min(), deviations.max())]
     figure, axes = panels(8.4, 3.2, 1, 3, sharex=True, sharey=True)
-    for panel, (who, count) in zip(axes, counts.items()):
-        image = panel.pcolormesh(means.numpy(), deviations.numpy(), count.T.numpy(), cmap="cividis",
-                                 norm=scale, rasterized=True)
-        deviation = points[who][:, 1]
-        panel.set(title=f"{titles[who]}:\ndeviation {deviation.mean():.2f} ± {deviation.std():.2f}")
+    norm = matplotlib.colors.LogNorm(1)
+    highest = 0
+    for panel, title, mean, deviation in zip(axes, titles, means, deviations):
+        counts, _, _, image = panel.hist2d(mean, deviation, 60, range=limits, norm=norm,
+                                              rasterized=True)
+        highest = max(highest, counts.max())
+        panel.set(title=f"{title}:\ndeviation {deviation.mean():.2f} ± {deviation.std():.2f}")
         panel.set_xlabel("mean of an image's logits", loc="left")       # its power of ten is on the right
+    norm.vmax = highest
     axes[0].set_ylabel("standard deviation of an image's logits")
     axes[0].ticklabel_format(axis="x", scilimits=(-2, 3))
     axes[0].locator_params(axis="x", nbins=4)
     figure.colorbar(image, ax=axes, label="test images in a cell")
-    save(figure, flags["out"], "logits")
+    save(figure, out, "logits")
 
 
 def class_gaps(teacher, student, targets):
     """|teacher's - student's| logits (N, K), averaged over each class's images: (K, K), images by logits."""
     classes = teacher.shape[1]
     sums = torch.zeros(classes, classes).index_add_(0, targets, teacher - student)
-    return (sums / targets.bincount(minlength=classes)[:, None]).abs()
+    counts = targets.bincount(minlength=classes)
+    means = sums / counts[:, None]
+    return means.abs()
 
 
-def difference(flags, logits, titles, targets):
+def difference(logits, titles, targets, out):
     """`class_gaps` of both students, before and after standardization."""
     figure, axes = panels(8, 7, 2, 2)
-    standardized = {who: weighted_zscore(x) for who, x in logits.items()}
-    for line, (what, z) in zip(axes, (("logits", logits), ("standardized logits", standardized))):
-        maps = {who: class_gaps(z["teacher"], z[who], targets) for who in ("plain", "zscore")}
-        highest = max(gaps.max().item() for gaps in maps.values())
-        for panel, (who, gaps) in zip(line, maps.items()):
-            image = panel.imshow(gaps.numpy(), cmap="cividis", vmin=0, vmax=highest)
-            panel.set(title=f"{titles[who]}, {what}:\nmean {gaps.mean():.2f}, maximum {gaps.max():.2f}",
-                      xlabel="logit of class", ylabel="images of class")
-        figure.colorbar(image, ax=line, label=f"|difference of means|, {what}")
-    save(figure, flags["out"], "difference")
+    kinds = {"logits": logits, "standardized logits": weighted_zscore(logits)}
+    for line, (kind, (teacher, *students)) in zip(axes, kinds.items()):
+        maps = [class_gaps(teacher, student, targets) for student in students]
+        highest = torch.stack(maps).max()
+        for panel, title, gaps in zip(line, titles[1:], maps):
+            image = panel.imshow(gaps, vmin=0, vmax=highest)
+            numbers = f"mean {gaps.mean():.2f}, maximum {gaps.max():.2f}"
+            panel.set(title=f"{title}, {kind}:\n{numbers}", xlabel="logit of class", ylabel="images of class")
+        figure.colorbar(image, ax=line, label=f"|difference of means|, {kind}")
+    save(figure, out, "difference")
 
 
-# what each picture needs
-NEEDS = {"toy": (), "curves": ("pair",), "logits": ("pair", "teacher_checkpoint", "plain", "zscore"),
-         "difference": ("pair", "teacher_checkpoint", "plain", "zscore")}
+FOLDER = cli.UserPath(path_type=Path)
 
 
 @click.command(cls=cli.Command, help=__doc__)
@@ -228,7 +262,7 @@ NEEDS = {"toy": (), "curves": ("pair",), "logits": ("pair", "teacher_checkpoint"
 @click.option("--pair", metavar="T-S", help="TEACHER-STUDENT.")
 @click.option("--methods", metavar="M,...", default="none,kd,kd-z,dkd,dkd-z", show_default=True,
               help="curves: methods, as in results/.")
-@click.option("--results", metavar="DIR", default=ROOT / "results", type=cli.UserPath(path_type=Path),
+@click.option("--results", metavar="DIR", default=ROOT / "results", type=FOLDER,
               help="curves: records.  [default: results/ here]")
 @click.option("--teacher-checkpoint", type=cli.PATH, metavar="FILE", help="logits, difference: the teacher.")
 @click.option("--plain", type=cli.PATH, metavar="FILE", help="student.pt of a run without --zscore.")
@@ -236,7 +270,7 @@ NEEDS = {"toy": (), "curves": ("pair",), "logits": ("pair", "teacher_checkpoint"
 @click.option("--data-dir", type=cli.PATH, metavar="DIR", default="data", show_default=True,
               help="logits, difference: folder of cifar-100-python.")
 @click.option("--device", type=click.Choice(["cuda", "mps", "cpu"]), help="[default: the best there is]")
-@click.option("--out", metavar="DIR", default=ROOT / "figures", type=cli.UserPath(path_type=Path),
+@click.option("--out", metavar="DIR", default=ROOT / "figures", type=FOLDER,
               help="[default: figures/ here]")
 def main(names, **flags):
     if matplotlib is None:
@@ -247,17 +281,18 @@ def main(names, **flags):
         missing = [f"--{k.replace('_', '-')}" for k in NEEDS[name] if flags[k] is None]
         if missing:
             raise click.UsageError(f"{name} needs {', '.join(missing)}")
+    out = flags["out"]
     with cli.friendly_errors(), matplotlib.rc_context(STYLE):
         if "toy" in names:
-            toy(flags)
+            toy(out)
         if "curves" in names:
             curves(flags)
         if "logits" in names or "difference" in names:
-            networks = logits_of(flags)
-            if "logits" in names:
-                histogram(flags, *networks)
-            if "difference" in names:
-                difference(flags, *networks)
+            logits, titles, targets = logits_of(flags)
+        if "logits" in names:
+            histogram(logits, titles, out)
+        if "difference" in names:
+            difference(logits, titles, targets, out)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-pytest.importorskip("matplotlib")
+matplotlib = pytest.importorskip("matplotlib")
 
 import data
 import figures
@@ -34,10 +34,13 @@ def call(*arguments, code=0):
     return result.output
 
 
-def numbers(name):
-    """The content of out/NAME.json; the pictures next to it exist."""
+def drawn(function, *arguments):
+    """What a drawing function returns; its pictures are in out/."""
+    with matplotlib.rc_context(figures.STYLE):
+        numbers = function(*arguments)
+    name = function.__name__
     assert Path(f"out/{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and "</svg>" in svg(name)
-    return json.loads(Path(f"out/{name}.json").read_text())
+    return numbers
 
 
 def results(**accuracies):
@@ -61,13 +64,13 @@ def svg(name):
 
 
 def test_the_toy_case_is_the_papers_point():
-    call("toy")
-    losses = numbers("toy")
-    wrong, right = losses["student 1"], losses["student 2"]
+    losses = drawn(figures.toy, Path("out"))
+    wrong, right = zip(*(values.tolist() for values in losses.values()))
     assert wrong[0] < right[0] and wrong[1] > right[1] and right[1] == pytest.approx(0, abs=1e-12)
     p, q = (np.exp(x) / np.exp(x).sum() for x in (figures.TOY["teacher"], figures.TOY["student 1"]))
     assert wrong[0] == pytest.approx((p * np.log(p / q)).sum(), rel=1e-5)
     assert "student 1: class 1" in svg("toy") and "student 2: class 2" in svg("toy")
+    call("toy")
     first = svg("toy")
     call("toy")
     assert svg("toy") == first      # equal pictures are equal files
@@ -75,16 +78,21 @@ def test_the_toy_case_is_the_papers_point():
 
 def test_curves_show_every_seed():
     results(none=[20.0], kd=[30.0, 34.0], kd_z=[40.0])
+    flags = {"pair": "resnet56-resnet8", "methods": "none,kd,kd-z,dkd", "results": Path("results"),
+             "out": Path("out")}
+    logs = drawn(figures.curves, flags)
+    assert list(logs) == ["from scratch (n = 1)", "KD (n = 2)", "KD+Z (n = 1)"]
+    assert logs["KD (n = 2)"].tolist() == [[[15, 4], [30, 2]], [[17, 5], [34, 3]]]
     call("curves", "--pair", "resnet56-resnet8")
-    assert numbers("curves")["KD (n = 2)"] == [[[15, 30], [4, 2]], [[17, 34], [5, 3]]]
     assert all(words in svg("curves") for words in ("KD (n = 2)", "KD+Z (n = 1)", "2 epochs on 100 images"))
     output = call("curves", "--pair", "resnet56-resnet8", "--methods", "ttm", code=1)
-    assert "no row of resnet56-resnet8 has one of the methods ttm" in output
+    assert "results has no distilled row of resnet56-resnet8 by ttm; python reproduce.py" in output
     record = json.loads(Path("results/kd-z-0.json").read_text())
     record["recipe"]["teacher_sha256"] = "another"
     Path("results/kd-z-0.json").write_text(json.dumps(record))
     assert "taught by different teachers" in call("curves", "--pair", "resnet56-resnet8", code=1)
-    assert "holds no row of resnet32x4-resnet8x4" in call("curves", "--pair", "resnet32x4-resnet8x4", code=1)
+    output = call("curves", "--pair", "resnet32x4-resnet8x4", code=1)
+    assert "has no distilled row of resnet32x4-resnet8x4" in output
 
 
 @pytest.fixture
@@ -131,7 +139,7 @@ def test_the_heat_map_is_the_mean_difference_of_each_class(networks):
 def test_a_student_of_the_other_kind_is_refused(networks):
     flags, _, _ = networks
     Path("plain.pt").write_bytes(Path("zscore.pt").read_bytes())
-    assert "--plain plain.pt: this student was distilled with --zscore" in call("logits", *flags, code=1)
+    assert "plain.pt is of a run with zscore=True: exchange" in call("logits", *flags, code=1)
 
 
 @pytest.mark.parametrize("arguments, code, words", [
@@ -153,12 +161,17 @@ def test_without_matplotlib_it_says_so(monkeypatch):
     assert call("toy", code=1) == "Error: the pictures need matplotlib: pip install matplotlib\n"
 
 
+def words(text):
+    """The texts of an SVG file: titles, labels, ticks, numbers."""
+    return re.findall(r"<text[^>]*>([^<]*)</text>", text)
+
+
 def test_the_kept_pictures_are_what_the_results_say():
     os.symlink(ROOT / "results", "results")
     call("toy", "curves", "--pair", "resnet56-resnet20")
     for name in ("toy", "curves"):
-        kept = (ROOT / "figures" / f"{name}.json").read_text()
-        assert Path("out", f"{name}.json").read_text() == kept, f"draw figures/{name} again"
+        kept = (ROOT / "figures" / f"{name}.svg").read_text()
+        assert words(svg(name)) == words(kept), f"draw figures/{name} again"
 
 
 TEXTS = [p.read_text(encoding="utf-8") for p in (ROOT / "README.md", ROOT / "NOTES.md") if p.exists()]
