@@ -297,7 +297,7 @@ def test_a_student_of_cifar10_has_its_classes_and_pixels(monkeypatch):
         assert (images.temperature is None) == (name == "plain.pt")
         assert torch.equal(images.test.images, expected.test.images)
         assert torch.equal(images.test.targets, expected.test.targets)
-        assert images.classes == list(data.CIFAR10_CLASSES)
+        assert images.classes == data.CIFAR10_CLASSES
 
 
 # ---------------------------------------------------------------- plain state_dicts
