@@ -46,7 +46,7 @@ VERIFIED = 1, 2, 7, 64      # batch sizes
 LIMITS = {"fp32": 1e-4, "fp16": 1e-2, "int8": math.inf}     # largest error, relative to the largest logit
 MOST = 5000                 # images that fit the temperature, and of a folder that measure accuracy
 SECONDS = 1.0               # of a latency
-HISTORY = "teacher", "method", "zscore", "feature", "entropy_temp", "epochs", "seed", "data"   # for metadata
+HISTORY = "method", "zscore", "feature", "entropy_temp", "epochs", "seed", "data"   # for metadata
 ADVICE = "try --exclude-first-last, --calibration 2048 or a lower --agreement"
 
 
@@ -269,8 +269,8 @@ def fit(student, images, expected):
 def write_fp32(student, opset, path):
     """One ONNX file with the weights inside, for any number of images."""
     size = student.preprocessing.size
-    kind = torch.float if student.float_input else torch.uint8
-    example = torch.zeros(2, 3, size, size, dtype=kind)
+    images = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+    example = torch.from_numpy(student.feed(images))
     outputs = ["logits"]
     if student.temperature is not None:
         outputs.append("probabilities")
@@ -342,10 +342,8 @@ def add_to_logits(path, lost):
 def finish(path, metadata):
     """Saves a file with this metadata, without source paths, for the oldest onnxruntime that can run it."""
     model = onnx.load(path)
-    graph = model.graph
-    for item in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
-        item.ClearField("metadata_props")
-        item.ClearField("doc_string")
+    for node in model.graph.node:
+        node.ClearField("metadata_props")       # where in the source it is from
     standard = [entry for entry in model.opset_import if entry.domain == ""]
     del model.opset_import[:]       # the quantizer adds others, which it does not use
     model.opset_import.extend(standard)
@@ -440,16 +438,17 @@ def table(rows):
 
 def describe(student, classes):
     """The metadata that say what the network is and takes. classes: where the student has none."""
-    metadata, size = student.metadata, student.preprocessing.size
-    found = {k: metadata[k] for k in HISTORY if metadata.get(k) is not None}
-    if "teacher" in found:
-        found["teacher"] = label(found["teacher"])
-    return found | student.preprocessing._asdict() | {
+    metadata = student.metadata
+    number = metadata["num_classes"]
+    numbered = [f"class {i}" for i in range(number)]
+    history = {k: metadata[k] for k in HISTORY if metadata.get(k) is not None}
+    return history | student.preprocessing._asdict() | {
+        "teacher": label(metadata.get("teacher") or "none"),
         "network": student.network.name,
-        "num_classes": metadata["num_classes"],
-        "classes": student.classes or classes or [f"class {i}" for i in range(metadata["num_classes"])],
+        "num_classes": number,
+        "classes": student.classes or classes or numbered,
         "input": "normalised float32" if student.float_input else "uint8",
-        "size": [size, size],
+        "size": [student.preprocessing.size] * 2,
         "version": runs.VERSION,
         "weights_sha256": weights_sha256(student.network)}
 
