@@ -36,6 +36,7 @@ import cli
 import run as runs
 from checkpoints import open_checkpoint, weights_sha256
 from data import CIFAR, PAD, Split, cifar_folder, epoch_draws, load_data, load_folders, read_images
+from distill import top_k_hits
 from models import MODELS
 from networks import TORCHVISION
 from recipes import label
@@ -93,9 +94,11 @@ class InferenceModel(torch.nn.Module):
         found = []
         for part in images.split(BATCH):
             if call is None:
-                found.append(self.network(self.preprocessing.normalise(part)))
+                part = self.preprocessing.normalise(part)
+                found.append(self.network(part))
             else:
-                found.append(torch.from_numpy(call(self.feed(part))))
+                part = self.feed(part)
+                found.append(torch.from_numpy(call(part)))
         return torch.cat(found).double()
 
 
@@ -114,9 +117,9 @@ def load_student(path, name=None, float_input=False, classes=None, mean=None, st
                    f"{preprocessing.mean}, {preprocessing.std}, at {preprocessing.size} pixels "
                    "(--mean, --std, --size; --classes names the classes)")
     names = classes or metadata.get("classes")
-    if names and len(names) != metadata["num_classes"]:
-        raise ValueError(f"--classes has {len(names)} names, one a line; the network "
-                         f"{metadata['num_classes']}")
+    number = metadata["num_classes"]
+    if names and len(names) != number:
+        raise ValueError(f"--classes has {len(names)} names, one a line; the network {number}")
     return InferenceModel(network, metadata, preprocessing, names, float_input).eval()
 
 
@@ -133,11 +136,11 @@ def three_numbers(text):
 
 class Images(NamedTuple):
     """A student's images as Splits, None where there are none."""
-    calibration: Split = None    # training images, for the ranges of int8
-    temperature: Split = None    # images that training did not see
+    calibration: Split = None   # training images, for the ranges of int8
+    temperature: Split = None   # images that training did not see
     test: Split = None
-    source: str = ""                    # of the temperature's images
-    classes: list = []                  # their names
+    source: str = ""            # of the temperature's images
+    classes: list = ()          # their names
 
 
 def find_images(student, data_dir, count):
@@ -240,8 +243,10 @@ def calibration_of(logits, targets, temperature, bins=15):
     log_p = (logits / temperature).log_softmax(1)
     confidence, predicted = log_p.exp().max(1)
     gaps = (predicted == targets).double() - confidence
-    indices = (confidence * bins).long().clamp(max=bins - 1)
-    ece = torch.bincount(indices, gaps).abs().sum() / len(targets)
+    indices = (confidence * bins).long()
+    indices = indices.clamp(max=bins - 1)
+    sums = torch.bincount(indices, gaps)
+    ece = sums.abs().sum() / len(targets)
     nll = torch.nn.functional.nll_loss(log_p, targets)
     return {"nll": nll.item(), "ece": ece.item()}
 
@@ -256,7 +261,9 @@ def fit(student, images, expected):
     found = {"temperature": temperature, "temperature_fitted_on": source}
     click.echo(f"temperature {temperature:.4g}, fitted on {source}")
     if images.test:
-        before, after = (calibration_of(expected, images.test.targets, t) for t in (1, temperature))
+        targets = images.test.targets
+        before = calibration_of(expected, targets, 1)
+        after = calibration_of(expected, targets, temperature)
         found["calibration"] = {"before": before, "after": after}
         click.echo(f"on {len(expected)} test images: expected calibration error {before['ece']:.4f} -> "
                    f"{after['ece']:.4f}, negative log-likelihood {before['nll']:.4f} -> {after['nll']:.4f}")
@@ -324,7 +331,8 @@ def write_int8(source, student, images, symmetric, exclude_first_last, path):
                        "OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]})
     before = student.logits(images, load(source))
     after = student.logits(images, load(path))
-    add_to_logits(path, (before - after).mean(0).float().numpy())
+    lost = (before - after).mean(0)
+    add_to_logits(path, lost.float().numpy())
 
 
 def add_to_logits(path, lost):
@@ -335,7 +343,8 @@ def add_to_logits(path, lost):
     nodes[last].output[0] = "quantized_logits"
     add = onnx.helper.make_node("Add", ["quantized_logits", "correction"], ["logits"])
     nodes.insert(last + 1, add)
-    model.graph.initializer.append(onnx.numpy_helper.from_array(lost, "correction"))
+    correction = onnx.numpy_helper.from_array(lost, "correction")
+    model.graph.initializer.append(correction)
     onnx.save(model, path)
 
 
@@ -389,11 +398,13 @@ def verify(path, student, images, expected, limit):
     return error
 
 
-def accuracy(logits, targets):
-    """Top-1 and top-5, %."""
-    best = logits.topk(min(5, logits.shape[1])).indices
-    shares = 100 * (best == targets[:, None]).double().mean(0)      # of the first class, the second, ...
-    return {"top1": shares[0].item(), "top5": shares.sum().item()}
+def accuracy(logits, test):
+    """Top-1 and top-5, %; nothing without test images."""
+    if test is None:
+        return {}
+    hits = top_k_hits(logits, test.targets)
+    top1, top5 = (100 * hits.double() / len(logits)).tolist()
+    return {"top1": top1, "top5": top5}
 
 
 def seconds(call, inputs):
@@ -463,9 +474,9 @@ def export(student, images, flags, folder, out):
     noise = torch.randint(256, (BATCH, 3, size, size), dtype=torch.uint8)
     sample = (test or images.calibration or Split(noise, None)).images
     expected = student.logits(sample)
-    metadata = describe(student, images.classes) | fit(student, images, expected)
-    if test:
-        metadata |= accuracy(expected, test.targets)
+    metadata = describe(student, images.classes)
+    metadata |= fit(student, images, expected)
+    metadata |= accuracy(expected, test)
     if flags["probabilities"]:
         student.temperature = metadata["temperature"]
     source = folder / f"{student.network.name}.onnx"
@@ -475,10 +486,9 @@ def export(student, images, flags, folder, out):
         try:
             write(path)
             logits = student.logits(sample, load(path))
-            same = logits.argmax(1) == expected.argmax(1)
-            row = {"precision": precision, "agreement": same.double().mean().item(), "compared": len(same)}
-            if test:
-                row |= accuracy(logits, test.targets)
+            same = (logits.argmax(1) == expected.argmax(1)).double()
+            row = {"precision": precision, "agreement": same.mean().item(), "compared": len(same)}
+            row |= accuracy(logits, test)
             finish(path, metadata | row)
             row["error"] = verify(path, student, sample, expected, LIMITS[precision])
             if precision == "int8" and row["agreement"] < flags["agreement"]:
@@ -489,10 +499,10 @@ def export(student, images, flags, folder, out):
             if precision == "fp32":
                 break
             continue
-        row["file"] = path.name
-        row["bytes"] = path.stat().st_size
-        row["speed"] = speeds(path, student, sample)
-        rows[precision] = row
+        rows[precision] = row | {
+            "file": path.name,
+            "bytes": path.stat().st_size,
+            "speed": speeds(path, student, sample)}
     if rows:
         publish(rows, failures, metadata, folder, out)
     if failures:
