@@ -2,7 +2,7 @@
 
 \b
   python bench.py                                        resnet56-resnet20 and resnet32x4-resnet8x4
-  python bench.py --pairs resnet56-resnet20 --compile    one pair, torch.compile too
+  python bench.py --pairs resnet56-resnet20 --compile    one pair, by torch.compile
 
 The plain loop does what the field's code does: eager, float32, contiguous images, the teacher run for every
 batch, the loss read after every step. Its images come from this program's batched augmentation, so that no
@@ -73,35 +73,37 @@ def our_steps(recipe, data, world, folder, epochs, compile):
 
 def images_per_second(steps, images, device):
     """The rate of so many images of a loop."""
-    def now():
-        getattr(torch, device.type).synchronize()
-        return time.perf_counter()
-
-    begun, done = now(), 0
+    backend = getattr(torch, device.type)
+    backend.synchronize()
+    start = time.perf_counter()
+    done = 0
     while done < images:
         done += next(steps)
-    return done / (now() - begun)
+    backend.synchronize()
+    return done / (time.perf_counter() - start)
 
 
 def measure(pair, world, rounds, compile, folder):
     """{loop: [images per second in each round]} of a pair, TEACHER-STUDENT, after a round of warm-up."""
-    device, images = world.device, CHUNK[world.device.type]
+    device = world.device
+    images = CHUNK[device.type]
     teacher, student = pair.split("-")
     recipe = recipes.recipe(teacher, student, "kd", zscore=True)
-    recipe |= {"teacher": teacher, "student": student, "method": "kd", "zscore": True, "seed": 0,
-               "precision": cli.pick_precision(None, device)}
+    recipe |= {"teacher": teacher, "student": student, "method": "kd", "zscore": True, "seed": 0}
+    recipe["precision"] = cli.pick_precision(None, device)
     train = Split(*(x.to(device) for x in synthetic(images, 1)))
     data = Data(train, train, train, "test")
     torch.manual_seed(0)
     loops = {"plain loop": plain_steps(recipe, data, device)}
-    for name, compiled in (("this program", False), ("with --compile", True))[:1 + compile]:
-        for what, epochs in (("first epoch", itertools.count()), ("cached", itertools.repeat(0))):
-            place = Path(folder, pair, name, what)
-            loops[f"{name}, {what}"] = our_steps(recipe, data, world, place, epochs, compiled)
+    kinds = {"first epoch": itertools.count(), "cached": itertools.repeat(0)}   # epochs
+    for kind, epochs in kinds.items():
+        steps = our_steps(recipe, data, world, folder / pair / kind, epochs, compile)
+        loops[f"this program, {kind}"] = steps
     rates = {name: [] for name in loops}
     for _ in range(rounds + 1):
         for name, steps in loops.items():
-            rates[name].append(images_per_second(steps, images, device))
+            rate = images_per_second(steps, images, device)
+            rates[name].append(rate)
     return {name: values[1:] for name, values in rates.items()}
 
 
@@ -110,8 +112,8 @@ def table(pair, rates):
     lines = [f"| {pair} | images/s | ratio |", "| --- | --- | --- |"]
     for name, values in rates.items():
         ratio = median(own / plain for own, plain in zip(values, rates["plain loop"]))
-        lines.append(f"| {name} | {median(values):,.0f} ({min(values):,.0f} to {max(values):,.0f}) "
-                     f"| x {ratio:.2f} |")
+        spread = f"{min(values):,.0f} to {max(values):,.0f}"
+        lines.append(f"| {name} | {median(values):,.0f} ({spread}) | x {ratio:.2f} |")
     return "\n".join(lines)
 
 
@@ -119,7 +121,7 @@ def table(pair, rates):
 @click.option("--pairs", metavar="T-S,...", default="resnet56-resnet20,resnet32x4-resnet8x4",
               show_default=True, help="TEACHER-STUDENT.")
 @click.option("--rounds", type=cli.COUNT, default=7, show_default=True, help="Turns of each loop.")
-@click.option("--compile/--no-compile", default=False, help="torch.compile too; a minute more for each pair.")
+@click.option("--compile", is_flag=True, help="This program by torch.compile; a minute more.")
 @click.option("--device", type=click.Choice(["cuda", "mps", "cpu"]), help="[default: the best available]")
 def main(pairs, rounds, compile, device):
     world = World(device)
@@ -127,12 +129,12 @@ def main(pairs, rounds, compile, device):
     cli.tune_malloc()
     if compile:
         cli.check_compiler(world.device)
-    found = collect_facts(world.device)
-    click.echo(f"{found['device']}, {found['threads']} threads, torch {found['torch']}, "
-               f"Python {found['python']}, {rounds} rounds")
+    facts = collect_facts(world.device)
+    click.echo(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, {rounds} rounds")
     with cli.friendly_errors(), tempfile.TemporaryDirectory() as folder:
         for pair in pairs.split(","):
-            click.echo("\n" + table(pair, measure(pair, world, rounds, compile, folder)))
+            rates = measure(pair, world, rounds, compile, Path(folder))
+            click.echo("\n" + table(pair, rates))
 
 
 if __name__ == "__main__":
