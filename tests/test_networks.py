@@ -1,5 +1,6 @@
 """Networks by name in both scripts: models.py's, torchvision's, timm's, custom ones; first weights."""
 
+import http.client
 import os
 import re
 import shutil
@@ -16,7 +17,6 @@ from torch.nn import functional as F
 from torchvision.models import _api
 
 import checkpoints
-import cli
 import data
 import networks
 import teacher
@@ -105,10 +105,6 @@ def raises(num_classes):
     raise KeyError("width")
 
 
-def leaves(num_classes):
-    raise SystemExit("usage: nets.py")
-
-
 def without():
     return Net(3)
 
@@ -123,9 +119,6 @@ def lazy(num_classes):
 
 def frozen(num_classes):
     return Net(num_classes).requires_grad_(False)
-
-
-number, made = 3, Net(3)
 '''
 PARTS = '''
 from torch import nn
@@ -175,13 +168,12 @@ def folder(tmp_path, monkeypatch):
         for _ in range(9):
             net(torch.randn(8, 3, 32, 32))
     torch.save(net.state_dict(), "net.pt")
-    before, path = set(sys.modules), list(sys.path)
+    before = set(sys.modules)
     networks._module.cache_clear()
     yield tmp_path
     for name in set(sys.modules) - before:
         if (getattr(sys.modules[name], "__file__", None) or "").startswith(str(tmp_path)):
             del sys.modules[name]
-    sys.path[:] = path
 
 
 def call(script, *arguments, code=0):
@@ -223,8 +215,8 @@ def measured(network, script):
 
 
 @pytest.mark.parametrize("script, name", [
-    ("cifar", "nets.py:Both"), ("cifar", "package.deep:Net"), ("cifar", "timm:tiny_net"),
-    ("imagenet", "nets.py:Lists"), ("imagenet", "nets:Net")])
+    ("cifar", "nets.py:Both"), ("cifar", "timm:tiny_net"), ("imagenet", "nets.py:Lists"),
+    ("imagenet", "package.deep:Net")])
 def test_a_custom_network_is_teacher_and_student(script, name):
     """By file, module and timm: it teaches, is trained, resumed and evaluated; the numbers are those of the
     network itself, written out. A wrapper that changed a logit or a key would make all of them wrong."""
@@ -237,14 +229,13 @@ def test_a_custom_network_is_teacher_and_student(script, name):
     reference.load_state_dict(torch.load("net.pt"))
     top1, _ = measured(reference, script)
     assert f"(net.pt): {top1:.2f} % top-1 on the val images" in output
-    said = [line for line in output.splitlines() if "the first is taken" in line]
-    assert (f"notice: {name} returns 2 values; the first is taken as its logits" in said) == ("Both" in name)
-    assert (f"notice: {name} returns 3 values; the first is taken as its logits" in said) == ("Lists" in name)
+    values = {"nets.py:Both": 2, "nets.py:Lists": 3}.get(name)
+    assert (f"notice: {name} returns {values} values; the first is taken as its logits\n" in output) == (
+        values is not None)
     assert "finished before" in call(script, *flags)
 
     path = only("runs/*/student.pt")
-    shown = {"nets.py:Net": "nets-Net", "package.deep:Net": "package.deep-Net", "nets:Net": "nets-Net",
-             "timm:tiny_net": "timm-tiny_net"}.get(name, name.replace(".py:", "-"))
+    shown = name.replace(".py:", "-").replace(":", "-")
     assert re.match(f"{shown}@[0-9a-f]{{6}}-{shown}-kd-", path.parent.name)
     told = torch.load(path)
     assert told["student"] == name and told["model"].keys() == reference.state_dict().keys()
@@ -254,17 +245,6 @@ def test_a_custom_network_is_teacher_and_student(script, name):
     output = call(script, "--eval", path).splitlines()[-1]
     assert output.startswith(f"{name}: {top1:.2f} top-1, ")
     assert float(output.split("loss ")[1].split()[0]) == pytest.approx(loss, abs=2e-4)
-
-
-@both
-def test_a_run_with_a_custom_network_resumes_with_its_bits(script, killed):
-    flags = [*TAUGHT, "--student", "nets.py:Both", "--zscore", "--epochs", 2]
-    call(script, *flags, "--out", "whole")
-    with killed():
-        call(script, *flags, "--save-every", "1e-9", "--out", "broken")
-    assert "resuming from epoch 1, step 2" in call(script, *flags, "--out", "broken")
-    whole, broken = (torch.load(only(f"{out}/*/last.pt"))["model"] for out in ("whole", "broken"))
-    assert all(map(torch.equal, whole.values(), broken.values()))
 
 
 @pytest.mark.parametrize("script", ["cifar"])
@@ -301,24 +281,6 @@ def test_dry_run_walks_the_whole_path_with_a_custom(script):
     assert sorted(set(os.listdir()) - {"__pycache__"}) == before
 
 
-@pytest.mark.parametrize("name", ["models.py", "train_cifar.py"])
-def test_a_file_may_be_called_as_one_of_this_projects(folder, name):
-    """Many networks are in a models.py. It is not taken for this project's."""
-    before = dict(sys.modules)
-    Path(name).write_text("import math\nfrom parts import Body\n\n\ndef mine(num_classes):\n"
-                          "    body = Body()\n    body.append(__import__('nets').Net(num_classes))\n"
-                          "    return body[-1]\n")
-    assert networks.create(f"{name}:mine", 4)(torch.zeros(2, 3, 32, 32)).shape == (2, 4)
-    assert all(sys.modules[k] is v for k, v in before.items())
-
-
-def test_a_file_is_found_by_home_and_whole_paths(folder, monkeypatch):
-    monkeypatch.setenv("HOME", str(folder))
-    for name in ("~/nets.py:Net", f"{folder}/nets.py:Net", "./nets.py:Net"):
-        network = networks.create(name, 7)
-        assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 7) and network.name == "nets-Net"
-
-
 def test_a_check_leaves_no_trace_in_the_seeded_numbers():
     """A student's first weights are the seed's, whatever was looked at before."""
     torch.manual_seed(4)
@@ -339,10 +301,7 @@ WRONG = [
     ("nets.py:Dictionary", "nets.py:Dictionary makes dict of 2 images and 3 classes, not logits (2, 3)"),
     ("nets.py:Nothing", "nets.py:Nothing makes tuple of 2 images"),         # an empty tuple
     ("nets.py:nope", "fails (AttributeError: module 'nets' has no attribute 'nope')"),
-    ("nets.py:number", "fails (TypeError: 'int' object is not callable)"),
-    ("nets.py:made", "nets.py:made with num_classes=3 fails (TypeError: "),
     ("nets.py:raises", "nets.py:raises with num_classes=3 fails (KeyError: 'width')"),
-    ("nets.py:leaves", "fails (SystemExit: usage: nets.py)"),
     ("nets.py:without", "fails (TypeError: without() got an unexpected "),
     ("nets.py:none", "nets.py:none returns a NoneType, not a torch.nn.Module"),
     ("nets.py:lazy", "nets.py:lazy has lazy layers: give them their sizes"),
@@ -351,9 +310,7 @@ WRONG = [
     ("missing.py:x", "fails (ModuleNotFoundError: No module named 'nowhere_at_all')"),
     ("exits.py:x", "fails (SystemExit: 3)"),
     ("absent.py:x", "fails (ModuleNotFoundError: No module named 'absent')"),
-    ("no_such_package.nets:x", "fails (ModuleNotFoundError: No module named 'no_such_package')"),
     ("timm:tiny_net", "fails (ModuleNotFoundError: No module named 'timm')"),
-    (":x", "fails (ValueError: Empty module name)"),
 ]
 
 
@@ -381,8 +338,7 @@ def test_a_mistake_in_a_custom_network_ends_a_command(script, flags):
 
 
 @pytest.mark.parametrize("name, where", [
-    ("resnet18", "torchvision"), ("ResNet18", "models"), ("vgg11", "torchvision"), ("vgg8", "models"),
-    ("squeezenet1_1", "torchvision"), ("mobilenet_v2", "torchvision"), ("MobileNetV2", "models")])
+    ("resnet18", "torchvision"), ("ResNet18", "models"), ("vgg11", "torchvision"), ("vgg8", "models")])
 def test_a_name_is_torchvisions_in_train_imagenet_and_models_in_train_cifar(name, where):
     """vgg11 is in both, and resnet18 and ResNet18 differ in case alone: another network than was meant would
     train without a word."""
@@ -396,41 +352,19 @@ def test_a_name_is_torchvisions_in_train_imagenet_and_models_in_train_cifar(name
         assert name not in MODELS or type(networks.create(name, 5)).__module__ == "models"
 
 
-@pytest.mark.parametrize("script, name, first", [
-    ("cifar", "resnet50", "ResNet50"), ("cifar", "WRN_40_2", "wrn_40_2"),
-    ("imagenet", "ResNet-50", "resnet50")])
-def test_suggestions_compare_without_case(script, name, first):
-    """Who types resnet50 in train_cifar.py means ResNet50, not resnet56."""
-    for flag, more in (("--student", ["--method", "none"]), ("--teacher", ["--student", "resnet8"])):
-        line = last_line(script, flag, name, *more, code=2)
-        assert f"{flag} {name}: no such network; known, the nearest first: " in line
-        near = line.split("nearest first: ")[1].split(", ")
-        assert near[0].casefold() == first.casefold() and first in near[:2]
-        assert "a custom one is FILE.py:NAME" in line
-
-
-def test_nearest_first_keeps_every_name_once():
-    known = ["ResNet18", "resnet18", "vgg8", "wrn_16_2"]
-    assert sorted(cli.suggest("RESNET18", known).split(", ")) == sorted(known)
-    assert cli.suggest("zzz", known) == ", ".join(known)
-
-
 # ---------------------------------------------------------------- which network a file holds
 
 
-@pytest.mark.parametrize("name", ["resnet14", "vgg13"])
-def test_eval_knows_a_plain_state_dict_by_its_keys(name):
-    """Files from elsewhere seldom say which network they hold."""
-    torch.manual_seed(1)
-    network = create_model(name, 3)
+def test_eval_knows_a_plain_state_dict_by_its_keys():
+    """Files from elsewhere seldom name their network."""
+    network = create_model("resnet14", 3)
     torch.save({"state_dict": {f"module.{k}": v for k, v in network.state_dict().items()}}, "bare.pt")
     output = call("cifar", "--eval", "bare.pt")
-    assert f"{name}: " in output and "on the 9 val images" in output
+    assert "resnet14: " in output and "on the 9 val images" in output
     assert "notice: bare.pt has no mean and std of its images; these are taken: ((0.5071, " in output
 
 
-@both
-def test_eval_says_where_no_network_is_known(script):
+def test_eval_says_where_no_network_is_known(script="imagenet"):
     assert (last_line(script, "--eval", "net.pt") == "net.pt does not name its network, and its keys fit "
             "none: give --student")
     torch.save({"model": torch.load("net.pt"), "student": "resnet9"}, "says.pt")
@@ -481,23 +415,12 @@ def test_a_student_begins_with_a_file_and_a_new_head_where_classes_differ(script
         f", but for 2 of {len(fresh)} tensors, which start new: fc.weight, fc.bias" if head else "")
 
 
-@pytest.mark.parametrize("script", ["cifar"])
-def test_a_custom_network_begins_with_its_file(script):
-    output, state = begun(script, "--student-checkpoint", "net.pt", network="nets.py:Both")
-    assert "nets-Both begins with net.pt\n" in output
-    source = torch.load("net.pt")
-    for key, value in parameters(state).items():
-        torch.testing.assert_close(value, source[key], rtol=0, atol=1e-6)
-
-
 @pytest.mark.parametrize("name, words", [
     ("net.pt", "--student-checkpoint net.pt: nothing in it fits resnet8"),
     ("empty.pt", "--student-checkpoint empty.pt: nothing in it fits resnet8"),
-    ("absent.pt", "absent.pt: No such file"), ("text.pt", "text.pt is not loaded (damaged"),
-    ("images", "images: Is a directory"), ("DEFAULT", "DEFAULT: No such file")])
+    ("DEFAULT", "DEFAULT: No such file")])
 def test_a_file_to_begin_with_that_has_nothing_is_one_line(name, words):
-    """Else a run of days would begin from chance."""
-    Path("text.pt").write_text("hello")
+    """Else a run of days would start from random weights."""
     torch.save({"epoch": 3}, "empty.pt")
     flags = ["--method", "none", "--student", "resnet8", "--student-checkpoint", name]
     assert words in last_line("cifar", *flags)
@@ -523,8 +446,7 @@ def test_of_another_network_what_fits_is_taken_and_the_rest_counted():
                      "fc.weight, fc.bias"]
 
 
-@both
-def test_another_file_or_none_is_another_folder(script):
+def test_another_file_or_none_is_another_folder(script="cifar"):
     for i, name in enumerate(("begin.pt", "other.pt")):
         torch.manual_seed(i)
         torch.save(create_model("resnet8", 5).state_dict(), name)
@@ -539,9 +461,8 @@ def test_another_file_or_none_is_another_folder(script):
     assert first.read_bytes() == before and len(list(Path().glob("runs/*/last.pt"))) == 3
 
 
-@pytest.fixture
-def published(monkeypatch):
-    """torchvision's weights of squeezenet1_1, 1000 classes, from a stub of its download; what was asked."""
+def test_torchvisions_weights_by_name_begin_a_student_of_other_classes(monkeypatch, weights="DEFAULT"):
+    """The usual fine-tuning: ImageNet's weights (of a download that is replaced), a new head."""
     torch.manual_seed(8)
     state, asked = torchvision.models.squeezenet1_1().state_dict(), []
 
@@ -550,12 +471,6 @@ def published(monkeypatch):
         return dict(state)
 
     monkeypatch.setattr(_api, "load_state_dict_from_url", download)
-    return state, asked
-
-
-def test_torchvisions_weights_by_name_begin_a_student_of_other_classes(published, weights="DEFAULT"):
-    """The usual fine-tuning: ImageNet's weights, a new head."""
-    state, asked = published
     output, student = begun("imagenet", "--student-checkpoint", weights, "--size", 64,
                             network="squeezenet1_1")
     torch.manual_seed(0)
@@ -566,8 +481,6 @@ def test_torchvisions_weights_by_name_begin_a_student_of_other_classes(published
     assert (f"squeezenet1_1 begins with {weights}, but for 2 of {len(fresh)} tensors, which start new: "
             "classifier.1.weight, classifier.1.bias") in output
     assert asked and set(asked) == {"https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth"}
-    call("imagenet", "--method", "none", "--student", "squeezenet1_1", "--lr", "1e-30", "--size", 64,
-         "--student-checkpoint", weights)       # finished before
     torch.save(state, "same.pth")               # the same weights by file are the same recipe
     assert "finished before" in call("imagenet", "--method", "none", "--student", "squeezenet1_1", "--lr",
                                      "1e-30", "--size", 64, "--student-checkpoint", "same.pth")
@@ -577,7 +490,8 @@ def test_torchvisions_weights_by_name_begin_a_student_of_other_classes(published
     ("NOPE", None, "torchvision has no NOPE of squeezenet1_1, but IMAGENET1K_V1"),
     ("DEFAULT", OSError("no route"), "squeezenet1_1, DEFAULT: the download failed (no route); "
      "try again, or name a checkpoint file"),
-    ("DEFAULT", RuntimeError("invalid hash value\nmore"), "the download failed (invalid hash value)")])
+    ("DEFAULT", RuntimeError("invalid hash value\nmore"), "the download failed (invalid hash value)"),
+    ("DEFAULT", http.client.IncompleteRead(b""), "squeezenet1_1, DEFAULT: the download failed (")])
 def test_torchvisions_weights_that_do_not_come_are_one_line(monkeypatch, weights, error, words):
     def fails(*rest, **more):
         raise error
@@ -587,15 +501,11 @@ def test_torchvisions_weights_that_do_not_come_are_one_line(monkeypatch, weights
                               "--student-checkpoint", weights)
 
 
-@pytest.mark.parametrize("script, name", [
-    ("imagenet", "squeezenet1_1"), ("cifar", "torchvision.models:squeezenet1_1")])
-def test_a_file_without_a_suffix_is_a_file(script, name):
-    """It could be a name of weights, but it is there; where nothing is, the line names what was given."""
-    torch.manual_seed(8)
+def test_a_file_without_a_suffix_is_a_file():
+    """It could be a name of weights, but the file exists."""
     torch.save(torchvision.models.squeezenet1_1(num_classes=3).state_dict(), "weights")
-    flags = ["--method", "none", "--student", name, "--student-checkpoint"]
-    assert re.search("has no NOPE of|NOPE: No such file", last_line(script, *flags, "NOPE"))
-    assert "begins with weights\n" in call(script, *flags, "weights")
+    flags = ["--method", "none", "--student", "squeezenet1_1", "--student-checkpoint", "weights"]
+    assert "begins with weights\n" in call("imagenet", *flags)
 
 
 def test_a_teacher_of_a_custom_without_weights_is_trained_or_refused(folder):
@@ -636,8 +546,8 @@ def written(path, text):
     path.write_text("import torch\nfrom torch import nn\n\n\n" + textwrap.dedent(text))
 
 
-def test_a_repositorys_own_modules_win_over_this_projects(tmp_path, monkeypatch):
-    """A models/ package and a data.py are what most repositories have; ours are as before afterwards."""
+def test_a_repositorys_own_modules_win_over_this_projects(tmp_path):
+    """Most repositories have a models/ package and a data.py, some a train_cifar.py. Ours are unchanged."""
     written(tmp_path / "models" / "__init__.py", "")
     written(tmp_path / "models" / "resnet.py", "width = 7")
     written(tmp_path / "data.py", "deep = 2")
@@ -652,9 +562,10 @@ def test_a_repositorys_own_modules_win_over_this_projects(tmp_path, monkeypatch)
 
         def net(num_classes):
             return nn.Linear(width, num_classes)""")
-    monkeypatch.chdir(tmp_path)
-    before = {name: sys.modules[name] for name in ("models", "data")}
-    assert networks.create("nets.py:net", 3).in_features == 14
+    shutil.copy(tmp_path / "nets.py", tmp_path / "train_cifar.py")
+    before = {name: sys.modules[name] for name in ("models", "data", "train_cifar")}
+    for name in ("nets.py", "train_cifar.py"):
+        assert networks.create(f"{name}:net", 3).in_features == 14
     assert networks.create("models.tiny:net", 3).in_features == 7
     assert all(sys.modules[name] is module for name, module in before.items())
     assert "models.resnet" not in sys.modules and networks.create("resnet8", 3).name == "resnet8"
