@@ -1,6 +1,5 @@
 """train_imagenet.py on small folders of real JPEG files, in one process and in two."""
 
-import http.client
 import json
 import multiprocessing
 import os
@@ -187,7 +186,7 @@ class Views:
 
 @pytest.mark.parametrize("flags", [
     "--method kd", "--method kd --zscore", "--method dkd --zscore", "--method mlkd --zscore",
-    "--method wttm", "--method ttm --zscore", "--method none"])
+    "--method wttm", "--method none"])
 def test_three_steps_equal_a_plain_loop(flags):
     """The recipe's weights and temperatures, which view enters where, the schedule, written out."""
     call(*SMALL, *flags.split(), "--lr", "0.002")
@@ -209,7 +208,6 @@ def test_three_steps_equal_a_plain_loop(flags):
                 "--method mlkd --zscore": lambda: 0.5 * ce + 9 * zscore_kd.mlkd_loss(z[0], v[0], z[1], v[1],
                                                                                      2.0),
                 "--method wttm": lambda: ce + 4 * zscore_kd.wttm_loss(z[0], v[0], 5.0),
-                "--method ttm --zscore": lambda: ce + 45 * zscore_kd.ttm_loss(z[0], v[0], 10.0, zscore=True),
                 "--method none": lambda: ce}[flags]()
         seen.append(loss.item())
         optimizer.zero_grad()
@@ -248,15 +246,13 @@ def test_imagenet_itself_is_compared_with_the_published_numbers(folder, monkeypa
 
 
 @pytest.mark.parametrize("flags", [
-    "--method none", "--method kd", "--method dkd --zscore", "--method dkd", "--method mlkd",
-    "--method ctkd", "--method ttm", "--method wttm --zscore", "--method kd --zscore --precision bf16",
-    "--method kd --val-from-train 6", "--method dist", "--method rld --zscore --entropy-weight",
-    "--method mlkd --zscore --entropy-weight"])
-def test_every_method_learns_and_says_so(flags):
+    "--method ctkd", "--method ttm --zscore --precision bf16", "--method dist",
+    "--method rld --zscore --entropy-weight"])
+def test_a_method_learns_and_is_in_the_students_metadata(flags):
     call(*SMALL, *flags.split())
     folder = run_in()
     row, = rows(folder)
-    assert row["loss"] > 0 and (row["kd"] > 0) == ("none" not in flags)
+    assert row["loss"] > 0 and row["kd"] > 0
     student = torch.load(folder / "student.pt")
     assert (student["method"] == flags.split()[1] and student["zscore"] == ("--zscore" in flags)
             and student["classes"] == ["class0", "class1", "class2"])
@@ -310,8 +306,8 @@ def stopped(monkeypatch):
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
 @pytest.mark.parametrize("rank, number", [
     (0, signal.SIGTERM), pytest.param(1, signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_killed_worker_costs_one_save_a_signal_stops_all_and_another_number_goes_on(rank, number, stopped):
-    """torchrun starts all processes anew after a kill, and hands a signal to their process groups, loading
+def test_a_killed_worker_costs_one_save_a_signal_stops_all_and_another_number_resumes(rank, number, stopped):
+    """torchrun starts all processes again after a kill, and hands a signal to their process groups, loading
     processes included. Epochs are many: no machine is so fast that the run ends before it is stopped."""
     flags = [*SMALL[:-1], "1000", "--zscore"]
     process = launch("--standalone --nproc-per-node 2 --max-restarts 1", "output", *flags, "--workers", "1")
@@ -350,8 +346,8 @@ def test_a_killed_worker_costs_one_save_a_signal_stops_all_and_another_number_go
     assert (on["epoch"], on["step"]) == (state["epoch"], 3)
 
 
-@pytest.mark.parametrize("student", ["shufflenet_v2_x0_5", "squeezenet1_1"])     # the latter has dropout
-def test_a_run_goes_on_with_the_bits_of_an_unbroken_one(student, killed):
+def test_a_killed_run_ends_with_an_unbroken_runs_bits(killed, student="squeezenet1_1"):
+    """With dropout, which draws from torch's own generator."""
     flags = [*SMALL[:-1], "2", "--zscore", "--student", student]
     call(*flags, "--out", "whole")
     with killed():
@@ -390,26 +386,6 @@ def test_a_clusters_variables_alone_make_no_processes(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert "30 and 7 of 3 classes, "  in call(*SMALL, "--zscore")
-
-
-def test_networks_say_which_sizes_they_do_not_take():
-    networks.check_model("resnet18", 3, 32, networks.TORCHVISION)
-    with pytest.raises(ValueError, match=r"^vit_b_32 does not take images of 64 x 64 pixels \(.*Wrong image"):
-        networks.check_model("vit_b_32", 3, 64, networks.TORCHVISION)
-
-
-@pytest.mark.parametrize("error", [OSError("no route"), RuntimeError("invalid hash value"),
-                                   http.client.IncompleteRead(b"")])
-def test_torchvisions_weights_missing_or_unknown_are_one_line(error, monkeypatch):
-    def fails(*rest, **more):
-        raise error
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", fails)
-    monkeypatch.setenv("TORCH_HOME", "empty")
-    with pytest.raises(ValueError, match="resnet18, IMAGENET1K_V1: the download failed"):
-        networks.torchvision_network("resnet18", "IMAGENET1K_V1")
-    with pytest.raises(ValueError, match="torchvision has no NOPE of resnet18, but IMAGENET1K_V1"):
-        networks.torchvision_network("resnet18", "NOPE")
 
 
 def test_batches_do_not_depend_on_the_number_of_processes():
@@ -471,30 +447,17 @@ def test_a_folder_of_nothing_but_damage_is_one_line(folder):
 
 
 @pytest.mark.parametrize("words, code, flags", [
-    ("no folders of images, one for each class, in nowhere/train", 1, "--data-dir nowhere"),
-    ("--batch-size 64, the total, does not fit 30 images and 1 processes", 1, "--batch-size 64"),
     ("--student resnet9: no such network; known, the nearest first: resnet", 2, "--student resnet9"),
     ("teacher.pt is for 3 classes, this resnet14 is for 4", 1, "--data-dir four"),
-    ("no resnet34 for 3 classes is published: name its file", 1,
-     "--teacher resnet34 --teacher-checkpoint="),
-    ("train/ and val/ have different classes, for instance class3", 1, "--data-dir uneven"),
-    ("--val-from-train 30 leaves nothing", 1, "--val-from-train 30"),
-    ("--alpha is for --method dkd", 2, "--alpha 2"),
     ("alexnet does not take images of 32 x 32 pixels (", 1, "--student alexnet"),
     ("alexnet does not take images of 32 x 32 pixels (", 1, "--eval alexnet.pt --student alexnet"),
 ])
 def test_mistakes_are_one_line(folder, words, code, flags):
     photos(folder / "four", {"train": 30, "val": 8}, classes=4)
-    photos(folder / "uneven", {"train": 30}, classes=4)
-    photos(folder / "uneven", {"val": 7}, classes=3)
     with torch.device("meta"):
         shapes = {k: v.shape for k, v in torchvision.models.alexnet(num_classes=3).state_dict().items()}
     torch.save({k: torch.zeros(1).expand(shape) for k, shape in shapes.items()}, "alexnet.pt")
-    arguments = [*SMALL, *flags.split()]
-    if "--teacher-checkpoint=" in arguments:
-        i = arguments.index("--teacher-checkpoint")
-        arguments = [a for a in arguments[:i] + arguments[i + 2:] if a != "--teacher-checkpoint="]
-    output = call(*arguments, code=code)
+    output = call(*SMALL, *flags.split(), code=code)
     assert words in output.splitlines()[-1] and "Traceback" not in output
     assert not list(Path().rglob("last.pt"))
 
@@ -510,7 +473,7 @@ def test_a_lost_loading_process_is_one_line(monkeypatch):
             in call(*SMALL, "--zscore", code=1).splitlines()[-1])
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("workers", [0, 3])
 def test_loading_processes_live_on_and_each_epoch_has_its_own_images(workers):
     """The same images whatever the number of loading processes, which are forked once."""
     dataset, keys = data.FolderImages(data.load_folders("images").train, 32, 1), []
@@ -532,20 +495,12 @@ def test_a_loading_process_that_says_nothing_is_an_error(monkeypatch):
             in call(*SMALL, "--zscore", "--workers", "1", code=1).splitlines()[-1])
 
 
-def test_a_held_out_part_takes_the_place_of_val(folder):
-    call(*SMALL, "--zscore", "--val-from-train", "6")
-    held = data.load_folders("images", 6)
-    assert (len(held.train) == 24 and len(held.eval) == 6
-            and not {p for p, _ in held.train} & {p for p, _ in held.eval})
-    assert "held-out_top1" in rows(run_in())[0]
-
-
 def test_dry_run_walks_the_whole_path_alone_and_in_two_processes(folder):
     before = sorted(os.listdir(folder))
     flags = ["--teacher", "squeezenet1_1", "--student", "resnet8", "--dry-run", "--device", "cpu"]
     assert "dry run: all is well" in call(*flags)
     assert torchrun(*flags).count("dry run: all is well") == 1
-    # the user's teacher, of more classes than the made images
+    # the user's teacher, of more classes than the synthetic images
     torch.save(torchvision.models.squeezenet1_1().state_dict(), "imagenet.pt")
     output = call(*flags, "--teacher-checkpoint", "imagenet.pt")
     assert "dry run: all is well" in output and "16 and 8 of 1000 classes" in output
