@@ -304,7 +304,7 @@ def test_two_epochs_equal_a_plain_loop(pair, tmp_path):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA GPU")])])
-@pytest.mark.parametrize("method", ["kd", "ctkd", "mlkd"])
+@pytest.mark.parametrize("method", ["ctkd", "mlkd"])
 def test_ten_fast_steps_equal_a_plain_loop(device, method, tmp_path):
     """Folded teacher in large batches, its cached logits, images in chunks, channels last, fused optimizer,
     on a GPU the captured step: the same numbers as a loop that does one thing after the other, the smaller
@@ -388,9 +388,7 @@ def test_a_run_is_the_same_with_and_without_cached_logits(pair, tmp_path):
     assert len(cached) == 1 and cached[0].stat().st_size > 40 * 162 * 200
 
 
-@pytest.mark.parametrize("flags", [
-    "--method kd", "--method mlkd --zscore", "--method ctkd", "--method ctkd --zscore",
-    "--method ttm --zscore", "--method wttm", "--method dist --zscore", "--method none"])
+@pytest.mark.parametrize("flags", ["--method ctkd", "--method ttm --zscore", "--method none"])
 def test_the_log_has_the_weighted_sum_that_was_minimised(pair, flags):
     call(*pair, *SMALL, *flags.split(), "--epochs", "2")
     recipe = json.loads((run_in() / "config.json").read_text())["recipe"]
