@@ -320,8 +320,10 @@ def test_eval_needs_val_alone_and_the_file_has_the_rest(script):
 def test_eval_of_other_classes_is_refused(script="imagenet"):
     """Accuracies of a network on classes that it does not know, or in another order, mean nothing."""
     call(script, *ALONE)
-    shutil.move("images/val/class1", "images/val/class9")
     found = only("runs/*/student.pt")
+    torch.save(torch.load(found) | {"classes": ["class1", "class0", "class2"]}, "order.pt")
+    assert "order.pt is for 3 classes (class1, class0, " in call(script, "--eval", "order.pt", code=1)
+    shutil.move("images/val/class1", "images/val/class9")
     output = call(script, "--eval", found, code=1)
     assert (f"Error: {found} is for 3 classes (class0, class1, class2, ...), these images have 3 "
             "(class0, class2, class9, ...)") in output
