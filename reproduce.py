@@ -430,6 +430,7 @@ def teachers_of(records):
             reports.setdefault(sha256, {"test_top1": record.get("teacher_top1")})
             if report and "images" in report:
                 reports[sha256] = report
+            if report and "images" in report and not changes_of(record):
                 method = recipes.display_name(record["method"])
                 uniform.setdefault(sha256, {})[method] = f"{method} {report['uniform_loss']:.2f}"
     lines = []

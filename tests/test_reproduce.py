@@ -2,9 +2,11 @@
 
 import gzip
 import json
+import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -56,6 +58,32 @@ def check_result(record, folder):
     assert made == {k: v for k, v in record["recipe"].items() if k in made}
     assert record["recipe"].keys() - made.keys() <= {"teacher_sha256"}
     assert record["losses"] == [row["loss"] for row in rows[:3]]
+
+
+def test_the_table_of_z_and_its_weight_is_what_the_results_say():
+    """RESULTS.md's first table and the README's two differences, with Student's t of the paired seeds."""
+    text = (ROOT / "RESULTS.md").read_text(encoding="utf-8").split(BEGIN)[0]
+    rows = re.findall(r"^\| (KD|KD\+Z) \((\d), ([\d.]+)\) \| (.*) \| (.*) \| (.*) \|$", text, re.M)
+    assert len(rows) == 5
+
+    def top1_of(method, tau, weight):
+        values = {"teacher": "resnet20", "student": "resnet8", "epochs": 12, "train_images": 15_000,
+                  "base_temp": float(tau), "kd_weight": float(weight), "method": "kd",
+                  "zscore": method == "KD+Z"}
+        found = {r["seed"]: r["last"]["top1"] for r in RECORDS if r["recipe"].items() >= values.items()}
+        assert sorted(found) == [0, 1, 2, 3]
+        return np.array([found[seed] for seed in range(4)])
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for *cell, mean, less_kd, less_same in rows:
+        values = top1_of(*cell)
+        assert mean == f"{values.mean():.2f} ± {values.std(ddof=1):.2f}"
+        for shown, other in ((less_kd, ("KD", 4, 0.9)), (less_same, ("KD", 2, 9))):
+            if shown != "–":
+                gains = values - top1_of(*other)
+                spread = gains.std(ddof=1)
+                assert shown == f"{gains.mean():+.2f} ± {spread:.2f}, t = {gains.mean() / spread * 2:.2f}"
+                assert cell != ["KD+Z", "2", "9"] or f"{gains.mean():.2f} " in readme
 
 
 def test_the_readmes_rows_are_the_results():
