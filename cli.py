@@ -96,6 +96,9 @@ def suggest(name, known):
 def check_name(flag, name, known):
     """A usage error that lists the known networks, the nearest first; a custom network's name has a colon."""
     if ":" not in name and name not in known:
+        if os.path.isfile(name):
+            raise click.UsageError(f"{flag} {name} is a file: give it to {flag}-checkpoint, and the name of "
+                                   f"its network to {flag}")
         raise click.UsageError(f"{flag} {name}: no such network; known, the nearest first: "
                                f"{suggest(name, known)}; a custom one is FILE.py:NAME")
 

@@ -16,6 +16,7 @@ import re
 import shlex
 import signal
 import socket
+import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -334,9 +335,7 @@ def load_folders(data_dir, val_from_train=0, parts=("train", "val"), say=partial
     found, classes = {"train": [], "val": []}, None
     for part in ["train"] if val_from_train else parts:
         found[part], names = _list_images(root / part, say)
-        if odd := sorted(set(names) ^ set(classes or names)):
-            raise ValueError(f"{printable(root)}: train/ and val/ have different classes, for instance "
-                             f"{', '.join(map(printable, odd[:3]))}")
+        check_same_classes(root, classes or names, names)
         classes = names
     train, val = found.values()
     if val_from_train:
@@ -349,6 +348,21 @@ def load_folders(data_dir, val_from_train=0, parts=("train", "val"), say=partial
     return Folders(train, val, "held-out" if val_from_train else "val", classes)
 
 
+def check_same_classes(root, train, val):
+    """ValueError where the class names of train/ and val/ differ: which of the two lacks what."""
+    parts = []
+    for part, lacking in (("val", set(train) - set(val)), ("train", set(val) - set(train))):
+        if lacking:
+            some = ", ".join(map(printable, sorted(lacking)[:3]))
+            parts.append(f"{part}/ lacks {len(lacking)} of the classes, for instance {some}")
+    forms = [sorted(unicodedata.normalize("NFC", name) for name in names) for names in (train, val)]
+    if parts and forms[0] == forms[1]:
+        parts = ["the classes of train/ and val/ differ in the Unicode form of their names alone: rename "
+                 "them"]
+    if parts:
+        raise ValueError(f"{printable(root)}: {'; '.join(parts)}")
+
+
 def _list_images(folder, say):
     """([(path, target)], class names) of a folder, in the order of torchvision's ImageFolder."""
     place = printable(folder)
@@ -358,8 +372,12 @@ def _list_images(folder, say):
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if folder.is_dir() else []
     classes = [name for name in names if not name.startswith(HIDDEN)]
     if len(classes) < 2:
+        cure = "--data-dir holds train/ and val/; without val/ give --val-from-train N"
+        others = [name for name in ("valid", "validation", "test") if (folder.parent / name).is_dir()]
+        if folder.name == "val" and others:
+            cure = f"link or rename {others[0]}/, which is next to it, or give --val-from-train N"
         raise ValueError(f"no folders of images, one for each class, in {place} ({len(classes)} found): "
-                         "--data-dir holds train/ and val/; without val/ give --val-from-train N")
+                         f"{cure}")
     samples, skipped = [], [name for name in names if name.startswith(HIDDEN)]
     for target, name in enumerate(classes):
         before = len(samples)

@@ -435,6 +435,12 @@ def empty_class():
         path.rename(path.with_suffix(".txt"))
 
 
+def rename(train, val):
+    """class2 becomes another name in train/ than in val/."""
+    os.rename("images/train/class2", f"images/train/{train}")
+    os.rename("images/val/class2", f"images/val/{val}")
+
+
 def damaged(part):
     def damage():
         path = Path(f"images/{part}/class0/0.png")
@@ -452,7 +458,14 @@ MISTAKES = [        # script, what is done to images/, flags, words of the line
     ("cifar", one_class, ALONE, "no folders of images, one for each class, in images/train (1 found)"),
     ("imagenet", empty_class, ALONE, "no images in the class images/val/class1: add some (.jpg, "),
     ("cifar", lambda: shutil.move("images/val/class2", "images/val/Class2"), ALONE,
-     "images: train/ and val/ have different classes, for instance Class2, class2"),
+     "images: val/ lacks 1 of the classes, for instance class2; train/ lacks 1 of the classes, for instance "
+     "Class2"),
+    ("imagenet", lambda: shutil.rmtree("images/train/class1"), ALONE,
+     "images: train/ lacks 1 of the classes, for instance class1"),
+    ("cifar", lambda: rename("caf\u00e9", "cafe\u0301"), ALONE,
+     "images: the classes of train/ and val/ differ in the Unicode form of their names alone: rename them"),
+    ("imagenet", lambda: shutil.move("images/val", "images/valid"), ALONE,
+     "in images/val (0 found): link or rename valid/, which is next to it, or give --val-from-train N"),
     ("imagenet", lambda: shutil.rmtree("images/val"), ALONE,
      "no folders of images, one for each class, in images/val (0 found): --data-dir holds"),
     ("cifar", None, [*ALONE, "--data-dir", "nowhere"], "in nowhere/train (0 found)"),

@@ -448,6 +448,7 @@ def test_a_folder_of_nothing_but_damage_is_one_line(folder):
 
 @pytest.mark.parametrize("words, code, flags", [
     ("--student resnet9: no such network; known, the nearest first: resnet", 2, "--student resnet9"),
+    ("--student teacher.pt is a file: give it to --student-checkpoint", 2, "--student teacher.pt"),
     ("teacher.pt is for 3 classes, this resnet14 is for 4", 1, "--data-dir four"),
     ("alexnet does not take images of 32 x 32 pixels (", 1, "--student alexnet"),
     ("alexnet does not take images of 32 x 32 pixels (", 1, "--eval alexnet.pt --student alexnet"),
