@@ -177,7 +177,7 @@ def choose_arrays(data, metadata, count):
 
 def undrawn(metadata, order):
     """Those of the training images `order` that a run never drew uncropped; none of a plain state_dict."""
-    if "data" not in metadata:
+    if not {"data", "epochs", "seed"} <= metadata.keys():
         return order[:0]
     never = np.full(len(order), True)
     for epoch in range(metadata["epochs"]):
@@ -267,6 +267,9 @@ def fit(student, images, expected):
         found["calibration"] = {"before": before, "after": after}
         click.echo(f"on {len(expected)} test images: expected calibration error {before['ece']:.4f} -> "
                    f"{after['ece']:.4f}, negative log-likelihood {before['nll']:.4f} -> {after['nll']:.4f}")
+        if after["nll"] > before["nll"]:
+            click.echo("warning: the temperature makes it worse: train with --val-from-train, which holds "
+                       "images out for it")
     return found
 
 
@@ -499,6 +502,8 @@ def export(student, images, flags, folder, out):
             if precision == "fp32":
                 break
             continue
+        if test and row["top1"] < metadata["top1"] - 1:
+            click.echo(f"warning: {path.name} loses {metadata['top1'] - row['top1']:.2f} points; {ADVICE}")
         rows[precision] = row | {
             "file": path.name,
             "bytes": path.stat().st_size,
@@ -575,7 +580,7 @@ def main(checkpoint, student, classes, mean, std, size, out, data_dir, float_inp
     torch.manual_seed(0)
     with cli.friendly_errors():
         if classes:
-            classes = Path(classes).read_text("utf-8-sig").splitlines()
+            classes = Path(classes).read_text("utf-8-sig").rstrip("\n").split("\n")
         student = load_student(checkpoint, student, float_input, classes, mean, std, size)
         images = find_images(student, data_dir, calibration)
         missing = [name for name, value in images._asdict().items() if value is None]

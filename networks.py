@@ -139,8 +139,9 @@ def check_logits(model, name, num_classes, size, batch=2):
     try:
         output = model(_images(batch, size))
     except (Exception, SystemExit) as error:        # of any network, any
-        raise ValueError(f"{name} does not take images of {size} x {size} pixels ({_reason(error)}) in a "
-                         f"batch of {batch}: choose another --size or --batch-size") from None
+        cure = "another --size" if batch > 1 else "another --batch-size: one image is left over"
+        raise ValueError(f"{name} does not take images of {size} x {size} pixels ({_reason(error)}): choose "
+                         f"{cure}") from None
     logits = _logits(output)
     shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
     if shape != (batch, num_classes):
@@ -188,8 +189,9 @@ def check_feature(recipe, num_classes, size, first=MODELS, smallest=2):
             method.train(batch == 1)
             method.loss_and_logits(logits, student_features, teacher_features, indices, indices)
         except Exception as error:      # of any networks, any
+            cure = "; one image is left over: give another --batch-size" if batch == 1 else ""
             raise ValueError(f"--feature {recipe['feature']} fails between {teacher.name} and {student.name} "
-                             f"({_reason(error)}) in a batch of {batch}") from None
+                             f"({_reason(error)}){cure}") from None
 
 
 @torch.no_grad()

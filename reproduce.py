@@ -154,8 +154,9 @@ def command_of(recipe, words):
     """The command line that makes a run's recipe on any machine. words: that of the run."""
     given = {key: recipe[key] for key in recipes.changes(recipe) if key != "source"}
     given |= {key: recipe.get(key) for key in ("precision", "compile", "deterministic", "exact_teacher")}
-    if "--teacher-checkpoint" in words:
-        given["teacher_checkpoint"] = Path(words[words.index("--teacher-checkpoint") + 1]).name
+    for flag in ("--teacher-checkpoint", "--student-checkpoint"):
+        if flag in words:
+            given[flag.strip("-").replace("-", "_")] = Path(words[words.index(flag) + 1]).name
     arguments = options(
         teacher=recipe["teacher"], student=recipe["student"], method=recipe["method"],
         feature=recipe.get("feature"), zscore=recipe["zscore"], entropy_weight="entropy_temp" in recipe,
@@ -303,7 +304,10 @@ def last_top1(record):
 
 def changes_of(record):
     """{key: text} of a record's values that differ from its recipe, but for what the tables say elsewhere."""
-    return {k: text for k, text in recipes.changes(record["recipe"]).items() if k not in ELSEWHERE}
+    changed = {k: text for k, text in recipes.changes(record["recipe"]).items() if k not in ELSEWHERE}
+    if "student_sha256" in record["recipe"]:
+        changed["student_sha256"] = "student begins with a file"
+    return changed
 
 
 def setting_of(record, method):

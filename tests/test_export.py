@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +188,17 @@ def test_the_temperature_makes_probabilities_honest(distilled):
     nll = [torch.nn.functional.cross_entropy(sure / 10 / temperature / f, targets) for f in (0.9, 1, 1.1)]
     assert nll[1] <= min(nll)
     assert "temperature" in distilled[1] and "expected calibration error" in distilled[1]
+
+
+def test_a_temperature_that_makes_other_images_worse_is_a_warning(capsys):
+    logits = 3 * torch.eye(10).double()
+    fitted = data.Split(torch.zeros(10), torch.arange(10))
+    other = data.Split(torch.zeros(10), torch.zeros(10, dtype=torch.long))
+    student = types.SimpleNamespace(logits=lambda images: logits)
+    export.fit(student, export.Images(None, fitted, other), logits)
+    assert "warning: the temperature makes it worse" in capsys.readouterr().out
+    export.fit(student, export.Images(None, fitted, fitted), logits)
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_the_expected_calibration_error_is_guos():

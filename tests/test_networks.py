@@ -281,6 +281,17 @@ def test_dry_run_walks_the_whole_path_with_a_custom(script):
     assert sorted(set(os.listdir()) - {"__pycache__"}) == before
 
 
+def test_one_image_that_is_left_over_is_tried_before_the_first_epoch():
+    """A batch norm of 1 x 1 maps, and a loss of pairs, need two: the line names --batch-size."""
+    networks.check_model("vgg8", 10, 8, learns=True)
+    with pytest.raises(ValueError, match=r"vgg8 .* choose another --batch-size: one image is left over$"):
+        networks.check_model("vgg8", 10, 8, learns=True, smallest=1)
+    recipe = {"student": "resnet8", "teacher": "resnet14", "feature": "rkd"}
+    networks.check_feature(recipe, 10, 32)
+    with pytest.raises(ValueError, match="--feature rkd .*; one image is left over: give another --batch-"):
+        networks.check_feature(recipe, 10, 32, smallest=1)
+
+
 def test_a_check_leaves_no_trace_in_the_seeded_numbers():
     """A student's first weights are the seed's, whatever was looked at before."""
     torch.manual_seed(4)

@@ -56,7 +56,7 @@ def check_result(record, folder):
     recipe, _ = train_cifar.resolve_arguments([*words[2:], "--device", "cpu"])
     made = json.loads(json.dumps(reproduce.DEFAULTS | recipe))
     assert made == {k: v for k, v in record["recipe"].items() if k in made}
-    assert record["recipe"].keys() - made.keys() <= {"teacher_sha256"}
+    assert record["recipe"].keys() - made.keys() <= {"teacher_sha256", "student_sha256"}
     assert record["losses"] == [row["loss"] for row in rows[:3]]
 
 
